@@ -1,0 +1,1 @@
+"""Configuration classes and model size presets."""

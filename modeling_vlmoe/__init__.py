@@ -1,0 +1,1 @@
+"""The model: vision tower, connector and sparse decoder."""

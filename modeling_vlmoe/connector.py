@@ -1,0 +1,131 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""From the vision tower's output to image tokens of the decoder's width.
+
+Shapes: tiles, patches (of one tile), channels (of the tower), hidden (of the decoder).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel
+from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+from ..configuration.configuration_vlmoe import VLMoEConfig
+
+logger = logging.get_logger(__name__)
+
+
+def vision_features(
+    tower: nn.Module, pixel_values: torch.Tensor, config: VLMoEConfig, **kwargs: Any
+) -> torch.Tensor:
+    """(tiles, 3, height, width) -> (tiles, patches, channels): what the config selects."""
+    if config.vision_use_last_hidden_state:
+        features = [tower(pixel_values, return_dict=True, **kwargs).last_hidden_state]
+    else:
+        layers = config.vision_feature_layers
+        hidden_states = tower(
+            pixel_values, return_dict=True, **kwargs | {"output_hidden_states": layers}
+        ).hidden_states
+        features = [hidden_states[layer] for layer in layers]
+    if config.vision_feature_select_strategy == "default":
+        features = [feature[:, 1:] for feature in features]
+    return torch.cat(features, dim=-1)
+
+
+class _MetaValuesAreTrue(TorchDispatchMode):
+    """On the meta device, answers 1 where code asks for a tensor's value.
+
+    Idefics3's and SmolVLM's towers ask whether their patch mask is all true, and of a whole image
+    it is.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+def unused_vision_parameters(config: VLMoEConfig) -> list[str]:
+    """Names of the tower's parameters that the selected features do not depend on.
+
+    Found by a backward pass on the meta device, which computes nothing and holds for every tower.
+    Left trainable, such parameters never get a gradient, and DistributedDataParallel fails at the
+    second step.
+    """
+    vision = config.vision_config
+    size = (
+        vision.image_size
+        if isinstance(vision.image_size, (list, tuple))
+        else (vision.image_size,) * 2
+    )
+    with torch.device("meta"), torch.enable_grad(), _MetaValuesAreTrue():
+        tower = AutoModel.from_config(vision)
+        pixel_values = torch.zeros(1, getattr(vision, "num_channels", 3), *size)
+        features = vision_features(tower, pixel_values.to(tower.dtype), config)
+        names, parameters = zip(*tower.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+
+def unused_vision_modules(tower: nn.Module, unused: list[str]) -> list[str]:
+    """The parameters `unused`, with one name for a module whose parameters are all unused."""
+    names = set()
+    for name in unused:
+        while (module := name.rpartition(".")[0]) and all(
+            f"{module}.{parameter}" in unused
+            for parameter, _ in tower.get_submodule(module).named_parameters()
+        ):
+            name = module
+        names.add(name)
+    return sorted(names)
+
+
+def pixel_shuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
+    """(tiles, patches, channels) -> (tiles, patches / factor**2, channels * factor**2).
+
+    Each output token holds a square of `factor` x `factor` patches, row by row, as in InternVL and
+    Idefics3.
+    """
+    tiles, patches, channels = features.shape
+    side = int(patches**0.5)
+    if side * side != patches or side % factor:
+        raise ValueError(
+            f"pixel_shuffle_factor={factor} needs a square grid of patches whose side it divides; "
+            f"got {patches} patches. "
+            "Choose another factor, or vision_feature_select_strategy='default' for a tower with a "
+            "class token."
+        )
+    grid = features.view(tiles, side // factor, factor, side // factor, factor, channels)
+    return grid.transpose(2, 3).reshape(tiles, patches // factor**2, channels * factor**2)
+
+
+class VLMoEConnector(nn.Module):
+    """Optional pixel shuffle and LayerNorm, then one linear (SmolVLM) or two (LLaVA, InternVL)."""
+
+    def __init__(self, config: VLMoEConfig):
+        super().__init__()
+        self.pixel_shuffle_factor = config.pixel_shuffle_factor
+        hidden, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        width = (
+            config.vision_config.hidden_size
+            * len(config.vision_feature_layers)
+            * self.pixel_shuffle_factor**2
+        )
+        self.layer_norm = nn.LayerNorm(width) if config.projector_layer_norm else nn.Identity()
+        self.linear_1 = nn.Linear(width, hidden, bias=bias)
+        self.linear_2 = None
+        if config.projector_num_layers == 2:
+            self.act = ACT2FN[config.projector_hidden_act]
+            self.linear_2 = nn.Linear(hidden, hidden, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(tiles, patches, channels) -> (tiles, image tokens, hidden)."""
+        if self.pixel_shuffle_factor > 1:
+            features = pixel_shuffle(features, self.pixel_shuffle_factor)
+        features = self.linear_1(self.layer_norm(features))
+        return features if self.linear_2 is None else self.linear_2(self.act(features))

@@ -1,0 +1,307 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The decoder: pre-norm attention and (sparse) feed-forward layers.
+
+- Llama's blocks, plus what Mistral, Qwen2, Qwen3, SmolLM3, Granite and Phi-3 differ by, each behind
+  one config field.
+- Every layer that `config.is_sparse_layer` names holds experts in place of the dense MLP.
+- Experts dispatch through `@use_experts_implementation` (transformers looks for these words in this
+  file).
+
+Shapes: batch, length, hidden, heads, head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import (
+    apply_rotary_pos_emb as apply_partial_rotary_pos_emb,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_vlmoe import VLMoEConfig, VLMoETextConfig
+from .router import VLMoERouter
+from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock
+
+
+class VLMoERMSNorm(LlamaRMSNorm):
+    """Root mean square norm over the last dimension."""
+
+
+class VLMoERotaryEmbedding(Phi3RotaryEmbedding):
+    """Rotary tables for `head_dim`, or for `rope_parameters["partial_rotary_factor"]` of it."""
+
+
+class VLMoEAttention(nn.Module):
+    """Grouped-query attention."""
+
+    def __init__(self, config: VLMoETextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = (
+            self.head_dim**-0.5
+            if config.attention_multiplier is None
+            else config.attention_multiplier
+        )
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.use_rope = bool(config.no_rope_layers[layer_idx])
+        self.sliding_window = (
+            config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        )
+
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm = (
+            VLMoERMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            if config.qk_norm
+            else nn.Identity()
+        )
+        self.k_norm = (
+            VLMoERMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            if config.qk_norm
+            else nn.Identity()
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, length, hidden) -> the same, and (batch, heads, length, keys) or None."""
+        batch_and_length = hidden_states.shape[:-1]
+        per_head = (*batch_and_length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(
+            1, 2
+        )  # (batch, heads, length, head_dim)
+        key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+
+        if self.use_rope:
+            cos, sin = position_embeddings  # (batch, length, rotary_dim)
+            rotate = (
+                apply_rotary_pos_emb
+                if cos.shape[-1] == self.head_dim
+                else apply_partial_rotary_pos_emb
+            )
+            query, key = rotate(query, key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, attention_weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*batch_and_length, -1)), attention_weights
+
+
+class VLMoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then experts or a dense MLP, each on a normalised input and added to it."""
+
+    def __init__(self, config: VLMoETextConfig, layer_idx: int):
+        super().__init__()
+        self.residual_multiplier = config.residual_multiplier
+        self.self_attn = VLMoEAttention(config, layer_idx)
+        self.mlp = (
+            VLMoESparseMoeBlock(config) if config.is_sparse_layer(layer_idx) else VLMoEMLP(config)
+        )
+        self.input_layernorm = VLMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = VLMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """(batch, length, hidden) -> (batch, length, hidden)."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self._scaled(attended)
+        return hidden_states + self._scaled(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
+        return branch if self.residual_multiplier == 1 else branch * self.residual_multiplier
+
+
+class VLMoEPreTrainedModel(PreTrainedModel):
+    """What all VLMoE models declare to transformers, and how their weights are initialised."""
+
+    config: VLMoEConfig
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("VLMoEDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: of custom code transformers leaves some modules uninitialised."""
+        return False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but loading does not make the unused vision parameters trainable."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = (
+            loaded[0] if isinstance(loaded, tuple) else loaded
+        )  # a tuple with `output_loading_info`
+        for module in model.modules():
+            if hasattr(module, "freeze_unused_vision_parameters"):
+                module.freeze_unused_vision_parameters()
+        return loaded
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but always under the in-memory names.
+
+        transformers would save the parameters of some towers (DINOv2, ViT) under the names of their
+        first release; Trainer resumes without translating names, and would silently leave such a
+        tower as it was.
+        """
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, VLMoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, VLMoERouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class VLMoETextModel(VLMoEPreTrainedModel):
+    """The decoder without a language modelling head."""
+
+    config: VLMoETextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {  # noqa: RUF012 - transformers' own declaration
+        "router_logits": OutputRecorder(VLMoERouter, index=0),
+        "hidden_states": VLMoEDecoderLayer,
+        "attentions": VLMoEAttention,
+    }
+
+    def __init__(self, config: VLMoETextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            VLMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = VLMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = VLMoERotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """(batch, length) ids or (batch, length, hidden) embeddings -> (batch, length, hidden).
+
+        With `output_router_logits`, also `router_logits`: one (batch * length, experts) fp32 tensor
+            per sparse layer.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            ).unsqueeze(0)
+
+        hidden_states = inputs_embeds
+        if self.config.embedding_multiplier != 1:
+            hidden_states = hidden_states * self.config.embedding_multiplier
+        masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[attention_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _attention_masks(
+        self,
+        attention_mask: torch.Tensor | dict | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, Any]:
+        """One mask per attention type in use; `generate` may have made them already."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        make = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }
+        return {
+            attention_type: make[attention_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for attention_type in sorted(set(self.config.layer_types))
+        }
+
+
+__all__ = ["VLMoEPreTrainedModel", "VLMoETextModel"]

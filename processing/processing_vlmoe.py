@@ -1,0 +1,313 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The processor of VLMoE: text with images in, `input_ids` and `pixel_values` out.
+
+- Each image placeholder of the text grows into the tokens that image features replace.
+- `pixel_values` is (batch, tiles, 3, H, W), one row per text, padded with zero tiles.
+- Nothing is cut or dropped silently: an image that cannot be used, a wrong number of images and a
+  truncation that would cut an image are errors that name the sample.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.processing_utils import (
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+)
+
+from .chat_template import DEFAULT_CHAT_TEMPLATE
+from .image_checks import load_rgb_image
+from .image_layout import batch_tiles, encode_images, image_option, rows_of_images, tile_grid
+from .tower_layout import image_processor_for, image_seq_length
+
+
+class VLMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Image options of a call beyond the common ones, for image processors that tile.
+
+    do_image_splitting: cut images larger than a tile into tiles plus a thumbnail.
+    max_image_size: `{"longest_edge": ...}`, the side of a tile in pixels.
+    """
+
+    do_image_splitting: bool
+    max_image_size: dict[str, int]
+
+
+class VLMoEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Options of a call."""
+
+    images_kwargs: VLMoEImagesKwargs
+
+
+class VLMoEProcessor(ProcessorMixin):
+    """Joins an image processor and a tokenizer.
+
+    An image placeholder becomes `image_start_token`, `image_seq_len` image tokens, then
+    `image_end_token`. For a tiled image there stands between the two, for each tile in reading
+    order, `<row_r_col_c>` and its image tokens, a line break after each row, then a line break,
+    `global_image_token` and the image tokens of the thumbnail: the order of `pixel_values`.
+
+    Called as `processor(images=..., text=..., padding=True, return_tensors="pt")` it returns
+    `input_ids`, `attention_mask`, `mm_token_type_ids` (batch, tokens; 0 text, 1 image token) and,
+    if any row has an image, `pixel_values` (batch, tiles, 3, H, W) and `pixel_attention_mask`
+    (batch, tiles, H, W; 1 real, 0 padding). Images come as one list per text or as one flat list;
+    `load_rgb_image` says what may stand for an image. An image that several rows share (the same
+    object or path) is opened and encoded once. `do_image_splitting` switches tiling for the call.
+    A call raises `ValueError`, naming the sample, for an image that cannot be used, for a number of
+    images other than that of placeholders, and for a truncation that would cut an image.
+
+    Args:
+        image_processor: Idefics3's or SmolVLM's (fixed size or tiles), or one that gives one
+            (3, H, W) tensor per image, such as SigLIP's or CLIP's.
+        tokenizer: any tokenizer in which `image_token` is one token.
+        chat_template: by default the tokenizer's, else `DEFAULT_CHAT_TEMPLATE`.
+        image_seq_len: image tokens of one tile; see `for_config`.
+        image_token: the placeholder, and the token that the model replaces by features.
+        image_start_token, image_end_token: text around each image.
+        global_image_token: the marker before a thumbnail.
+
+    Raises:
+        ValueError: `image_token` is not one token of the tokenizer, or `image_seq_len` is below 1.
+    """
+
+    valid_processor_kwargs = VLMoEProcessorKwargs
+    return_mm_token_type_ids = True
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str | dict[str, str] | None = None,
+        image_seq_len: int = 196,
+        image_token: str = "<image>",
+        image_start_token: str = "",
+        image_end_token: str = "",
+        global_image_token: str = "<global-img>",
+    ) -> None:
+        """Check the image token against the tokenizer and keep the layout."""
+        if image_seq_len < 1:
+            raise ValueError(f"`image_seq_len` is {image_seq_len}; allowed: 1 or more.")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        pair = tokenizer(image_token * 2, add_special_tokens=False)["input_ids"]
+        if pair != [self.image_token_id] * 2:
+            raise ValueError(
+                f"`image_token` {image_token!r} is not one token of the tokenizer; add it with "
+                f"tokenizer.add_tokens([{image_token!r}], special_tokens=True) and resize the "
+                "model's embeddings."
+            )
+        self.image_seq_len = image_seq_len
+        self.image_token = image_token
+        self.image_start_token = image_start_token
+        self.image_end_token = image_end_token
+        self.global_image_token = global_image_token
+        default = DEFAULT_CHAT_TEMPLATE.replace("<image>", image_token)
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None) or default
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def for_config(
+        cls,
+        config: Any,
+        tokenizer: Any,
+        image_processor: Any = None,
+        tiling: bool = False,
+        max_tiles_per_side: int = 4,
+        **kwargs: Any,
+    ) -> "VLMoEProcessor":
+        """A processor that fits a `VLMoEConfig`.
+
+        Args:
+            config: read for the tower's image and patch size, pixel shuffle and `image_token_id`.
+            tokenizer: must hold the image token under `config.image_token_id`.
+            image_processor: by default Idefics3's at the tower's size and with its pixel
+                statistics, which never enlarges an image to get tiles.
+            tiling: whether calls tile unless they say otherwise (`do_image_splitting`).
+            max_tiles_per_side: larger images are shrunk to this many tiles per side before tiling.
+            **kwargs: further arguments of the processor.
+
+        Raises:
+            ValueError: token id, image size, patches or pixel shuffle do not fit each other.
+        """
+        if image_processor is None:
+            image_processor = image_processor_for(config.vision_config, tiling, max_tiles_per_side)
+        processor = cls(
+            image_processor, tokenizer, image_seq_len=image_seq_length(config), **kwargs
+        )
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"`image_token_id` is {config.image_token_id} in the configuration but "
+                f"{processor.image_token!r} is token {processor.image_token_id} of the tokenizer; "
+                "make them equal."
+            )
+        return processor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that a call with images and text returns."""
+        names = [*super().model_input_names, "pixel_attention_mask", "mm_token_type_ids"]
+        return list(dict.fromkeys(names))
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What the two parts return and the model does not take."""
+        return ["rows", "cols", "token_type_ids"]
+
+    def prepare_inputs_layout(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> tuple[list[list[Any]] | None, Any, None, None]:
+        """Open the images and deal them out: `(images of each row, texts, None, None)`."""
+        if videos is not None or audio is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes images and text; pass a video's frames as images."
+            )
+        if isinstance(text, str | tuple):
+            text = [text] if isinstance(text, str) else list(text)
+        elif isinstance(text, list):
+            text = text.copy()  # the expansion writes into it
+        if images is None:
+            return None, text, None, None
+        placeholders = [t.count(self.image_token) for t in text] if _are_texts(text) else None
+        rows = rows_of_images(images, placeholders)
+        if placeholders is not None and len(rows) != len(placeholders):
+            raise ValueError(
+                f"`images` has {len(rows)} rows but `text` has {len(text)}; give one list of "
+                "images per text."
+            )
+        return self._open_images(rows, kwargs) if any(rows) else None, text, None, None
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Check that each text has as many placeholders as images."""
+        if _are_texts(text):
+            for sample, row in enumerate(text):
+                given = len(images[sample]) if images else 0
+                placeholders = row.count(self.image_token)
+                if placeholders != given:
+                    raise ValueError(
+                        f"sample {sample}: the text has {placeholders} {self.image_token} "
+                        f"placeholders but {given} images are given; give one image per "
+                        "placeholder. (A chat template that ignores image parts leaves none.)"
+                    )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def replace_image_token(
+        self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
+    ) -> str:
+        """The text that image `image_idx` of the whole batch expands to."""
+        rows = [rows for row in image_inputs["rows"] for rows in row][image_idx]
+        cols = [cols for row in image_inputs["cols"] for cols in row][image_idx]
+        return self._image_text(rows, cols)
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
+        """1 for each image token, 0 for each other token."""
+        return [(np.asarray(row) == self.image_token_id).astype(int).tolist() for row in input_ids]
+
+    def _image_text(self, rows: int, cols: int) -> str:
+        tile = self.image_token * self.image_seq_len
+        grid = [[f"<row_{r + 1}_col_{c + 1}>{tile}" for c in range(cols)] for r in range(rows)]
+        crops = "".join("".join(row) + "\n" for row in grid)
+        whole = f"{crops}\n{self.global_image_token}{tile}" if grid else tile
+        return f"{self.image_start_token}{whole}{self.image_end_token}"
+
+    def _open_images(self, rows: list[list[Any]], kwargs: Mapping[str, Any]) -> list[list[Any]]:
+        """Open each image once, however many rows name the same object or path."""
+        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        keep_floats = image_option(self.image_processor, options, "do_rescale") is False
+        channels = options.get("input_data_format")
+        opened: dict[Any, Any] = {}
+        for sample, row in enumerate(rows):
+            for position, source in enumerate(row):
+                key = source if isinstance(source, str | Path) else id(source)
+                if key not in opened:
+                    where = f"sample {sample}, image {position}"
+                    opened[key] = load_rgb_image(
+                        source, where, keep_floats=keep_floats, channels=channels
+                    )
+        return [[opened[s if isinstance(s, str | Path) else id(s)] for s in row] for row in rows]
+
+    def _process_images(
+        self, images: list[list[Any]], **kwargs: Any
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Encode each distinct image once, then lay the tiles out by rows."""
+        distinct = {id(image): image for row in images for image in row}
+        tiled = encode_images(self.image_processor, list(distinct.values()), kwargs)
+        encoded = dict(zip(distinct, tiled, strict=True))
+        batch = [[encoded[id(image)] for image in row] for row in images]
+        grids = {
+            "rows": [[image.rows for image in row] for row in batch],
+            "cols": [[image.cols for image in row] for row in batch],
+        }
+        count = sum(len(row) for row in batch)
+        texts = [self.replace_image_token(grids, image_idx) for image_idx in range(count)]
+        return {**batch_tiles(batch), **grids}, texts
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Tokens and tiles of images of the sizes (height, width), for servers that plan ahead."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = self._merge_kwargs(**kwargs)["images_kwargs"]
+        grids = [tile_grid(h, w, self.image_processor, options) for h, w in image_sizes]
+        lengths = {grid: self._count_tokens(self._image_text(*grid)) for grid in set(grids)}
+        return MultiModalData(
+            num_image_tokens=[lengths[grid] for grid in grids],
+            num_image_patches=[rows * cols + 1 for rows, cols in grids],
+        )
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _check_special_mm_tokens(
+        self, text: list[str], text_inputs: Any, modalities: list[str]
+    ) -> None:
+        """Refuse a truncation that cuts an image, its markers included."""
+        for sample, expanded in enumerate(text):
+            ids = text_inputs["input_ids"][sample : sample + 1]
+            cause = None
+            try:
+                super()._check_special_mm_tokens([expanded], {"input_ids": ids}, modalities)
+                if not self._cuts_a_marker(expanded, text_inputs, sample):
+                    continue
+            except ValueError as error:
+                cause = error
+            real = text_inputs.get("attention_mask", text_inputs["input_ids"])[sample]
+            raise ValueError(
+                f"sample {sample}: truncation to {np.count_nonzero(real)} tokens would cut an "
+                f"image; the sample has {self._count_tokens(expanded)} tokens. Raise `max_length` "
+                "or leave the sample out."
+            ) from cause
+
+    def _cuts_a_marker(self, text: str, text_inputs: Any, sample: int) -> bool:
+        """Whether a truncation that kept all image tokens lost a marker before or after them."""
+        encodings = getattr(text_inputs, "encodings", None)
+        if encodings is None or not encodings[sample].overflowing or self.image_token not in text:
+            return False
+        kept = [(start, end) for start, end in encodings[sample].offsets if end > start]
+        start, end = re.escape(self.image_start_token), self.image_token + self.image_end_token
+        first_image = re.search(f"{start}(?:<row_1_col_1>)?{re.escape(self.image_token)}", text)
+        return kept[-1][1] < text.rindex(end) + len(end) or (
+            first_image is not None and kept[0][0] > first_image.start()
+        )
+
+    def _adjust_assistant_masks_indices(self, processed_dict: Any, generation_indices: Any) -> Any:
+        """As in transformers, which walks over all offsets: far slower on tensors than on lists."""
+        offsets = processed_dict["offset_mapping"]
+        if hasattr(offsets, "tolist"):
+            processed_dict["offset_mapping"] = offsets.tolist()
+        return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+
+
+def _are_texts(text: Any) -> bool:
+    return isinstance(text, list) and all(isinstance(sample, str) for sample in text)
+
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "VLMoEProcessor"]

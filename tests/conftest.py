@@ -1,0 +1,160 @@
+"""Fixtures of all tests; the only place where tiny sizes are spelled.
+
+No two sizes are equal where a mix-up of axes could otherwise go unseen.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.training.tokenizer import train_tokenizer
+
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+TOP = {"image_token_id": 5, "pixel_shuffle_factor": 2}
+TEXTS = ["what color is the shape? blue", "what shape is it? a circle", "is it red? yes, no"] * 3
+VOCABULARY = 320
+IMAGE_SIZE = (24, 20)  # width, height
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors: more threads only cost time."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., VLMoEConfig]:
+    """`tiny_config(text={...}, vision={...}, **top)`: tiny sizes, with the given fields replaced."""
+
+    def make(
+        text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
+    ) -> VLMoEConfig:
+        vision = {"model_type": "siglip_vision_model"} | VISION | (vision or {})
+        if vision["model_type"] == "siglip_vision_model":
+            vision = {"vision_use_head": False} | vision
+        return VLMoEConfig(text_config=TEXT | (text or {}), vision_config=vision, **TOP | top)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    tiny_config: Callable[..., VLMoEConfig],
+) -> Callable[..., VLMoEForConditionalGeneration]:
+    """`tiny_model(config)` or `tiny_model(text={...}, vision={...}, **top)`: seeded, in eval mode."""
+
+    def make(
+        config: VLMoEConfig | None = None, seed: int = 0, **fields: Any
+    ) -> VLMoEForConditionalGeneration:
+        torch.manual_seed(seed)
+        return VLMoEForConditionalGeneration(config or tiny_config(**fields)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with the special tokens of the chat format."""
+    return train_tokenizer(TEXTS, vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def processor(
+    tiny_config: Callable[..., VLMoEConfig], tokenizer: PreTrainedTokenizerBase
+) -> VLMoEProcessor:
+    """The processor of `tiny_config()`: fixed resolution; up to 4 x 4 tiles where a call tiles."""
+    return VLMoEProcessor.for_config(tiny_config(), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_image() -> Callable[..., Image.Image]:
+    """`make_image(seed, size=(width, height), mode="RGB")`: an image of random pixels."""
+
+    def make(seed: int = 0, size: tuple[int, int] = IMAGE_SIZE, mode: str = "RGB") -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), np.uint8)
+        return Image.fromarray(pixels if mode == "RGBA" else pixels[..., :3]).convert(mode)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_folder(
+    tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., Image.Image]
+) -> Path:
+    """A folder with `train.jsonl` (10 images, 2 questions each) and `test.jsonl` (3 images)."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 10), ("test", 3)):
+        rows = []
+        for number in range(count):
+            name = f"{split}_{number}.png"
+            make_image(len(split) * 100 + number).save(folder / name)
+            pairs = [
+                ("what color is the shape?", "blue"),
+                ("is it red?", ("yes", "no")[number % 2]),
+            ]
+            rows.append(
+                {
+                    "messages": [conversation(*pair) for pair in pairs],
+                    "images": [name],
+                    "question_type": ["color", "yes/no"],
+                }
+            )
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def conversation(question: str, answer: str) -> list[dict[str, Any]]:
+    """One question about one image, with its answer."""
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+@pytest.fixture(scope="session")
+def saved_model(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """A folder with a tiny model (with dropout, for training) and the processor that fits it."""
+    folder = tmp_path_factory.mktemp("model")
+    text = {
+        "vocab_size": VOCABULARY,
+        "attention_dropout": 0.1,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = tiny_model(text=text, vision={"attention_dropout": 0.1})
+    model.save_pretrained(folder)
+    VLMoEProcessor.for_config(model.config, tokenizer).save_pretrained(folder)
+    return folder
