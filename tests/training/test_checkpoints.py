@@ -1,0 +1,199 @@
+"""Whole checkpoints are told from broken ones, file by file."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmoe.training.checkpoints import (
+    checkpoint_folders,
+    checkpoint_problems,
+    find_checkpoint,
+    last_complete_checkpoint,
+    model_problems,
+    set_aside_newer,
+)
+from vlmoe.training.file_checks import tensor_shapes
+from vlmoe_cli.options import DataOptions, ModelOptions
+from vlmoe_cli.train import train
+from vlmoe_cli.training_arguments import training_arguments
+
+NEEDED = (
+    "config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "processor_config.json",
+    "rng_state.pth",
+    "scheduler.pt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+)
+CHECKED = (*NEEDED, "generation_config.json", "training_args.bin")
+
+
+@pytest.fixture(scope="module")
+def run_folder(
+    tmp_path_factory: pytest.TempPathFactory, saved_model: Path, data_folder: Path
+) -> Path:
+    """The output folder of a real training: checkpoint-1, checkpoint-2, the final model."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = training_arguments(
+        output_dir=str(folder),
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        report_to="none",
+        use_cpu=True,
+    )
+    data = DataOptions(dataset=str(data_folder), max_train_rows=2)
+    train(ModelOptions(model=str(saved_model)), data, arguments)
+    return folder
+
+
+@pytest.fixture
+def run_copy(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+def truncate(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+
+
+def truncate_a_little(file: Path) -> None:
+    content = file.read_bytes().rstrip()
+    file.write_bytes(content[:-1])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def overwrite_start(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(b"\x00\xff" * 32 + content[64:])
+
+
+def test_a_checkpoint_that_trainer_finished_is_whole(run_folder: Path) -> None:
+    assert [folder.name for folder in checkpoint_folders(run_folder)] == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    assert checkpoint_problems(run_folder / "checkpoint-2") == []
+    assert last_complete_checkpoint(run_folder) == run_folder / "checkpoint-2"
+    assert model_problems(run_folder) == []
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_file_is_named_and_the_folder_skipped(
+    run_copy: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run_copy / "checkpoint-2" / name).unlink()
+    [problem] = checkpoint_problems(run_copy / "checkpoint-2")
+    assert problem.startswith(f"{name}: missing")
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(run_copy) == run_copy / "checkpoint-1"
+    assert "checkpoint-2" in caplog.text and name in caplog.text
+
+
+@pytest.mark.parametrize("damage", [truncate, truncate_a_little, empty, overwrite_start])
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_damaged_file_is_named(run_copy: Path, name: str, damage: Callable[[Path], None]) -> None:
+    checkpoint = run_copy / "checkpoint-2"
+    damage(checkpoint / name)
+    [problem] = checkpoint_problems(checkpoint)
+    assert problem.startswith(f"{name}: ")
+    with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed from: {name}: "):
+        find_checkpoint(str(checkpoint), run_copy)
+
+
+def test_a_flipped_byte_in_an_archive_is_seen(run_copy: Path) -> None:
+    file = run_copy / "checkpoint-2" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    assert "optimizer.pt" in checkpoint_problems(run_copy / "checkpoint-2")[0]
+
+
+def test_a_checkpoint_is_of_the_step_that_its_name_says(run_copy: Path) -> None:
+    (run_copy / "checkpoint-2").rename(run_copy / "checkpoint-7")
+    assert checkpoint_problems(run_copy / "checkpoint-7") == [
+        "trainer_state.json: is of step 2, not of step 7"
+    ]
+    (run_copy / "checkpoint-7").rename(run_copy / "kept")
+    assert checkpoint_problems(run_copy / "kept") == []
+
+
+def test_a_checkpoint_that_a_signal_handler_did_not_finish_is_incomplete(run_copy: Path) -> None:
+    (run_copy / "checkpoint-2" / "checkpoint-is-incomplete.txt").write_text("step 2")
+    assert "checkpoint-is-incomplete.txt" in checkpoint_problems(run_copy / "checkpoint-2")[0]
+
+
+def test_shards_are_held_against_their_index(
+    tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert model_problems(tmp_path) == []
+    lost = min(load_file(shards[1]))
+    index_file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"][f"{lost}.other"] = shards[1].name
+    index_file.write_text(json.dumps(index))
+    assert model_problems(tmp_path) == [
+        f"model.safetensors.index.json: the tensor {lost}.other is in no shard"
+    ]
+    shards[1].unlink()
+    assert model_problems(tmp_path) == [
+        f"model.safetensors.index.json: the shard {shards[1].name} is missing"
+    ]
+
+
+def test_tensor_shapes_are_those_of_the_tensors(run_folder: Path) -> None:
+    tensors = load_file(run_folder / "model.safetensors")
+    assert tensor_shapes(run_folder) == {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("word", ["last", "true", "True", True])
+def test_last_means_the_newest_whole_checkpoint(run_copy: Path, word: str | bool) -> None:
+    (run_copy / "checkpoint-2" / "trainer_state.json").unlink()
+    assert find_checkpoint(word, run_copy) == run_copy / "checkpoint-1"
+
+
+def test_last_starts_from_the_beginning_where_nothing_is_whole(
+    run_copy: Path, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        (run_copy / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    assert find_checkpoint("last", run_copy) is None
+    assert find_checkpoint("last", tmp_path / "new") is None
+
+
+@pytest.mark.parametrize("word", [None, "", "false", False])
+def test_a_new_run_does_not_mix_with_an_older_one(
+    run_copy: Path, tmp_path: Path, word: str | bool | None
+) -> None:
+    assert find_checkpoint(word, tmp_path / "new") is None
+    with pytest.raises(ValueError, match=r"checkpoint-2 .*--resume_from_checkpoint last"):
+        find_checkpoint(word, run_copy)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="checkpoint-99"):
+        find_checkpoint(str(tmp_path / "checkpoint-99"), tmp_path)
+
+
+def test_later_checkpoints_make_way_for_the_run_that_starts_earlier(run_copy: Path) -> None:
+    shutil.copytree(run_copy / "checkpoint-1", run_copy / "checkpoint-3")  # incomplete: wrong step
+    set_aside_newer(run_copy, run_copy / "checkpoint-1")
+    assert [folder.name for folder in checkpoint_folders(run_copy)] == ["checkpoint-1"]
+    assert checkpoint_problems(run_copy / "replaced-checkpoint-2") == []
+    assert not list(run_copy.glob("*checkpoint-3*"))

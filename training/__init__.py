@@ -1,0 +1,1 @@
+"""Data, collation, metrics and checkpoints for training."""

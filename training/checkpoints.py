@@ -1,0 +1,235 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Which checkpoint of a run is whole, and which one to resume from.
+
+`transformers.Trainer` writes a checkpoint in place: first the weights, then config, processor and
+`training_args.bin`, then `optimizer.pt`, `scheduler.pt`, `scaler.pt`, `rng_state*.pth`, and
+`trainer_state.json` last. Its own `get_last_checkpoint` takes the highest number, whatever is in
+that folder. A run that is killed while it writes leaves a folder that has to be told from a whole
+one, so each file is judged (file_checks.py), and `trainer_state.json` must count as many steps as
+the folder's name says.
+"""
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .atomic_files import remove_folder
+from .file_checks import content_problems, json_problem
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+LAST_WORDS = ("last", "true")
+NO_WORDS = ("", "false", "no", "none")
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+)
+_FULL_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What stands for the optimizer: plain Trainer, FSDP (one file, or a folder of shards), DeepSpeed.
+_OPTIMIZER_PATTERNS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+# A model with a vision tower that was saved with its processor cannot do without these.
+_PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
+_VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+
+
+def checkpoint_problems(path: str | Path) -> list[str]:
+    """What keeps the folder from being resumed from, one `file: problem` each; an empty list for a
+    whole checkpoint."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
+    return [
+        *_state_problems(folder),
+        *_presence_problems(folder),
+        *content_problems(folder, (STATE_FILE,)),
+    ]
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole `checkpoint-<step>` in `output_dir`, or None; incomplete ones are named in a
+    warning."""
+    for folder in reversed(checkpoint_folders(output_dir)):
+        problems = checkpoint_problems(folder)
+        if not problems:
+            return folder
+        logger.warning("Skipping the incomplete checkpoint %s: %s", folder, "; ".join(problems))
+    return None
+
+
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """All `checkpoint-<step>` folders in `output_dir`, whole or not, by step."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    found = [
+        path
+        for path in output_dir.iterdir()
+        if path.is_dir() and _FULL_CHECKPOINT.fullmatch(path.name)
+    ]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in the name of a `checkpoint-<step>` folder; -1 for another name."""
+    match = _FULL_CHECKPOINT.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means, or None to start from the beginning.
+
+    - `last` or `true`: the newest whole checkpoint in `output_dir`; where there is none, training
+      starts from the beginning, so that one command both starts a run and continues it after a
+      kill;
+    - a path: that checkpoint, which must be whole;
+    - nothing, or `false`: a new run, for which `output_dir` must not hold checkpoints of another
+      one.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the checkpoint is not whole, or a new run would mix with the checkpoints of an
+            older one.
+    """
+    word = "" if resume is None else str(resume)
+    if word.lower() in NO_WORDS:
+        found = checkpoint_folders(output_dir)
+        if found:
+            raise ValueError(
+                f"{output_dir} already holds {found[-1].name} of an earlier run. Go on with it by "
+                "--resume_from_checkpoint last, choose another --output_dir, or delete it."
+            )
+        return None
+    if word.lower() in LAST_WORDS:
+        checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint is None:
+            logger.warning(
+                "%s holds no complete checkpoint: training starts from the beginning.", output_dir
+            )
+        return checkpoint
+    return require_complete(word)
+
+
+def set_aside_newer(output_dir: str | Path, checkpoint: Path | None) -> None:
+    """Take checkpoints later than `checkpoint` (None: all) out of the way of the run that starts
+    there.
+
+    Trainer would write into such folders, file by file, and a kill would leave old and new files
+    mixed. Incomplete ones are deleted; complete ones, of a course that is given up, are renamed to
+    `replaced-checkpoint-<step>`.
+    """
+    start = -1 if checkpoint is None else read_state(checkpoint)["global_step"]
+    for folder in checkpoint_folders(output_dir):
+        if checkpoint_step(folder) <= start or (checkpoint and folder.samefile(checkpoint)):
+            continue
+        if checkpoint_problems(folder):
+            logger.warning("Deleting the incomplete checkpoint %s.", folder)
+            remove_folder(folder)
+        else:
+            target = _free_name(folder.with_name(f"replaced-{folder.name}"))
+            logger.warning(
+                "%s is later than where this run starts: renamed to %s.", folder, target.name
+            )
+            folder.rename(target)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number that makes it new."""
+    candidates = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return path if not path.exists() else next(each for each in candidates if not each.exists())
+
+
+def require_complete(path: str | Path) -> Path:
+    """`path` itself, if it is a whole checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the checkpoint is not whole; the message names each file and its problem.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no checkpoint folder {folder}. Give a checkpoint-<step> folder, or `last`."
+        )
+    problems = checkpoint_problems(folder)
+    if problems:
+        raise ValueError(f"The checkpoint {folder} cannot be resumed from: {'; '.join(problems)}.")
+    return folder
+
+
+def model_problems(path: str | Path) -> list[str]:
+    """What keeps a folder from being loaded as a model, one `file: problem` each; an empty list if
+    nothing does."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
+    return [*_model_presence_problems(folder), *content_problems(folder)]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer state of a whole checkpoint, as a dict: `global_step`, `log_history`, ..."""
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def _state_problems(folder: Path) -> Iterator[str]:
+    file = folder / STATE_FILE
+    if not file.is_file():
+        yield f"{STATE_FILE}: missing (Trainer writes it last: the checkpoint was not finished)"
+        return
+    try:
+        state = read_state(folder)
+    except ValueError as error:
+        yield f"{STATE_FILE}: not valid JSON ({error})"
+        return
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not isinstance(step, int):
+        yield f"{STATE_FILE}: no global_step"
+    elif checkpoint_step(folder) not in (-1, step):
+        yield f"{STATE_FILE}: is of step {step}, not of step {checkpoint_step(folder)}"
+
+
+def _presence_problems(folder: Path) -> Iterator[str]:
+    """Files without which Trainer would go on silently with a fresh optimizer, scheduler or random
+    state."""
+    yield from _model_presence_problems(folder)
+    names = [path.name for path in folder.iterdir()]
+    if "checkpoint-is-incomplete.txt" in names:
+        yield "checkpoint-is-incomplete.txt: Trainer was writing on a signal and did not finish"
+    if not any(True for pattern in _OPTIMIZER_PATTERNS for _ in folder.glob(pattern)):
+        yield "optimizer.pt: missing (a checkpoint of --save_only_model cannot be resumed from)"
+    if "scheduler.pt" not in names and not any(name.startswith("global_step") for name in names):
+        yield "scheduler.pt: missing"
+    if not any(folder.glob("rng_state*.pth")):
+        yield "rng_state.pth: missing"
+
+
+def _model_presence_problems(folder: Path) -> Iterator[str]:
+    names = [path.name for path in folder.iterdir()]
+    has_weights = any(
+        name in names
+        for name in (*_WEIGHT_FILES, *(f"{file}.index.json" for file in _WEIGHT_FILES))
+    )
+    if not has_weights and not any(
+        name.startswith(("pytorch_model_fsdp", "global_step")) for name in names
+    ):
+        yield "model.safetensors: missing"
+    if not {"config.json", "adapter_config.json"} & set(names):
+        yield "config.json: missing"
+    if {"tokenizer.json", *_PROCESSOR_FILES} & set(names) and "vision_config" in _config_of(folder):
+        yield from (f"{name}: missing" for name in _PROCESSOR_FILES if name not in names)
+        if not any(True for pattern in _VOCABULARY_PATTERNS for _ in folder.glob(pattern)):
+            yield "tokenizer.json: missing"
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file() or json_problem(file):
+        return {}  # reported by itself
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,256 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Dataset rows to batches: for training, and as prompts for generation.
+
+- The form of a row is described in `conversations.py`. A row with several conversations about the
+  same images becomes one token row per conversation.
+- Training: right padding, loss on every assistant turn (its content and `<|end|>`), nowhere else.
+- Prompts: the last assistant turn becomes the reference, left padding.
+- An image that several token rows use is encoded once: `pixel_values` is then flat,
+  `(distinct tiles, 3, H, W)`, and `image_index` `(batch, max tiles)` says which tiles a row uses,
+  in order, -1 after them. Without shared images, or with `share_images=False`, `pixel_values` is
+  `(batch, max tiles, 3, H, W)` with `pixel_attention_mask` `(batch, max tiles, H, W)`; so it is,
+  too, where an image processor pads inside a tile, since the flat layout has no mask.
+
+`transformers.TrainingArguments` needs `remove_unused_columns=False`: the trainer would otherwise
+drop `messages` and `images`, which are no arguments of the model. The flat layout is not batch
+first: it must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.DataParallel`); use
+`share_images=False` there. Each data loader worker has caches of its own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .conversations import parse_row, split_reference
+from .encoding import ConversationEncoder, EncodedConversation, EncodedImage, ImageEncoder
+
+IGNORE_INDEX = -100
+MEGABYTE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts for `model.generate(**inputs)` and what is known of their answers.
+
+    `references`, `question_types` and `names` have one entry per prompt, in the order of the rows
+    and of the conversations in each; a question type is "" where the row has none.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    references: list[str]
+    question_types: list[str]
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One conversation: its token ids and assistant mask in pieces, `length` in all, and images."""
+
+    ids: Sequence[np.ndarray]
+    mask: Sequence[np.ndarray]
+    length: int
+    images: list[EncodedImage]
+
+
+class RowCollator:
+    """What the two collators share.
+
+    Arguments:
+        processor: a `VLMoEProcessor`; its chat template must have `{% generation %}` blocks.
+        max_length: longest token row allowed (None: any); the subclasses say what happens then.
+        share_images: encode an image that several token rows use once (module docstring).
+        pad_to_multiple_of: round the padded length up, for kernels that like round numbers.
+        image_cache_mb: bound in MiB on the processed tiles that are remembered; 0 for none.
+        text_cache_mb: the same for rendered and tokenised conversations.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        *,
+        share_images: bool = True,
+        pad_to_multiple_of: int | None = None,
+        image_cache_mb: int = 512,
+        text_cache_mb: int = 64,
+    ) -> None:
+        """Raises `ValueError` for a template without generation blocks or a length below 1."""
+        for field, value in (
+            ("max_length", max_length),
+            ("pad_to_multiple_of", pad_to_multiple_of),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1 or None, got {value}.")
+        self.max_length = max_length
+        self.share_images = share_images
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_token_id = int(processor.tokenizer.pad_token_id)
+        self.encode_conversation = ConversationEncoder(processor, text_cache_mb * MEGABYTE)
+        self.encode_image = ImageEncoder(processor, image_cache_mb * MEGABYTE)
+
+    def _images(self, images: Sequence[Any], name: str) -> list[EncodedImage]:
+        """Encode the images of a row."""
+        return [self.encode_image(image, f"{name}, image {i}") for i, image in enumerate(images)]
+
+    def _token_row(
+        self, encoded: EncodedConversation, images: list[EncodedImage], name: str
+    ) -> TokenRow:
+        """Fill the gaps of a conversation with the tokens of its images."""
+        ids, mask = encoded.segments[:1], encoded.masks[:1]
+        if images:
+            between = zip(images, encoded.segments[1:], encoded.masks[1:], strict=True)
+            for image, segment, segment_mask in between:
+                ids += (image.token_ids, segment)
+                mask += (image.token_mask, segment_mask)
+        row = TokenRow(ids, mask, sum(map(len, ids)), images)
+        if self.max_length is None or row.length <= self.max_length:
+            return row
+        images_end = row.length - len(ids[-1]) if images else 0
+        return self._shorten(row, images_end, self.max_length, name)
+
+    def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
+        """Cut a row that is longer than `max_length`, or raise `ValueError` naming it."""
+        raise NotImplementedError
+
+    def _pad(self, rows: list[TokenRow], side: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Text inputs (batch, length), and the assistant mask (batch, length)."""
+        lengths = np.array([row.length for row in rows])
+        width = int(lengths.max())
+        if self.pad_to_multiple_of is not None:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        columns, widths = np.arange(width)[None, :], lengths[:, None]
+        valid = columns < widths if side == "right" else columns >= width - widths
+        token_ids = np.full(valid.shape, self.pad_token_id, dtype=np.int64)
+        token_ids[valid] = np.concatenate([piece for row in rows for piece in row.ids])
+        mask = np.zeros(valid.shape, dtype=bool)
+        mask[valid] = np.concatenate([piece for row in rows for piece in row.mask])
+        input_ids = torch.from_numpy(token_ids)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": torch.from_numpy(valid.astype(np.int64)),
+            "mm_token_type_ids": (input_ids == self.encode_conversation.image_token_id).long(),
+        }
+        return batch, torch.from_numpy(mask)
+
+    def _pixels(self, rows: list[TokenRow]) -> dict[str, torch.Tensor]:
+        """The images of the batch in one of the two layouts; nothing for a batch without images."""
+        uses = [image for row in rows for image in row.images]
+        distinct = {image.key: image for image in uses}
+        if not distinct:
+            return {}
+        is_shared = len(distinct) < len(uses)
+        if self.share_images and is_shared and all(image.is_full for image in distinct.values()):
+            return _shared_layout(rows, distinct)
+        return _batch_first_layout(rows)
+
+
+class VLMoECollator(RowCollator):
+    """Rows -> training batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, images.
+
+    Arguments as in `RowCollator`. A row longer than `max_length` loses the text after it; a row
+    whose images reach beyond it is an error.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
+        token_rows = []
+        for position, row in enumerate(rows):
+            parsed = parse_row(row, position)
+            images = self._images(parsed.images, parsed.name)
+            for conversation in parsed.conversations:
+                encoded = self.encode_conversation(conversation, parsed.name)
+                token_rows.append(self._token_row(encoded, images, parsed.name))
+        batch, mask = self._pad(token_rows, side="right")
+        labels = batch["input_ids"].masked_fill(~mask, IGNORE_INDEX)
+        return {**batch, "labels": labels, **self._pixels(token_rows)}
+
+    def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
+        """Cut off the text after `max_length`, never an image."""
+        if images_end > max_length:
+            raise ValueError(
+                f"{name}: truncation to max_length={max_length} would cut an image; the sample has "
+                f"{row.length} tokens, its images end at token {images_end}. Raise "
+                "max_length, or drop the sample."
+            )
+        ids, mask = np.concatenate(row.ids)[:max_length], np.concatenate(row.mask)[:max_length]
+        return TokenRow([ids], [mask], max_length, row.images)
+
+
+class VLMoEPromptCollator(RowCollator):
+    """Rows -> `PromptBatch`: the last assistant turn taken off, left padding.
+
+    Arguments as in `RowCollator`. A prompt longer than `max_length` is an error: cutting it would
+    cut the question.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PromptBatch:
+        """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
+        token_rows, references, types, names = [], [], [], []
+        for position, row in enumerate(rows):
+            parsed = parse_row(row, position)
+            images = self._images(parsed.images, parsed.name)
+            for conversation in parsed.conversations:
+                prompt, reference = split_reference(conversation, parsed.name)
+                encoded = self.encode_conversation(prompt, parsed.name, generation_prompt=True)
+                token_rows.append(self._token_row(encoded, images, parsed.name))
+                references.append(reference)
+                names.append(parsed.name)
+            types += parsed.question_types
+        batch, _ = self._pad(token_rows, side="left")
+        return PromptBatch({**batch, **self._pixels(token_rows)}, references, types, names)
+
+    def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
+        """A prompt is never cut."""
+        raise ValueError(
+            f"{name}: the prompt has {row.length} tokens, more than "
+            f"max_length={max_length}. Raise max_length, or drop the sample."
+        )
+
+
+def require_label_tokens(dataset: Iterable[Mapping[str, Any]], collator: VLMoECollator) -> None:
+    """Raise `ValueError` unless some row has a token with a loss; rows are read until one has."""
+    count = 0
+    for count, row in enumerate(dataset, start=1):  # noqa: B007
+        if (collator([row])["labels"][:, 1:] != IGNORE_INDEX).any():
+            return
+    raise ValueError(
+        f"a dataset without any label token: none of its {count} rows has an assistant turn within "
+        f"max_length={collator.max_length}, so there is nothing to learn from."
+    )
+
+
+def _shared_layout(
+    rows: list[TokenRow], distinct: dict[bytes, EncodedImage]
+) -> dict[str, torch.Tensor]:
+    """Every distinct image once, and for each row the indices of its tiles."""
+    tile_indices: dict[bytes, range] = {}
+    start = 0
+    for key, image in distinct.items():
+        tile_indices[key] = range(start, start + len(image.tiles))
+        start += len(image.tiles)
+    per_row = [[i for image in row.images for i in tile_indices[image.key]] for row in rows]
+    width = max(map(len, per_row))
+    index = torch.tensor([indices + [-1] * (width - len(indices)) for indices in per_row])
+    return {
+        "pixel_values": torch.cat([image.tiles for image in distinct.values()]),
+        "image_index": index,
+    }
+
+
+def _batch_first_layout(rows: list[TokenRow]) -> dict[str, torch.Tensor]:
+    """(batch, max tiles, 3, H, W), all-zero tiles after a row's own, and the pixel mask."""
+    width = max(sum(len(image.tiles) for image in row.images) for row in rows)
+    some = next(image for row in rows for image in row.images)
+    pixels = some.tiles.new_zeros(len(rows), width, *some.tiles.shape[1:])
+    mask = torch.zeros(len(rows), width, *some.tile_mask.shape[1:], dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = 0
+        for image in row.images:
+            stop = start + len(image.tiles)
+            pixels[i, start:stop] = image.tiles
+            mask[i, start:stop] = image.tile_mask
+            start = stop
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}

@@ -1,0 +1,216 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Dataset rows in the conversational form: reading, checking, taking apart.
+
+A row is `{"messages": [...], "images": [...]}`. `messages` is one conversation (a list of turns
+`{"role": ..., "content": ...}`) or a list of conversations about the same images. `content` is a
+string or a list of parts, `{"type": "image"}` or `{"type": "text", "text": ...}`; keys with the
+value None, which Arrow adds, count as absent. Every conversation names every image of its row once,
+in order. `question_type`, optional, is a string or one string per conversation; `id`, optional,
+names the row in messages.
+
+Here each conversation becomes a tuple of `Turn`s: hashable, so that it can be a cache key.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeGuard
+
+ROLES = ("system", "user", "assistant")
+IMAGE = None
+"""Stands for an image among the parts of a `Turn`; text parts are strings."""
+
+
+class Turn(NamedTuple):
+    """One message: who speaks, and its parts (a string, or `IMAGE`)."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part for part in self.parts if part is not IMAGE)
+
+    def as_message(self) -> dict[str, Any]:
+        """The message as a chat template takes it."""
+        content = [
+            {"type": "image"} if part is IMAGE else {"type": "text", "text": part}
+            for part in self.parts
+        ]
+        return {"role": self.role, "content": content}
+
+
+Conversation = tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """A checked dataset row; `question_types` has one entry per conversation, "" for none."""
+
+    name: str
+    conversations: list[Conversation]
+    images: Sequence[Any]
+    question_types: list[str]
+
+
+def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
+    """Check a row and take it apart.
+
+    Raises `ValueError` naming the row (by its `id`, else by `position` in the batch, and by its
+    first question) when it does not follow the form that this module describes.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {position} of the batch is a {type(row).__name__}, not a mapping.")
+    name = row_name(row, position)
+    messages = row.get("messages")
+    if not _is_list(messages) or not messages:
+        raise ValueError(
+            f"{name}: `messages` must be a list of messages or of conversations, got "
+            f"{messages!r:.80}; its columns are {sorted(row)}."
+        )
+    conversations = [_parse_conversation(c, name) for c in split_conversations(messages)]
+    images = row.get("images")
+    images = [] if images is None else images
+    if not _is_list(images):
+        raise ValueError(f"{name}: `images` must be a list, got {type(images).__name__}.")
+    for conversation in conversations:
+        named = count_images(conversation)
+        if named != len(images):
+            raise ValueError(
+                f"{name}: a conversation has {named} image parts, but the row has {len(images)} "
+                'images; give one {"type": "image"} part per image, in order.'
+            )
+    types = _question_types(row.get("question_type"), len(conversations), name)
+    return ParsedRow(name, conversations, images, types)
+
+
+def row_name(row: Mapping[str, Any], position: int) -> str:
+    """How errors call a row: its `id` or its position in the batch, and its first question."""
+    name = f"row {row['id']!r}" if row.get("id") is not None else f"row {position} of the batch"
+    question = next(_user_texts(row.get("messages")), None)
+    return name if question is None else f"{name} ({question[:60]!r})"
+
+
+def split_conversations(messages: Sequence[Any]) -> Sequence[Any]:
+    """The conversations of a `messages` entry: itself, if it is a list of lists."""
+    return messages if _is_list(messages[0]) else [messages]
+
+
+def count_images(conversation: Conversation) -> int:
+    """The number of image parts of a conversation."""
+    return sum(turn.parts.count(IMAGE) for turn in conversation)
+
+
+def split_reference(conversation: Conversation, name: str) -> tuple[Conversation, str]:
+    """The conversation without its last turn, and that turn's text, the reference answer.
+
+    Raises `ValueError` naming the row when the last turn is not the assistant's.
+    """
+    if conversation[-1].role != "assistant":
+        raise ValueError(
+            f"{name}: the last message must be the assistant's, to serve as the reference answer; "
+            f"it is the {conversation[-1].role}'s."
+        )
+    return conversation[:-1], conversation[-1].text()
+
+
+def without_image_parts(messages: Sequence[Any]) -> list[Any]:
+    """A `messages` entry with every image part taken out, its nesting kept."""
+    return [
+        without_image_parts(item) if _is_list(item) else _message_without_images(item)
+        for item in messages
+    ]
+
+
+def has_image_parts(messages: Sequence[Any]) -> bool:
+    """Whether a `messages` entry holds any image part."""
+    return any(
+        isinstance(part, Mapping) and part.get("type") == "image"
+        for conversation in split_conversations(messages)
+        for message in conversation
+        for part in (message["content"] if _is_list(message["content"]) else ())
+    )
+
+
+def _parse_conversation(messages: Any, name: str) -> Conversation:
+    """One conversation as a tuple of turns, checked."""
+    if not _is_list(messages) or not messages:
+        raise ValueError(
+            f"{name}: a conversation must be a list of messages, got {messages!r:.80}."
+        )
+    turns = tuple([_parse_turn(message, name) for message in messages])
+    roles = [turn.role for turn in turns]
+    if "user" not in roles:
+        raise ValueError(f"{name}: a conversation has no user turn; its roles are {roles}.")
+    return turns
+
+
+def _parse_turn(message: Any, name: str) -> Turn:
+    """One message as a `Turn`, checked."""
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise ValueError(f"{name}: a message needs `role` and `content`, got {message!r:.80}.")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(f"{name}: unknown role {role!r}; allowed are {', '.join(ROLES)}.")
+    if isinstance(content, str):
+        return Turn(role, (content,))
+    if not _is_list(content):
+        raise ValueError(
+            f"{name}: the content of the {role} turn must be a string or a list of parts, got "
+            f"{content!r:.80}."
+        )
+    parts = tuple([_parse_part(part, name) for part in content])
+    if role == "assistant" and IMAGE in parts:
+        raise ValueError(f"{name}: an assistant turn holds an image; only text can be learned.")
+    return Turn(role, parts)
+
+
+def _parse_part(part: Any, name: str) -> str | None:
+    """A text part's string, or `IMAGE`."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image":
+        return IMAGE
+    raise ValueError(
+        f"{name}: unknown content part {part!r:.80}; allowed are "
+        '{"type": "image"} and {"type": "text", "text": "..."}.'
+    )
+
+
+def _question_types(value: Any, count: int, name: str) -> list[str]:
+    """One question type per conversation, "" for none."""
+    if value is None or isinstance(value, str):
+        return [value or ""] * count
+    if not _is_list(value) or len(value) != count:
+        raise ValueError(
+            f"{name}: `question_type` must be a string or one string per conversation ({count}), "
+            f"got {value!r:.80}."
+        )
+    return [kind or "" for kind in value]
+
+
+def _message_without_images(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content has no image part."""
+    content = message["content"]
+    if _is_list(content):
+        content = [part for part in content if part.get("type") != "image"]
+    return {**message, "content": content}
+
+
+def _user_texts(messages: Any) -> Iterator[str]:
+    """The texts of the user turns of any `messages` value, however broken it is."""
+    if _is_list(messages):
+        for item in messages:
+            yield from _user_texts(item)
+    elif isinstance(messages, Mapping) and messages.get("role") == "user":
+        content = messages.get("content")
+        parts: Sequence[Any] = content if _is_list(content) else [{"text": content}]
+        for part in parts:
+            text = part.get("text") if isinstance(part, Mapping) else None
+            if isinstance(text, str):
+                yield text
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a value is a list in the sense of a dataset row."""
+    return isinstance(value, (list, tuple))

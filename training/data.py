@@ -1,0 +1,156 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Datasets in the conversational form, from wherever they are.
+
+`load_rows` gives a `datasets.Dataset` with the columns
+
+- `id`: string, names the row in errors: the source's own `id`, or "split[number]";
+- `messages`: as the source has them; `conversations.py` describes the form;
+- `images`: `List(datasets.Image(decode=False))`. Images stay encoded until they are collated, which
+  is several times faster (the collator remembers processed images by their bytes) and lets a broken
+  one be reported by name. `vlmoe.training.images.open_image(row["images"][0], row["id"])` gives a
+  PIL image;
+- `question_type`, if the source has it: a string or one per conversation, for tables by type.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .conversations import has_image_parts, without_image_parts
+from .images import mirror_image
+from .local_files import FORMATS, IMAGE_COLUMNS, read_local, with_image_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROWS_CHECKED_FOR_IMAGES = 100
+
+
+def load_rows(
+    source: str,
+    split: str = "train",
+    *,
+    limit: int | None = None,
+    mirror: bool = False,
+    with_images: bool = True,
+    config_name: str | None = None,
+) -> "Dataset":
+    """Load a split as conversational rows.
+
+    Arguments:
+        source: `easy_vqa`, `easy_vqa_captions`, a parquet, json or jsonl file, a folder of them, an
+            image folder with `metadata.jsonl`, a folder written by `save_to_disk`, or the id of a
+            dataset on the Hub.
+        split: its name; on the Hub also a slice such as `train[:10%]`.
+        limit: keep the first rows only.
+        mirror: append a copy of every row with its images mirrored left to right. The copies are
+            made once, so that every epoch and every resumed run sees the same; the texts stay, so
+            they must not speak of left and right, nor the images show text.
+        with_images: False takes images and image parts away, for a question-only baseline.
+        config_name: the configuration of a Hub dataset that has several.
+
+    Raises `FileNotFoundError` for a source that does not exist and `ValueError` for a split it does
+    not have, missing columns, unreadable or no rows; each names the culprit. Single rows are
+    checked when they are collated.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None, got {limit}.")
+    rows = _standard_columns(_read(source, split, config_name), source, split)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    if not with_images:
+        rows = _without_images(rows)
+    return _with_mirrored_copies(rows) if mirror else rows
+
+
+def _read(source: str, split: str, config_name: str | None) -> "Dataset":
+    """The rows of a source, images normalised to one column."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'loading data needs the datasets library: pip install "vlmoe[train]".'
+        ) from error
+    if source in ("easy_vqa", "easy_vqa_captions"):
+        from .easy_vqa import caption_rows, question_rows
+
+        return question_rows(split) if source == "easy_vqa" else caption_rows(split)
+    path = Path(source).expanduser()
+    if path.exists():
+        return read_local(path, split)
+    if path.is_absolute() or source.startswith((".", "~")) or path.suffix in FORMATS:
+        raise FileNotFoundError(f"there is no file or folder {source}.")
+    return with_image_column(_read_hub(source, split, config_name), None)
+
+
+def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
+    """A dataset of the Hub; its errors in one sentence."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source, name=config_name, split=split)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source!r} is no file or folder here, not easy_vqa or easy_vqa_captions, and could "
+            f"not be read from the Hub: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"the dataset {source!r}, split {split!r}: {error}") from error
+
+
+def _standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
+    """The columns that this module promises, in their order."""
+    from datasets import Image, List, Value
+
+    if len(rows) == 0:
+        raise ValueError(f"empty dataset: split {split!r} of {source} has no rows.")
+    if "messages" not in rows.column_names:
+        raise ValueError(
+            f"{source} lacks the column `messages`; it has: {', '.join(rows.column_names)}. Needed "
+            "are `messages` (conversations) and, for images, `images` (a list of images per row)."
+        )
+    if "images" not in rows.column_names:
+        first = rows.select(range(min(ROWS_CHECKED_FOR_IMAGES, len(rows))))["messages"]
+        if any(has_image_parts(messages) for messages in first):
+            raise ValueError(
+                f"the messages of {source} have image parts, but there is no image column "
+                f"({' or '.join(IMAGE_COLUMNS)}); it has: {', '.join(rows.column_names)}."
+            )
+        nothing: list[list[Any]] = [[] for _ in range(len(rows))]
+        rows = rows.add_column("images", nothing, feature=List(Image(decode=False)))
+    given = list(rows["id"]) if "id" in rows.column_names else [None] * len(rows)
+    ids = [f"{split}[{i}]" if value is None else str(value) for i, value in enumerate(given)]
+    rows = rows.remove_columns("id") if "id" in rows.column_names else rows
+    rows = rows.add_column("id", ids, feature=Value("string"))
+    optional = ["question_type"] if "question_type" in rows.column_names else []
+    return rows.select_columns(["id", "messages", "images", *optional])
+
+
+def _without_images(rows: "Dataset") -> "Dataset":
+    """The rows without images and image parts."""
+    return rows.map(
+        _text_of_batch, batched=True, features=rows.features, desc="removing images"
+    ).select_columns(rows.column_names)
+
+
+def _with_mirrored_copies(rows: "Dataset") -> "Dataset":
+    """The rows, then their mirrored copies in the same order."""
+    from datasets import concatenate_datasets
+
+    mirrored = rows.map(_mirrored_row, features=rows.features, desc="mirroring images")
+    return concatenate_datasets([rows, mirrored]).select_columns(rows.column_names)
+
+
+# Functions of the module, not lambdas: `datasets` names its cache by them, and cannot hash lambdas
+# whose callees are recursive.
+
+
+def _text_of_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The changed columns of a batch of rows without images."""
+    messages = [without_image_parts(messages) for messages in batch["messages"]]
+    return {"messages": messages, "images": [[] for _ in messages]}
+
+
+def _mirrored_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The changed columns of a row with mirrored images."""
+    images = [mirror_image(image, f"row {row['id']!r}") for image in row["images"]]
+    return {"id": f"{row['id']} mirrored", "images": images}

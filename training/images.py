@@ -1,0 +1,53 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Images as a dataset row holds them: opening, content keys, mirroring.
+
+A row may hold an image as a PIL image, encoded bytes, a file path, or the
+`{"bytes": ..., "path": ...}` of an undecoded `datasets.Image` column. An image that cannot be used
+raises `ValueError` with the name it is given here, so that one bad file among a million is found.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from ..processing.image_checks import load_rgb_image
+
+
+def encoded_content(value: Any) -> bytes | None:
+    """The bytes of an image file, where `value` is or names one; None for a decoded image."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if isinstance(value, str | Path) and Path(value).is_file():
+        return Path(value).read_bytes()
+    return None
+
+
+def open_image(value: Any, name: str) -> Image.Image:
+    """The image as RGB; raises `ValueError` that starts with `name` if it cannot be used."""
+    return cast(Image.Image, load_rgb_image(value, name))
+
+
+def encoded_key(content: bytes) -> bytes:
+    """A digest of encoded bytes: images with equal keys are equal."""
+    return hashlib.blake2b(content, digest_size=16, person=b"encoded").digest()
+
+
+def pixel_key(image: Image.Image) -> bytes:
+    """A digest of an RGB image's size and pixels: images with equal keys are equal."""
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16, person=b"pixels")
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+def mirror_image(value: Any, name: str) -> dict[str, Any]:
+    """The image flipped left to right, as the PNG content of an undecoded `datasets.Image`."""
+    mirrored = open_image(value, name).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    buffer = io.BytesIO()
+    mirrored.save(buffer, format="PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}

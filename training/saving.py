@@ -1,0 +1,49 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Saving the final model so that a kill never leaves half of one, and stopping a run gone wrong."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from .atomic_files import STAGING_NAME, publish_folder, staging_folder
+
+
+def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
+    """Save model, processor and training arguments into `output_dir`, beside its checkpoints.
+
+    Files are staged in a hidden folder and moved when all are written; until the last one,
+    `config.json`, is there, nothing loads. All ranks must call this.
+    """
+    output_dir = Path(output_dir)
+    if trainer.is_world_process_zero():
+        staging_folder(output_dir)
+    trainer.accelerator.wait_for_everyone()
+    staging = output_dir / STAGING_NAME
+    trainer.save_model(str(staging))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        publish_folder(staging, output_dir)
+    return output_dir
+
+
+class StopOnBadLoss(TrainerCallback):
+    """Ends the run with an error when a logged loss is NaN or infinite.
+
+    `Trainer` by default replaces such losses by the average of earlier ones in its log
+    (`logging_nan_inf_filter`); set that to False for this callback to see them.
+    """
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Raise `ValueError` naming step and value."""
+        for key in ("loss", "eval_loss"):
+            value = (logs or {}).get(key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{key} is {value} at step {state.global_step}: training cannot go on. Try a "
+                    "smaller learning rate, gradient clipping (--max_grad_norm), or bf16 in place "
+                    "of fp16; the last checkpoint is from before this step."
+                )
