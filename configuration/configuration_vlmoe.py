@@ -283,6 +283,7 @@ class VLMoEConfig(PreTrainedConfig):
     """
 
     model_type = "vlmoe"
+    keys_to_ignore_at_inference = ("past_key_values",)
     sub_configs_defaults = {  # noqa: RUF012 - transformers' own declaration
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,

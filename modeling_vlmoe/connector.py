@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
@@ -35,6 +35,15 @@ def vision_features(
     return torch.cat(features, dim=-1)
 
 
+def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:
+    """(1, channels, height, width): zeros of the size, dtype and device that the tower takes."""
+    vision = config.vision_config
+    size = vision.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(vision, "num_channels", 3)
+    return torch.zeros(1, channels, height, width, dtype=tower.dtype, device=tower.device)
+
+
 class _MetaValuesAreTrue(TorchDispatchMode):
     """On the meta device, answers 1 where code asks for a tensor's value.
 
@@ -56,17 +65,20 @@ def unused_vision_parameters(config: VLMoEConfig) -> list[str]:
     Found by a backward pass on the meta device, which computes nothing and holds for every tower.
     Left trainable, such parameters never get a gradient, and DistributedDataParallel fails at the
     second step.
+
+    Raises:
+        ValueError: the tower cannot be run on pixel values alone.
     """
     vision = config.vision_config
-    size = (
-        vision.image_size
-        if isinstance(vision.image_size, (list, tuple))
-        else (vision.image_size,) * 2
-    )
     with torch.device("meta"), torch.enable_grad(), _MetaValuesAreTrue():
         tower = AutoModel.from_config(vision)
-        pixel_values = torch.zeros(1, getattr(vision, "num_channels", 3), *size)
-        features = vision_features(tower, pixel_values.to(tower.dtype), config)
+        try:
+            features = vision_features(tower, blank_image(config, tower), config)
+        except TypeError as error:
+            raise ValueError(
+                f"`vision_config` is of type {vision.model_type!r}, whose tower needs more than "
+                f"pixel values ({error}); choose one of fixed resolution, such as SigLIP or CLIP."
+            ) from error
         names, parameters = zip(*tower.named_parameters(), strict=True)
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]

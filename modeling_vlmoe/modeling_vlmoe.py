@@ -36,6 +36,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .connector import (
     VLMoEConnector,
+    blank_image,
     unused_vision_modules,
     unused_vision_parameters,
     vision_features,
@@ -251,16 +252,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         Each vision parameter gets a zero gradient, so that DistributedDataParallel and FSDP do not
         wait for it.
         """
-        vision = self.config.vision_config
-        size = (
-            vision.image_size
-            if isinstance(vision.image_size, (list, tuple))
-            else (vision.image_size,) * 2
-        )
-        tower = self.vision_tower
-        image = torch.zeros(
-            1, getattr(vision, "num_channels", 3), *size, dtype=tower.dtype, device=tower.device
-        )
+        image = blank_image(self.config, self.vision_tower)
         return self.get_image_features(image, return_dict=True).pooler_output[0].mean() * 0.0
 
 
@@ -319,6 +311,8 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = text_config.output_router_logits
         with_router_losses = labels is not None and (aux_coef != 0 or z_coef != 0)
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # a loss needs no cache
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -54,7 +54,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., VLMoEConfig]:
-    """`tiny_config(text={...}, vision={...}, **top)`: tiny sizes, with the given fields replaced."""
+    """`tiny_config(text={...}, vision={...}, **top)`: tiny sizes, some fields replaced."""
 
     def make(
         text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
@@ -71,7 +71,7 @@ def tiny_config() -> Callable[..., VLMoEConfig]:
 def tiny_model(
     tiny_config: Callable[..., VLMoEConfig],
 ) -> Callable[..., VLMoEForConditionalGeneration]:
-    """`tiny_model(config)` or `tiny_model(text={...}, vision={...}, **top)`: seeded, in eval mode."""
+    """`tiny_model(config)` or `tiny_model(text={...}, **top)`: seeded, in eval mode."""
 
     def make(
         config: VLMoEConfig | None = None, seed: int = 0, **fields: Any

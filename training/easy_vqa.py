@@ -5,7 +5,7 @@ The data come from the `easy-vqa` package (https://github.com/vzhou842/easy-VQA,
 `train` (4,000 images, 38,575 questions) and `test` (1,000 images, 9,673 questions), 13 answers.
 
 - `question_rows(split)`: a row per image, holding all its questions as conversations.
-- `caption_rows(split)`: a row per image, "describe the image." answered "{color} {shape}". Colour
+- `caption_rows(split)`: a row per image, "describe the image." answered "a {color} {shape}". Colour
   and shape follow from the image's own questions of that split and from nothing else.
 """
 
@@ -72,7 +72,7 @@ def caption_rows(split: str) -> "Dataset":
         rows.append(
             {
                 "id": f"easy_vqa_captions/{split}/{image_id}",
-                "messages": [_conversation(CAPTION_REQUEST, f"{color} {shape}")],
+                "messages": [_conversation(CAPTION_REQUEST, f"a {color} {shape}")],
                 "images": [{"bytes": path.read_bytes(), "path": path.name}],
                 "question_type": ["caption"],
             }

@@ -52,25 +52,19 @@ def plot_answers(
     columns = min(columns, len(answers))
     rows = -(-len(answers) // columns)
     figure = _figure(2.7 * columns, 3.2 * rows + 0.6)
+    figure.get_layout_engine().set(h_pad=0.12)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
+    for axis in axes[len(answers) :]:
         axis.set_axis_off()
     for axis, item in zip(axes, answers, strict=False):
         axis.imshow(np.asarray(item.image.convert("RGB")), interpolation="nearest", aspect="equal")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
         axis.set_title(_wrapped(item.question, 30), fontsize=9.5, pad=7)
         verdict = item.answer.strip() or "(nothing)"
         verdict = verdict if item.is_right else f"{verdict}\n(truth: {item.truth})"
-        axis.text(
-            x=0.5,
-            y=-0.05,
-            s=_wrapped(verdict, 28),
-            color=GREEN if item.is_right else RED,
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=10.5,
-            fontweight="bold",
-        )
+        color = GREEN if item.is_right else RED
+        axis.set_xlabel(_wrapped(verdict, 28), color=color, fontsize=10.5, fontweight="bold")
     right = sum(item.is_right for item in answers)
     figure.suptitle(title or f"{right} of these {len(answers)} answers are right", fontsize=13)
     return _save(figure, path)

@@ -182,3 +182,12 @@ def test_a_tower_keeps_its_own_initialisation(build: Model) -> None:
         model.model.vision_tower.named_parameters(), alone.parameters(), strict=True
     ):
         assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.5, abs=1e-6), name
+
+
+def test_a_tower_that_needs_more_than_pixels_is_refused_by_name(
+    tiny_config,
+):
+    config = tiny_config(vision={"model_type": "siglip2_vision_model", "num_patches": 16})
+    config.vision_config.image_size = 16
+    with pytest.raises(ValueError, match="'siglip2_vision_model', whose tower needs more than"):
+        VLMoEForConditionalGeneration(config)

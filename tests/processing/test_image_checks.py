@@ -3,6 +3,7 @@
 import base64
 import http.server
 import io
+import itertools
 import struct
 import threading
 import zlib
@@ -177,17 +178,21 @@ def test_input_data_format_settles_where_the_channels_are():
     assert np.array_equal(np.array(load_rgb_image(torch.from_numpy(array), "x")), first)
 
 
-@pytest.mark.parametrize("form", ["path", "string", "bytes", "base64", "opened"])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+FORMS = ["path", "string", "bytes", "base64", "opened"]
+KINDS = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]
+NOT_EVEN_OPENED_BY_PIL = ("WEBP", "opened")
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [pair for pair in itertools.product(KINDS, FORMS) if pair != NOT_EVEN_OPENED_BY_PIL],
+)
 def test_a_truncated_image_names_the_sample(processor, make_image, tmp_path, kind, form):
     content = encoded(make_image(size=(64, 64)), kind)
     path = tmp_path / "image"
     path.write_bytes(content[: len(content) // 2])
     if form == "opened":
-        try:
-            source: object = Image.open(path)
-        except OSError:
-            pytest.skip(f"PIL does not even open half a {kind}")
+        source: object = Image.open(path)
     else:
         source = {
             "path": path,

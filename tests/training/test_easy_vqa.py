@@ -105,7 +105,8 @@ def test_captions_agree_with_the_questions_of_their_image(
     for row in rows:
         ((user, assistant),) = row["messages"]
         assert user["content"][1]["text"] == CAPTION_REQUEST == "describe the image."
-        color, shape = assistant["content"][0]["text"].split(" ")
+        article, color, shape = assistant["content"][0]["text"].split(" ")
+        assert article == "a"
         assert color in COLORS and shape in SHAPES
         for question, answer in answers[int(row["id"].rpartition("/")[2])]:
             kind = question_type(question)

@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+
 from vlmoe.training.lru_cache import ByteBoundedCache
 
 

@@ -1,0 +1,38 @@
+# Every target makes the environment it needs: nothing has to be installed by hand but Python 3.11 or later.
+#   make demo      train, evaluate and try out the tiny model on easy-VQA (about ten minutes on two cores)
+#   make test      all tests but the slow ones
+#   make test-all  all tests
+#   make lint      ruff, and mypy on the package as installed
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test test-all lint clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: venv
+	$(BIN)/vlmoe demo --output_dir outputs/demo
+
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+
+test-all: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info outputs

@@ -1,0 +1,23 @@
+"""Each training recipe fits the command that reads it."""
+
+from pathlib import Path
+
+import pytest
+
+import vlmoe.configuration
+from vlmoe_cli.training_arguments import parse_training
+
+RECIPES = sorted((Path(vlmoe.configuration.__path__[0]) / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_holds_only_options_of_vlmoe_train(recipe: Path, tmp_path: Path) -> None:
+    _, data, arguments = parse_training(["--config", str(recipe), "--output_dir", str(tmp_path)])
+    assert data.dataset in ("easy_vqa", "easy_vqa_captions")
+    assert arguments.learning_rate == 1e-3
+    assert arguments.output_dir == str(tmp_path)
+
+
+def test_there_are_recipes_for_each_stage_of_the_demo() -> None:
+    stages = {"easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"}
+    assert stages == {recipe.stem for recipe in RECIPES}

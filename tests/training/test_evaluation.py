@@ -1,0 +1,181 @@
+"""Batched answers against one-by-one generation, and accuracy without generating against it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
+from vlmoe.training.collator import VLMoECollator
+from vlmoe.training.conversation_rows import ConversationRows
+from vlmoe.training.data import load_rows
+from vlmoe.training.evaluation import evaluate_model, results_table, score
+
+QUESTIONS = ("what color is the shape?", "is it red?", "what?")
+
+
+def messages(question: str, answer: str) -> list[dict[str, Any]]:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="module")
+def model(saved_model: Path) -> VLMoEForConditionalGeneration:
+    return VLMoEForConditionalGeneration.from_pretrained(saved_model)
+
+
+@pytest.fixture(scope="module")
+def fitting(saved_model: Path) -> VLMoEProcessor:
+    return VLMoEProcessor.from_pretrained(saved_model)
+
+
+@pytest.fixture(scope="module")
+def rows(make_image: Callable[..., Image.Image]) -> list[dict[str, Any]]:
+    """Two images with three questions each, one with a single conversation, one row of text."""
+    kinds = ["color", "yes/no", "other"]
+    many = [
+        {
+            "id": f"row {number}",
+            "messages": [messages(question, "blue") for question in QUESTIONS],
+            "images": [make_image(number)],
+            "question_type": kinds,
+        }
+        for number in range(2)
+    ]
+    single = {"messages": messages(QUESTIONS[0], "red"), "images": [make_image(7)]}
+    text = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    return [*many, single | {"question_type": "color"}, {"messages": text, "images": []}]
+
+
+def one_by_one(model: Any, processor: Any, rows: list[dict[str, Any]]) -> list[str]:
+    answers = []
+    model.eval()
+    for row in ConversationRows(rows):
+        images = [{"type": "image", "image": image} for image in row["images"]]
+        text = row["messages"][0]["content"]
+        text = text if isinstance(text, str) else text[-1]["text"]
+        turn = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+        inputs = processor.apply_chat_template(
+            [turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        tokenizer = processor.tokenizer
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False, **ends)
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_answers_do_not_depend_on_the_batch(
+    batch_size: int,
+    model: VLMoEForConditionalGeneration,
+    fitting: VLMoEProcessor,
+    rows: list[dict[str, Any]],
+) -> None:
+    model.train()
+    results = evaluate_model(
+        model, fitting, rows, batch_size, max_new_tokens=5, progress=batch_size == 3
+    )
+    assert model.training, "the mode was not restored"
+    predictions = results["predictions"]
+    assert [each["prediction"] for each in predictions] == one_by_one(model, fitting, rows)
+    assert [each["question"] for each in predictions] == [
+        *QUESTIONS,
+        *QUESTIONS,
+        QUESTIONS[0],
+        "hi",
+    ]
+    types = ["color", "yes/no", "other"] * 2 + ["color", ""]
+    assert [each["question_type"] for each in predictions] == types
+    assert results["questions"] == 8 and results["count_by_type"]["color"] == 3
+
+
+def test_scores_are_shares_up_to_case_and_blanks() -> None:
+    records = [
+        {"prediction": " Blue ", "reference": "blue", "question_type": "color"},
+        {"prediction": "red", "reference": "blue", "question_type": "color"},
+        {"prediction": "yes", "reference": "yes", "question_type": "yes/no"},
+        {"prediction": "x", "reference": "y", "question_type": ""},
+    ]
+    scores = score(records)
+    assert scores["exact_match"] == 0.5
+    assert scores["exact_match_by_type"] == {"color": 0.5, "yes/no": 1.0}
+    assert [record["correct"] for record in records] == [True, False, True, False]
+    table = results_table({**scores, "questions": 4}).splitlines()
+    assert [line.split()[-1] for line in table] == ["match", "50.00%", "100.00%", "50.00%"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "message"),
+    [([], 4, "empty dataset"), ([{"messages": [[]]}], 0, "batch_size must be at least 1")],
+)
+def test_nothing_to_evaluate_is_an_error(
+    rows: list[Any],
+    batch_size: int,
+    message: str,
+    model: VLMoEForConditionalGeneration,
+    fitting: VLMoEProcessor,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(model, fitting, rows, batch_size)
+
+
+def test_a_malformed_row_is_named(
+    model: VLMoEForConditionalGeneration, fitting: VLMoEProcessor, rows: list[dict[str, Any]]
+) -> None:
+    broken = {"id": "the culprit", "messages": [{"role": "user"}], "images": []}
+    with pytest.raises(ValueError, match="the culprit"):
+        evaluate_model(model, fitting, [*rows, broken], progress=False)
+
+
+def test_accuracy_with_labels_equals_accuracy_by_generating(
+    saved_model: Path, fitting: VLMoEProcessor, rows: list[dict[str, Any]]
+) -> None:
+    model = VLMoEForConditionalGeneration.from_pretrained(saved_model)
+    batch = VLMoECollator(fitting)(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    changed = [dict(row) for row in ConversationRows(rows)]
+    for row in changed[::3]:
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "no"}]
+    for given in (rows, changed):
+        generated = evaluate_model(model, fitting, given, max_new_tokens=8, progress=False)
+        batch = VLMoECollator(fitting)(given)
+        with torch.no_grad():
+            tokens = most_likely_tokens(model.eval()(**batch).logits, batch["labels"])
+        prediction = SimpleNamespace(predictions=tokens.numpy(), label_ids=batch["labels"].numpy())
+        assert answer_accuracy(prediction)["exact_match"] == generated["exact_match"]
+    assert 0 < generated["exact_match"] < 1
+
+
+def test_answer_accuracy_looks_at_label_tokens_only_and_all_of_them() -> None:
+    labels = np.array([[-100, 5, 6, -100], [-100, 5, 6, -100], [-100] * 4, [9, -100, -100, 7]])
+    predicted = np.array([[5, 6, 0, 0], [5, 7, 0, 0], [1, 2, 3, 4], [0, 0, 7, 0]])
+    prediction = SimpleNamespace(predictions=predicted, label_ids=labels)
+    assert answer_accuracy(prediction) == {"exact_match": pytest.approx(2 / 3)}
+    nothing = SimpleNamespace(predictions=predicted[2:3], label_ids=labels[2:3])
+    assert answer_accuracy(nothing) == {"exact_match": 0.0}
+
+
+def test_conversation_rows_hold_each_conversation_once(
+    rows: list[dict[str, Any]], data_folder: Path
+) -> None:
+    flat = ConversationRows(rows)
+    assert len(flat) == 8
+    assert [row["messages"][0] for row in flat][:3] == [m[0] for m in rows[0]["messages"]]
+    assert flat[1]["question_type"] == "yes/no" and flat[6]["question_type"] == "color"
+    assert flat[1]["images"] is rows[0]["images"]
+    loaded = load_rows(str(data_folder), "test")
+    flat = ConversationRows(loaded)
+    assert len(flat) == 6 and flat[5]["id"] == loaded[2]["id"]
+    assert flat[5]["messages"] == loaded[2]["messages"][1]
