@@ -1,0 +1,231 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The whole way on real data: train the tiny model on easy-VQA, evaluate it, save it, ask it.
+
+    vlmoe demo --output_dir outputs/demo --seed 0
+
+1. Caption the training images ("blue circle"): the vision tower learns to see.
+2. Train on every question about every training image, one row per question.
+3. Train the question-only baseline: the same model and recipe, never shown an image.
+4. Answer all 9,673 test questions with both; draw figures; write metrics.json.
+5. Load the saved model in a new process and ask it through `pipeline("image-text-to-text")`.
+
+The stages' options are in the recipes (configuration/recipes/*.yaml); `vlmoe train --config` takes
+them too.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command_line import run_command
+from .options import DemoOptions, OptionParser, add_options, parse_options
+
+if TYPE_CHECKING:
+    from .train import TrainResult
+
+CAPTIONS, QUESTIONS, QUESTION_ONLY = "easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"
+EVALUATION_BATCH = 256
+SHOWN_ANSWERS = 16
+EPILOG = """\
+examples:
+  vlmoe demo --output_dir outputs/demo
+  vlmoe demo --seed 1 --output_dir outputs/demo_seed_1
+  vlmoe demo --max_train_rows 64 --max_test_rows 20 --output_dir outputs/try"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe demo`."""
+    parser = OptionParser(
+        prog="vlmoe demo",
+        usage="vlmoe demo [options]",
+        description="Train, evaluate and ask the tiny model on easy-VQA, start to end.",
+        epilog=EPILOG,
+    )
+    add_options(parser, DemoOptions)
+    if {"-h", "--help"} & set(argv):
+        print(parser.format_help())
+        return
+    options, _ = parse_options(parser, argv, [DemoOptions])
+    run(options)
+
+
+def run(options: DemoOptions) -> dict[str, Any]:
+    """Run every stage; returns what metrics.json holds.
+
+    Raises:
+        ValueError: an option has a wrong value.
+        ImportError: an optional package is missing.
+    """
+    from vlmoe.training.atomic_files import write_json
+    from vlmoe.training.data import load_rows
+    from vlmoe.training.evaluation import evaluate_model, results_table
+    from vlmoe.training.expert_load import record_expert_load
+    from vlmoe.training.metrics import majority_baseline
+
+    start = time.perf_counter()
+    output_dir = Path(options.output_dir)
+    tokenizer = save_tokenizer(output_dir / "tokenizer")
+    _say("1/5 captions")
+    captions = train_stage(options, CAPTIONS, "tiny", ["--tokenizer", tokenizer])
+    _say("2/5 questions")
+    trained = train_stage(options, QUESTIONS, str(captions.output_dir))
+    _say("3/5 the same model, never shown an image")
+    blind = train_stage(options, QUESTION_ONLY, "tiny", ["--tokenizer", tokenizer])
+
+    _say("4/5 test questions")
+    test_rows = load_rows("easy_vqa", "test", limit=options.max_test_rows)
+    test_texts = load_rows("easy_vqa", "test", limit=options.max_test_rows, with_images=False)
+    with record_expert_load(trained.model) as load:
+        answers = evaluate_model(trained.model, trained.processor, test_rows, EVALUATION_BATCH)
+    baselines = {
+        "majority class": asdict(majority_baseline(load_rows("easy_vqa", "train"), test_rows)),
+        "question only": evaluate_model(blind.model, blind.processor, test_texts, EVALUATION_BATCH),
+    }
+    predictions = answers.pop("predictions")
+    baselines["question only"].pop("predictions")
+    metrics = summarise(options, captions, trained, blind, answers, baselines, load.as_dict())
+    draw_figures(output_dir, trained, test_rows, predictions, metrics)
+
+    _say("5/5 a new process loads the model and answers through pipeline()")
+    ask_in_new_process(trained.output_dir)
+    metrics["seconds"] = time.perf_counter() - start
+    write_json(output_dir / "metrics.json", metrics)
+    print(f"\n{results_table(answers)}\n\n{comparison_table(metrics)}\n")
+    print(
+        f"{metrics['seconds']:.0f} s in all. Look at {output_dir}/*.png; metrics.json has it all."
+    )
+    return metrics
+
+
+def summarise(
+    options: DemoOptions,
+    captions: "TrainResult",
+    trained: "TrainResult",
+    blind: "TrainResult",
+    answers: dict[str, Any],
+    baselines: dict[str, Any],
+    expert_load: dict[str, Any],
+) -> dict[str, Any]:
+    """What metrics.json holds of the stages, the test and the baselines."""
+    return {
+        "accuracy": answers["exact_match"],
+        "accuracy_by_type": answers["exact_match_by_type"],
+        "questions_by_type": answers["count_by_type"],
+        "questions": answers["questions"],
+        "baselines": baselines,
+        "train_seconds": captions.metrics["train_seconds"] + trained.metrics["train_seconds"],
+        "tokens_per_second": trained.metrics["tokens_per_second"],
+        "parameters": trained.metrics["parameters"],
+        "expert_load": expert_load,
+        "stages": {
+            CAPTIONS: captions.metrics,
+            QUESTIONS: trained.metrics,
+            QUESTION_ONLY: blind.metrics,
+        },
+        "seed": options.seed,
+        "versions": trained.metrics["versions"],
+    }
+
+
+def save_tokenizer(folder: Path) -> str:
+    """Train a tokenizer on the text of all stages, so that they share it; returns its folder."""
+    from vlmoe import VLMoEConfig
+    from vlmoe.training.data import load_rows
+    from vlmoe.training.tokenizer import train_tokenizer
+
+    from .train import texts_of
+
+    rows = [load_rows(source, with_images=False) for source in (QUESTIONS, CAPTIONS)]
+    texts = (text for source in rows for text in texts_of(source))
+    vocab_size = VLMoEConfig.from_preset("tiny").text_config.vocab_size
+    train_tokenizer(texts, vocab_size).save_pretrained(folder)
+    return str(folder)
+
+
+def train_stage(
+    options: DemoOptions, recipe: str, model: str, extra: list[str] | None = None
+) -> "TrainResult":
+    """Train with a recipe, into the folder of its name; the question stage's is `model`."""
+    import vlmoe.configuration as configuration
+
+    from .train import train
+    from .training_arguments import parse_training
+
+    config = Path(configuration.__path__[0]) / "recipes" / f"{recipe}.yaml"
+    folder = Path(options.output_dir) / ("model" if recipe == QUESTIONS else recipe)
+    argv = ["--config", str(config), "--model", model, "--output_dir", str(folder)]
+    argv += ["--seed", str(options.seed), *(extra or [])]
+    if options.max_train_rows is not None:
+        argv += ["--max_train_rows", str(options.max_train_rows)]
+    return train(*parse_training(argv))
+
+
+def draw_figures(
+    output_dir: Path,
+    trained: "TrainResult",
+    test_rows: Any,
+    predictions: list[dict[str, Any]],
+    metrics: dict[str, Any],
+) -> None:
+    """answers.png, training.png and expert_load.png."""
+    from vlmoe.training.conversation_rows import ConversationRows
+    from vlmoe.training.figures import (
+        AnsweredQuestion,
+        plot_answers,
+        plot_expert_load,
+        plot_training,
+    )
+    from vlmoe.training.images import open_image
+
+    questions = ConversationRows(test_rows)
+    wrong = [i for i, record in enumerate(predictions) if not record["correct"]]
+    step = max(1, len(predictions) // SHOWN_ANSWERS)
+    chosen = sorted({*wrong[:4], *range(0, len(predictions), step)})[:SHOWN_ANSWERS]
+    shown = [
+        AnsweredQuestion(
+            image=open_image(questions[i]["images"][0], f"test question {i}"),
+            question=predictions[i]["question"],
+            answer=predictions[i]["prediction"],
+            truth=predictions[i]["reference"],
+        )
+        for i in chosen
+    ]
+    title = f"Test questions, {metrics['accuracy']:.1%} of all {len(predictions):,} right"
+    plot_answers(shown, output_dir / "answers.png", title=f"{title} (some of the wrong ones shown)")
+    plot_training(trained.log_history, output_dir / "training.png")
+    load = metrics["expert_load"]
+    plot_expert_load(load["image_share"], load["text_share"], output_dir / "expert_load.png")
+
+
+def ask_in_new_process(model: Path) -> None:
+    """Run demo_pipeline.py on the saved model.
+
+    Raises:
+        ValueError: it failed; its output is above.
+    """
+    command = [sys.executable, "-m", f"{__package__}.demo_pipeline", str(model)]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise ValueError(f"The saved model could not be used: {' '.join(command)} failed.")
+
+
+def comparison_table(metrics: dict[str, Any]) -> str:
+    """The model beside its baselines, as text."""
+    kinds = list(metrics["accuracy_by_type"])
+    lines = [f"{'':<16}{'all':>9}" + "".join(f"{kind:>9}" for kind in kinds)]
+    baselines = metrics["baselines"].items()
+    rows = {name: (b["exact_match"], b["exact_match_by_type"]) for name, b in baselines}
+    rows["this model"] = (metrics["accuracy"], metrics["accuracy_by_type"])
+    for name, (overall, by_type) in rows.items():
+        lines.append(f"{name:<16}{overall:>9.2%}" + "".join(f"{by_type[k]:>9.2%}" for k in kinds))
+    return "\n".join(lines)
+
+
+def _say(stage: str) -> None:
+    print(f"\n=== {stage}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe demo", main))

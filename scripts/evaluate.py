@@ -1,0 +1,98 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Let a saved model answer the questions of a dataset, and count the right answers.
+
+    vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
+
+Answers are generated greedily in batches; a table shows the exact match of each question type, and
+a JSON file keeps it.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from .command_line import run_command
+from .options import (
+    EvaluateOptions,
+    OptionParser,
+    RuntimeOptions,
+    add_options,
+    parse_options,
+    require,
+)
+
+EPILOG = """\
+examples:
+  vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
+  vlmoe evaluate --model outputs/tiny --dataset my_data.parquet --split train \\
+    --output results.json --save_predictions predictions.json"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe evaluate`."""
+    parser = OptionParser(
+        prog="vlmoe evaluate",
+        usage="vlmoe evaluate --model MODEL --dataset DATASET [options]",
+        description="Count the right answers of a model to the questions of a dataset.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of options; flags win.")
+    option_classes: list[type] = [EvaluateOptions, RuntimeOptions]
+    for options_class in option_classes:
+        add_options(parser, options_class)
+    if {"-h", "--help"} & set(argv):
+        print(parser.format_help())
+        return
+    options, runtime, _ = parse_options(parser, argv, option_classes)
+    results = evaluate(options, runtime)
+    from vlmoe.training.evaluation import results_table
+
+    print(f"\n{results_table(results)}\n\nWritten to {results_path(options)}.")
+
+
+def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any]:
+    """Load, evaluate, and write the results; see `evaluate_model` for what they hold.
+
+    Raises:
+        ValueError: an option, the model or the data are not usable.
+        FileNotFoundError: a file or folder does not exist.
+    """
+    source = require(options.model, "model", "evaluate")
+    dataset = require(options.dataset, "dataset", "evaluate")
+    from vlmoe.training.atomic_files import write_json
+    from vlmoe.training.data import load_rows
+    from vlmoe.training.evaluation import evaluate_model
+
+    from .loading import model_for_answers
+
+    rows = load_rows(
+        dataset, options.split, limit=options.max_rows, with_images=not options.without_images
+    )
+    model, processor = model_for_answers(source, runtime)
+    results = evaluate_model(
+        model,
+        processor,
+        rows,
+        options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        max_length=options.max_length,
+    )
+    predictions = results.pop("predictions")
+    settings = dataclasses.asdict(options) | dataclasses.asdict(runtime)
+    write_json(results_path(options), results | {"options": settings})
+    if options.save_predictions:
+        write_json(options.save_predictions, predictions)
+    return results | {"predictions": predictions}
+
+
+def results_path(options: EvaluateOptions) -> Path:
+    """Where the results are written."""
+    if options.output:
+        return Path(options.output)
+    folder = Path(options.model or "").expanduser()
+    return (folder if folder.is_dir() else Path()) / "evaluate_results.json"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe evaluate", main))

@@ -1,0 +1,112 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Ask a saved model about images, or without any; the answer is printed as it is generated.
+
+vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .command_line import run_command
+from .options import (
+    GenerateOptions,
+    OptionParser,
+    RuntimeOptions,
+    add_options,
+    parse_options,
+    require,
+)
+
+EPILOG = """\
+examples:
+  vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
+  vlmoe generate --model outputs/tiny --image a.png --image b.png "What is the difference?"
+  vlmoe generate --model outputs/tiny --temperature 0.7 --seed 3 "Is a teal shape red?\""""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe generate`."""
+    parser = OptionParser(
+        prog="vlmoe generate",
+        usage='vlmoe generate --model MODEL [--image FILE ...] [options] "QUESTION"',
+        description="Ask a model a question about images, or a question alone.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("question", nargs="?", help="What to ask.")
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of options; flags win.")
+    option_classes: list[type] = [GenerateOptions, RuntimeOptions]
+    for options_class in option_classes:
+        add_options(parser, options_class)
+    if {"-h", "--help"} & set(argv):
+        print(parser.format_help())
+        return
+    options, runtime, rest = parse_options(parser, argv, option_classes)
+    if not rest.question:
+        raise ValueError('The question is missing: vlmoe generate --model MODEL "QUESTION".')
+    generate(rest.question, options, runtime)
+
+
+def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -> str:
+    """Print the answer token by token, and return it.
+
+    Raises:
+        ValueError: an option, the model or an image is not usable.
+        FileNotFoundError: a file or folder does not exist.
+    """
+    source = require(options.model, "model", "generate")
+    paths = options.image or []
+    for path in paths:
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(f"There is no image file {path}.")
+    if options.max_new_tokens < 1 or options.temperature < 0:
+        raise ValueError("--max_new_tokens must be 1 or more, --temperature 0 or more.")
+    import torch
+    from transformers import TextStreamer, set_seed
+    from transformers.utils import logging
+
+    from vlmoe.training.images import open_image
+
+    from .loading import model_for_answers
+
+    images = [open_image(Path(path).expanduser(), path) for path in paths]
+    logging.disable_progress_bar()
+    model, processor = model_for_answers(source, runtime)
+    set_seed(options.seed)
+    inputs = processor.apply_chat_template(
+        conversation(question, images, options.system),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    ).to(model.device)
+    tokenizer = processor.tokenizer
+    with torch.inference_mode():
+        tokens = model.generate(
+            **inputs,
+            **sampling(options),
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    answer = tokens[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def conversation(question: str, images: list[Any], system: str | None) -> list[dict[str, Any]]:
+    """The messages of a question: the images first, then the text."""
+    parts = [{"type": "image", "image": image} for image in images]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def sampling(options: GenerateOptions) -> dict[str, Any]:
+    """Arguments of `generate` for greedy decoding, or for sampling at a temperature."""
+    if options.temperature == 0:
+        return {"do_sample": False, "num_beams": 1}
+    return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe generate", main))

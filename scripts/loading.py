@@ -1,0 +1,267 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Models and processors from what the options name: a preset, a saved folder, a Hub id.
+
+Importing this module imports torch and transformers.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe.configuration.configuration_vlmoe import PRESETS
+from vlmoe.training.checkpoints import model_problems
+from vlmoe.training.file_checks import tensor_shapes
+from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
+
+from .options import ModelOptions, RuntimeOptions, close_matches
+
+ModelAndProcessor = tuple[VLMoEForConditionalGeneration, VLMoEProcessor]
+
+
+def model_for_training(
+    options: ModelOptions, texts: Callable[[], Iterable[str]], checkpoint: Path | None = None
+) -> ModelAndProcessor:
+    """The model and processor to train.
+
+    Args:
+        options: what to build or load.
+        texts: gives the texts of the training data, for a new tokenizer.
+        checkpoint: where training goes on; its processor is used, and its weights, which Trainer
+            loads, must fit the model that the options describe.
+
+    Raises:
+        ValueError: an option has a wrong value, or the checkpoint is of another model.
+        FileNotFoundError: there is no such folder.
+    """
+    overrides = _read_overrides(options.model_overrides)
+    dtype = _dtype(options.dtype)
+    processor = None if checkpoint is None else VLMoEProcessor.from_pretrained(checkpoint)
+    if is_preset(options.model):
+        config, processor = _new_config(options, overrides, texts, processor)
+        model = VLMoEForConditionalGeneration(config).to(dtype or torch.float32)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    else:
+        check_model_source(options.model)
+        if options.tokenizer:
+            raise ValueError("--tokenizer is for presets: a saved model keeps its tokenizer.")
+        config = _load_config(options.model)
+        replace_fields(config, overrides)
+        processor = processor or VLMoEProcessor.from_pretrained(options.model)
+        model = _load_model(options.model, config, dtype)
+    _choose_implementations(model, options)
+    if checkpoint is not None:
+        require_same_model(model, checkpoint)
+    return model, processor
+
+
+def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor:
+    """A saved model in eval mode on its device, and its processor.
+
+    Raises:
+        ValueError: the folder holds no whole VLMoE model, or an option has a wrong value.
+        FileNotFoundError: there is no such folder.
+    """
+    check_model_source(source)
+    device = options.device or _best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
+    model = _load_model(source, _load_config(source), _dtype(options.dtype))
+    _choose_implementations(model, options)
+    return model.eval().to(device), VLMoEProcessor.from_pretrained(source)
+
+
+def is_preset(name: str) -> bool:
+    """Whether `name` is that of a preset."""
+    return name in preset_names()
+
+
+def preset_names() -> list[str]:
+    """The names of the presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def check_model_source(source: str) -> None:
+    """Refuse what cannot be loaded before transformers tries; a Hub id is left to it.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a folder without a whole model, or a word that is neither folder nor preset.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists():
+        problems = model_problems(folder)
+        if problems:
+            raise ValueError(f"{source} holds no whole model: {'; '.join(problems)}.")
+        return
+    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"There is no model folder {source}.")
+    if "/" not in source:
+        names = preset_names()
+        raise ValueError(
+            f"{source!r} is neither a preset ({', '.join(names)}) nor a folder"
+            f"{close_matches(source, names)}."
+        )
+
+
+def require_same_model(model: VLMoEForConditionalGeneration, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of `model`: Trainer would skip them.
+
+    Raises:
+        ValueError: names the first tensor that differs.
+    """
+    saved = tensor_shapes(checkpoint)
+    if not saved:
+        return  # not in safetensors: nothing to read without loading
+    tied = set(model.all_tied_weights_keys)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    lost = sorted(name for name in own if name not in saved and name not in tied)
+    foreign = sorted(name for name in saved if name not in own)
+    other = sorted(name for name in saved if name in own and saved[name] != own[name])
+    if lost or foreign:
+        name, where = (lost[0], "only in the model") if lost else (foreign[0], "only in it")
+        detail = f"the tensor {name} is {where}"
+    elif other:
+        detail = f"{other[0]} has shape {saved[other[0]]} there and {own[other[0]]} in the model"
+    else:
+        return
+    raise ValueError(
+        f"The checkpoint {checkpoint} is of another model: {detail}. Give the options that it was "
+        "trained with."
+    )
+
+
+def replace_fields(config: Any, overrides: dict[str, Any]) -> None:
+    """Set fields of a loaded config, nested ones by nested dicts.
+
+    Raises:
+        ValueError: the config has no such field, or the value does not fit.
+    """
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            matches = close_matches(key, list(config.to_dict()))
+            raise ValueError(f"--model_overrides: the config has no field {key!r}{matches}.")
+        if isinstance(value, dict) and hasattr(getattr(config, key), "to_dict"):
+            replace_fields(getattr(config, key), value)
+        else:
+            setattr(config, key, value)
+    if hasattr(config, "validate_architecture"):
+        config.validate_architecture()
+
+
+def _new_config(
+    options: ModelOptions,
+    overrides: dict[str, Any],
+    texts: Callable[[], Iterable[str]],
+    processor: VLMoEProcessor | None,
+) -> tuple[VLMoEConfig, VLMoEProcessor]:
+    """The preset's config with the overrides and the tokenizer's ids, and a processor that fits."""
+    fields = json.loads((PRESETS / f"{options.model}.json").read_text(encoding="utf-8"))
+    _require_known_fields(overrides)
+    fields = _merged(fields, overrides)
+    if processor is not None:
+        tokenizer = processor.tokenizer
+    elif options.tokenizer:
+        tokenizer = _chat_tokenizer(options.tokenizer)
+    else:
+        tokenizer = train_tokenizer(texts(), vocab_size=fields["text_config"]["vocab_size"])
+    text = fields["text_config"]
+    trained = text["vocab_size"] >= len(tokenizer) and not options.tokenizer
+    text["vocab_size"] = text["vocab_size"] if trained else len(tokenizer)
+    text |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    fields["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = VLMoEConfig(**fields)
+    if processor is None:
+        processor = VLMoEProcessor.for_config(config, tokenizer, tiling=options.tiling)
+    return config, processor
+
+
+def _chat_tokenizer(source: str) -> Any:
+    """A foreign tokenizer with the tokens of our chat format."""
+    path = Path(source).expanduser()
+    if (path.is_absolute() or source.startswith((".", "~"))) and not path.exists():
+        raise FileNotFoundError(f"There is no tokenizer folder {source}.")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([*CHAT_TOKENS, *tile_markers()], special_tokens=True)
+    tokenizer.pad_token, tokenizer.eos_token = PAD, END
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def _load_config(source: str) -> VLMoEConfig:
+    config = VLMoEConfig.get_config_dict(source)[0]
+    if config.get("model_type") != "vlmoe":
+        raise ValueError(
+            f"{source} is a {config.get('model_type')!r} model; only vlmoe models can be used here."
+        )
+    return VLMoEConfig.from_pretrained(source)
+
+
+def _load_model(
+    source: str, config: VLMoEConfig, dtype: torch.dtype | None
+) -> VLMoEForConditionalGeneration:
+    try:
+        return VLMoEForConditionalGeneration.from_pretrained(
+            source, config=config, dtype=dtype or "auto"
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The weights of {source} do not fit its config: {reason}") from error
+
+
+def _choose_implementations(
+    model: VLMoEForConditionalGeneration, options: ModelOptions | RuntimeOptions
+) -> None:
+    if options.attn_implementation:
+        model.set_attn_implementation(options.attn_implementation)
+    if options.experts_implementation:
+        model.set_experts_implementation(options.experts_implementation)
+
+
+def _read_overrides(text: str | None) -> dict[str, Any]:
+    try:
+        overrides = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f"--model_overrides is not valid JSON: {error}") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"--model_overrides must be a JSON object of config fields; got {text}.")
+    return overrides
+
+
+def _require_known_fields(overrides: dict[str, Any]) -> None:
+    """Raise for a field that the configs do not have; they would keep it silently."""
+    config: Any = VLMoEConfig()
+    for part, given in ((config, overrides), (config.text_config, overrides.get("text_config"))):
+        known = list(part.to_dict())
+        for key in given or {}:
+            if key not in known:
+                matches = close_matches(key, known)
+                raise ValueError(f"--model_overrides: the config has no field {key!r}{matches}.")
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, nested dicts merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    dtype = getattr(torch, name, None) if name else None
+    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype {name!r} is no number type of weights, such as float32.")
+    return dtype
+
+
+def _best_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"

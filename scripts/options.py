@@ -1,0 +1,327 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The options of every command, as dataclasses, and the parsers made from them.
+
+Nothing here imports more than the standard library (PyYAML only where a config file is read), so
+that help is fast.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+
+def option(help: str, default: Any = None, **argparse_arguments: Any) -> Any:
+    """A dataclass field with a default and a help text; the rest goes to argparse's
+    `add_argument`."""
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_arguments})
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Which model to train."""
+
+    _argument_group_name = "model"
+
+    model: str = option(
+        "A preset (tiny, small, base) to train from scratch, or a saved model (folder or Hub id).",
+        "tiny",
+    )
+    tokenizer: str | None = option(
+        "Tokenizer for a preset (folder or Hub id). By default a byte-level BPE with the preset's "
+        "vocabulary size is trained on the text of the training data."
+    )
+    tiling: bool = option(
+        "Cut large images into tiles plus a thumbnail, with row and column markers (a preset "
+        "only; a saved model keeps its own way).",
+        False,
+    )
+    dtype: str | None = option(
+        "Number type of the weights: float32, bfloat16, ...; by default float32 for a preset and "
+        "as saved for a saved model. For mixed precision use --bf16 instead."
+    )
+    attn_implementation: str | None = option("Attention: eager, sdpa, flash_attention_2, ...")
+    experts_implementation: str | None = option("Experts: eager, batched_mm, grouped_mm, ...")
+    model_overrides: str | None = option(
+        """Config fields to replace, as JSON, such as '{"text_config": {"num_experts": 4}}'. """
+        "Sizes can only be replaced in a preset."
+    )
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """What to train on, and what to evaluate on during training."""
+
+    _argument_group_name = "data"
+
+    dataset: str | None = option(
+        "Training data with `messages` and `images` columns: a Hub id, a local parquet or JSON "
+        "file, a folder, or easy_vqa."
+    )
+    train_split: str = option("Split to train on.", "train")
+    eval_dataset: str | None = option("Data to evaluate on during training (default: --dataset).")
+    eval_split: str | None = option(
+        "Split to evaluate on during training. With neither --eval_split nor --eval_dataset there "
+        "is no evaluation; with --eval_dataset alone it is test."
+    )
+    max_train_rows: int | None = option("Train on the first so many rows only.")
+    max_eval_rows: int | None = option("Evaluate on the first so many rows only.")
+    mirror_images: bool = option("Also train on mirrored images (left and right swapped).", False)
+    without_images: bool = option("Leave the images out: what do the questions alone tell?", False)
+    max_length: int | None = option(
+        "The longest sequence in tokens. Text after it is cut off; cutting an image is an error."
+    )
+
+
+@dataclasses.dataclass
+class RuntimeOptions:
+    """How to run a saved model."""
+
+    _argument_group_name = "running the model"
+
+    device: str | None = option("cpu, cuda, cuda:1, mps, ...; by default the best there is.")
+    dtype: str | None = option("Number type of the weights (default: as saved).")
+    attn_implementation: str | None = option("Attention: eager, sdpa, flash_attention_2, ...")
+    experts_implementation: str | None = option("Experts: eager, batched_mm, grouped_mm, ...")
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """What to evaluate, and on what."""
+
+    _argument_group_name = "evaluation"
+
+    model: str | None = option("The model: a folder or a Hub id.")
+    dataset: str | None = option("Data as for `vlmoe train`: a Hub id, file, folder, or easy_vqa.")
+    split: str = option("Split to evaluate on.", "test")
+    batch_size: int = option("Questions that are answered at the same time.", 64)
+    max_rows: int | None = option("Evaluate on the first so many rows only.")
+    max_new_tokens: int = option("The longest answer in tokens.", 32)
+    max_length: int | None = option("The longest prompt in tokens; a longer one is an error.")
+    without_images: bool = option("Leave the images out: what do the questions alone tell?", False)
+    output: str | None = option(
+        "JSON file for the results; by default evaluate_results.json in the model folder, or in "
+        "the current folder for a model of the Hub."
+    )
+    save_predictions: str | None = option("JSON file for every question, answer and truth.")
+
+
+@dataclasses.dataclass
+class GenerateOptions:
+    """What to ask, and how to answer."""
+
+    _argument_group_name = "question and answer"
+
+    model: str | None = option("The model: a folder or a Hub id.")
+    image: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "An image file; repeat the option for several images.",
+            "action": "append",
+        },
+    )
+    system: str | None = option("A system message.")
+    max_new_tokens: int = option("The longest answer in tokens.", 64)
+    temperature: float = option("0: the most likely token at every step; above 0: sample.", 0.0)
+    top_p: float = option("When sampling, of the likeliest tokens those that hold this share.", 1.0)
+    seed: int = option("Seed for sampling.", 0)
+
+
+@dataclasses.dataclass
+class DemoOptions:
+    """How to run the demo."""
+
+    _argument_group_name = "demo"
+
+    output_dir: str = option("Folder for the model, metrics.json and figures.", "outputs/demo")
+    seed: int = option("Seed of all stages.", 0)
+    max_train_rows: int | None = option("Train on the first so many images only, to try it out.")
+    max_test_rows: int | None = option("Test on the first so many images only, to try it out.")
+
+
+# What `vlmoe train` sets differently from transformers.TrainingArguments.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "output_dir": "outputs/train",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_nan_inf_filter": False,
+    "remove_unused_columns": False,
+    "include_num_input_tokens_seen": "non_padding",
+    "ddp_find_unused_parameters": False,
+}
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are `ValueError`, and that takes no abbreviated options."""
+
+    def __init__(self, **arguments: Any):
+        arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, add_help=False, **arguments)
+        self.add_argument("-h", "--help", action="help", help="Show this text.")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting, so that every wrong input ends in the same way."""
+        raise ValueError(f"{message.rstrip('.')}. See `{self.prog} --help`.")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add a group of options to `parser`, one for each field of the dataclass `options`.
+
+    Booleans take `--name`, `--name true` or `--name false`, as those of transformers do.
+    """
+    group = parser.add_argument_group(options._argument_group_name)  # type: ignore[attr-defined]
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        arguments = dict(field.metadata)
+        kind = _value_type(hints[field.name])
+        if field.default is not None:
+            default = str(field.default).lower() if kind is bool else field.default
+            arguments["help"] += f" (default: {default})"
+        if kind is bool:
+            arguments |= {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+        else:
+            metavar = {int: "N", float: "X"}.get(kind, field.name.upper())
+            arguments |= {"type": kind, "metavar": metavar}
+        arguments["help"] = arguments["help"].replace("%", "%%")
+        group.add_argument(f"--{field.name}", default=field.default, **arguments)
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, argv: list[str], option_classes: list[type]
+) -> tuple[Any, ...]:
+    """Parse `argv` (and the `--config` file it may name) into one object of each class.
+
+    Arguments of the parser beyond those classes' come last, as a namespace. Flags win over the
+    file.
+
+    Raises:
+        ValueError: an argument belongs to no option or has a wrong value.
+    """
+    config, rest = split_config(argv, option_classes)
+    parser.set_defaults(**as_defaults(config))
+    namespace, unknown = parser.parse_known_args(rest)
+    if unknown:
+        raise unknown_argument(unknown, option_names(option_classes))
+    values = vars(namespace)
+    return (
+        *(
+            options(**{field.name: values.pop(field.name) for field in dataclasses.fields(options)})
+            for options in option_classes
+        ),
+        namespace,
+    )
+
+
+def as_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Values of a config file as defaults of a parser: numbers as text, which argparse checks."""
+    return {
+        key: str(value)
+        if isinstance(value, (int, float)) and value is not True and value is not False
+        else value
+        for key, value in config.items()
+    }
+
+
+def option_names(option_classes: list[type]) -> list[str]:
+    """The names of all options of the dataclasses."""
+    return [
+        field.name
+        for options in option_classes
+        for field in dataclasses.fields(options)
+        if field.init
+    ]
+
+
+def read_config(path: str | Path, option_classes: list[type]) -> dict[str, Any]:
+    """Read options from a YAML file: one mapping of option names to values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a mapping, or it holds an option that none of `option_classes` has.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must be a mapping of options to values; it is a {type(values).__name__}."
+        )
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = option_names(option_classes)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: there is no option {key!r}{close_matches(key, known)}.")
+        if values[key] is False and key.endswith("_strategy"):
+            values[key] = "no"  # YAML reads a bare `no` as false
+    if isinstance(values.get("model_overrides"), dict):
+        values["model_overrides"] = json.dumps(values["model_overrides"])
+    return values
+
+
+def split_config(argv: list[str], option_classes: list[type]) -> tuple[dict[str, Any], list[str]]:
+    """Take `--config FILE` out of `argv`: its options, and the other arguments.
+
+    `--max-length` becomes `--max_length`.
+    """
+    finder = OptionParser(prog="vlmoe")
+    finder.add_argument("--config")
+    found, others = finder.parse_known_args([_with_underscores(each) for each in argv])
+    return (read_config(found.config, option_classes) if found.config else {}), others
+
+
+def _with_underscores(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    is_flag = name.startswith("--") and " " not in name
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if is_flag else argument
+
+
+def unknown_argument(arguments: list[str], known: list[str]) -> ValueError:
+    """The error for arguments that no option takes, with close matches for the first."""
+    name = arguments[0].split("=")[0].lstrip("-").replace("-", "_")
+    if not arguments[0].startswith("-"):
+        return ValueError(f"The argument {arguments[0]!r} belongs to no option.")
+    return ValueError(f"There is no option {arguments[0]!r}{close_matches(name, known, '--')}.")
+
+
+def close_matches(name: str, known: list[str], prefix: str = "") -> str:
+    """` (did you mean a, b?)`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(prefix + match for match in close)}?)" if close else ""
+
+
+def require(value: str | None, name: str, command: str) -> str:
+    """`value`, if it was given.
+
+    Raises:
+        ValueError: it was not; the message names the option.
+    """
+    if not value:
+        raise ValueError(f"--{name} is missing. See `vlmoe {command} --help`.")
+    return value
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of one value: `int | None` -> int, `list[str] | None` -> str."""
+    if get_origin(hint) is types.UnionType:
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    return get_args(hint)[0] if get_origin(hint) is list else hint
+
+
+def _parse_bool(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]

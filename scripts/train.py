@@ -1,0 +1,352 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Train a model with `transformers.Trainer`.
+
+    vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
+    vlmoe train --config train.yaml --resume_from_checkpoint last
+    accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa
+
+- `--resume_from_checkpoint last` goes on from the newest complete checkpoint in the output folder,
+  or starts from the beginning where there is none; a path goes on from that one. Without it the
+  output folder must hold no checkpoints.
+- The same options and seed give the same numbers on the same CPU, resumed or not.
+- The final model and its processor are saved in the output folder beside the checkpoints, and the
+  results in train_results.json.
+"""
+
+import copy
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command_line import run_command
+from .options import (
+    TRAINING_DEFAULTS,
+    DataOptions,
+    ModelOptions,
+    OptionParser,
+    add_options,
+    require,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+EPILOG = """\
+options of transformers.TrainingArguments that matter most (--help-all lists all):
+  --output_dir, --num_train_epochs, --max_steps, --learning_rate, --per_device_train_batch_size,
+  --gradient_accumulation_steps, --seed, --bf16, --resume_from_checkpoint last|PATH
+with defaults of our own:
+  {defaults}
+
+examples:
+  vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny \\
+    --num_train_epochs 4 --learning_rate 1e-3 --per_device_train_batch_size 16
+  vlmoe train --model outputs/tiny --dataset my_data.parquet --output_dir outputs/tuned
+  vlmoe train --config train.yaml --resume_from_checkpoint last
+  accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa"""
+
+
+@dataclass
+class TrainResult:
+    """A finished training.
+
+    Attributes:
+        model: the trained model.
+        processor: its processor.
+        metrics: what train_results.json holds.
+        log_history: what Trainer logged, of the whole run, also before a resume.
+        output_dir: the folder with model, processor and checkpoints.
+    """
+
+    model: Any
+    processor: Any
+    metrics: dict[str, Any]
+    log_history: list[dict[str, Any]]
+    output_dir: Path
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe train`."""
+    if {"-h", "--help"} & set(argv):
+        print(help_parser().format_help())
+        return
+    from .training_arguments import parse_training, training_parser
+
+    if "--help-all" in argv:
+        print(training_parser().format_help())
+        return
+    model_options, data_options, arguments = parse_training(argv)
+    result = train(model_options, data_options, arguments)
+    if arguments.process_index == 0:
+        print(f"\n{results_table(result.metrics)}\n\nSaved to {result.output_dir}.")
+
+
+def help_parser() -> OptionParser:
+    """The parser behind `vlmoe train --help`: our options, without those of transformers."""
+    defaults = ", ".join(f"{name} {value}" for name, value in TRAINING_DEFAULTS.items())
+    parser = OptionParser(
+        prog="vlmoe train",
+        usage="vlmoe train [--config FILE] [options]",
+        description="Train a model from a preset, or go on with a saved one.",
+        epilog=EPILOG.format(defaults=_wrapped(defaults)),
+    )
+    parser.add_argument("--help-all", action="store_true", help="List all options.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="A YAML file of options; those given as flags win."
+    )
+    for options in (ModelOptions, DataOptions):
+        add_options(parser, options)
+    return parser
+
+
+def train(
+    model_options: ModelOptions, data_options: DataOptions, arguments: "TrainingArguments"
+) -> TrainResult:
+    """Train, evaluate, save, and return the result.
+
+    Args:
+        model_options: which model.
+        data_options: which data.
+        arguments: see `training_arguments.training_arguments` for ones with our defaults;
+            `resume_from_checkpoint` is honoured.
+
+    Raises:
+        ValueError: options, data or checkpoint are not usable; the message names the culprit.
+        FileNotFoundError: a file or folder does not exist.
+        ImportError: an optional package is missing.
+    """
+    from transformers import set_seed
+
+    from vlmoe.training.checkpoints import find_checkpoint, set_aside_newer
+
+    from .loading import model_for_training
+
+    check_arguments(arguments)
+    checkpoint = find_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
+    set_seed(arguments.seed)
+    train_rows, eval_rows = load_data(data_options, arguments)
+    model, processor = model_for_training(model_options, lambda: texts_of(train_rows), checkpoint)
+    trainer = build_trainer(
+        model, processor, train_rows, eval_rows, arguments, data_options.max_length
+    )
+    if trainer.is_world_process_zero():
+        set_aside_newer(arguments.output_dir, checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    return run(trainer, checkpoint)
+
+
+def check_arguments(arguments: "TrainingArguments") -> None:
+    """Refuse training arguments under which the model could not learn what it should.
+
+    Raises:
+        ValueError: names the argument and what to do.
+    """
+    if arguments.label_smoothing_factor:
+        raise ValueError(
+            "--label_smoothing_factor makes Trainer compute the loss without the router losses; "
+            "leave it at 0."
+        )
+    if arguments.remove_unused_columns:
+        raise ValueError("--remove_unused_columns drops `messages` and `images`; set it to false.")
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {arguments.n_gpu} GPUs and would cut batches by rows, which the "
+            f"image inputs do not allow. Start one process per GPU: accelerate launch "
+            f"--num_processes {arguments.n_gpu} -m vlmoe_cli.train ..."
+        )
+
+
+def load_data(options: DataOptions, arguments: "TrainingArguments") -> tuple[Any, Any | None]:
+    """The rows to train on, and those to evaluate on, if any."""
+    from vlmoe.training.data import load_rows
+
+    source = require(options.dataset, "dataset", "train")
+    with_images = not options.without_images
+    with arguments.main_process_first(desc="loading data"):
+        train_rows = load_rows(
+            source,
+            options.train_split,
+            limit=options.max_train_rows,
+            mirror=options.mirror_images,
+            with_images=with_images,
+        )
+        if not (options.eval_dataset or options.eval_split):
+            return train_rows, None
+        eval_rows = load_rows(
+            options.eval_dataset or source,
+            options.eval_split or "test",
+            limit=options.max_eval_rows,
+            with_images=with_images,
+        )
+    return train_rows, eval_rows
+
+
+def texts_of(rows: Any) -> Any:
+    """Every text of every conversation, once per occurrence, in order."""
+    from vlmoe.training.conversations import parse_row
+
+    for position, row in enumerate(rows):
+        for conversation in parse_row(row, position).conversations:
+            yield from (turn.text() for turn in conversation)
+
+
+def build_trainer(
+    model: Any,
+    processor: Any,
+    train_rows: Any,
+    eval_rows: Any | None,
+    arguments: "TrainingArguments",
+    max_length: int | None = None,
+) -> "Trainer":
+    """A plain `Trainer` for conversational rows.
+
+    Raises:
+        ValueError: no training row has a token with a loss.
+    """
+    from transformers import IntervalStrategy, Trainer
+
+    from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
+    from vlmoe.training.collator import VLMoECollator, require_label_tokens
+    from vlmoe.training.conversation_rows import ConversationRows
+    from vlmoe.training.saving import StopOnBadLoss
+
+    collator = VLMoECollator(processor, max_length)
+    require_label_tokens(train_rows, collator)
+    if eval_rows is None:
+        arguments = copy.copy(arguments)
+        arguments.eval_strategy = IntervalStrategy.NO
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train_rows,
+        eval_dataset=None if eval_rows is None else ConversationRows(eval_rows),
+        processing_class=processor,
+        compute_metrics=answer_accuracy,
+        preprocess_logits_for_metrics=most_likely_tokens,
+        callbacks=[StopOnBadLoss()],
+    )
+
+
+def run(trainer: "Trainer", checkpoint: Path | None = None) -> TrainResult:
+    """Train (from `checkpoint` on), evaluate, save the model and the results."""
+    from vlmoe.training.answer_accuracy import IGNORED_OUTPUTS
+    from vlmoe.training.atomic_files import write_json
+    from vlmoe.training.checkpoints import read_state
+    from vlmoe.training.saving import save_final_model
+
+    before = {} if checkpoint is None else read_state(checkpoint)
+    start = time.perf_counter()
+    if checkpoint is not None and before["global_step"] >= planned_steps(trainer):
+        restore_finished(trainer, checkpoint)
+    else:
+        trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+            ignore_keys_for_eval=IGNORED_OUTPUTS,
+        )
+    seconds = time.perf_counter() - start
+    if trainer.eval_dataset is not None and _last(trainer.state, "eval_loss") is None:
+        trainer.evaluate(ignore_keys=IGNORED_OUTPUTS)
+    output_dir = save_final_model(trainer, trainer.args.output_dir)
+    metrics = results(trainer, before, seconds)
+    if trainer.is_world_process_zero():
+        write_json(output_dir / "train_results.json", metrics)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return TrainResult(
+        model, trainer.processing_class, metrics, trainer.state.log_history, output_dir
+    )
+
+
+def planned_steps(trainer: "Trainer") -> int:
+    """Optimizer steps of the whole run."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def restore_finished(trainer: "Trainer", checkpoint: Path) -> None:
+    """Load a checkpoint after which nothing is left to train; Trainer would train a step more."""
+    from transformers import TrainerState
+
+    from vlmoe.training.checkpoints import STATE_FILE
+
+    trained = type(trainer.model).from_pretrained(checkpoint, dtype=trainer.model.dtype)
+    trainer.model.load_state_dict(trained.state_dict())
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+
+def results(trainer: "Trainer", before: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What train_results.json holds: losses, speed, sizes, and what the run was.
+
+    Seconds and tokens per second are of this session (after a resume: since then), with the
+    evaluations' time left out of the speed. Tokens are those of the training rows, images
+    included, padding not.
+    """
+    state, arguments = trainer.state, trainer.args
+    new_log = state.log_history[len(before.get("log_history", [])) :]
+    evaluating = sum(entry.get("eval_runtime", 0.0) for entry in new_log)
+    tokens = state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {
+        "train_loss": _last_of_log(state.log_history, "loss"),
+        "eval_loss": _last(state, "eval_loss"),
+        "eval_exact_match": _last(state, "eval_exact_match"),
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "resumed_at_step": before.get("global_step"),
+        "train_seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(seconds - evaluating, 1e-9),
+        "parameters": model.active_parameters(),
+        "seed": arguments.seed,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("vlmoe", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def results_table(metrics: dict[str, Any]) -> str:
+    """The results as text, one line each."""
+    parameters = metrics["parameters"]
+    rows = {
+        "optimizer steps": f"{metrics['steps']:,} ({metrics['epochs']:.3g} epochs)",
+        "training loss (last logged)": _number(metrics["train_loss"]),
+        "evaluation loss": _number(metrics["eval_loss"]),
+        "evaluation exact match": _number(metrics["eval_exact_match"], ".2%"),
+        "seconds": f"{metrics['train_seconds']:,.1f}",
+        "training tokens per second": f"{metrics['tokens_per_second']:,.0f}",
+        "parameters": f"{parameters['total']:,}",
+        "active per image token": f"{parameters['image_token']:,}",
+        "active per text token": f"{parameters['text_token']:,}",
+    }
+    return "\n".join(f"{name:<28} {value:>18}" for name, value in rows.items())
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _last(state: Any, key: str) -> float | None:
+    """The value of `key` that was logged at the current step, if any."""
+    here = [entry for entry in state.log_history if entry.get("step") == state.global_step]
+    return _last_of_log(here, key)
+
+
+def _last_of_log(log: list[dict[str, Any]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(log) if key in entry), None)
+
+
+def _wrapped(text: str) -> str:
+    return "\n  ".join(textwrap.wrap(text, 94))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe train", main))

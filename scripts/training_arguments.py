@@ -1,0 +1,68 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""`transformers.TrainingArguments` with the defaults of `vlmoe train`, and its parser.
+
+Importing this module imports torch and transformers.
+"""
+
+import argparse
+import importlib.util
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from .options import TRAINING_DEFAULTS, DataOptions, ModelOptions, parse_options
+
+
+def training_arguments(**values: Any) -> TrainingArguments:
+    """`TrainingArguments` with our defaults where `values` say nothing."""
+    return TrainingArguments(**(training_defaults() | values))
+
+
+def training_defaults() -> dict[str, Any]:
+    """What `vlmoe train` sets differently from `TrainingArguments`, on this machine."""
+    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+    return TRAINING_DEFAULTS | {
+        "report_to": "tensorboard" if has_tensorboard else "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def parse_training(argv: list[str]) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+    """Options from the command line, over those of `--config FILE`, over the defaults.
+
+    Raises:
+        ValueError: an option does not exist or has a wrong value.
+        FileNotFoundError: there is no such config file.
+    """
+    option_classes: list[type] = [ModelOptions, DataOptions, TrainingArguments]
+    model, data, arguments, _ = parse_options(training_parser(), argv, option_classes)
+    return model, data, arguments
+
+
+def training_parser() -> HfArgumentParser:
+    """The parser of all options of `vlmoe train`, those of TrainingArguments included."""
+    parser = _TrainingParser(
+        (ModelOptions, DataOptions, TrainingArguments),
+        prog="vlmoe train",
+        usage="vlmoe train [--config FILE] [options]",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(**training_defaults())
+    return parser
+
+
+class _TrainingParser(HfArgumentParser):
+    def add_argument(self, *names: Any, **arguments: Any) -> argparse.Action:
+        if "--include_num_input_tokens_seen" in names:  # takes words too, but is declared a bool
+            arguments["type"] = _bool_or_word
+        return super().add_argument(*names, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.rstrip('.')}. See `{self.prog} --help`.")
+
+
+def _bool_or_word(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)

@@ -1,0 +1,248 @@
+"""The command `vlmoe`: help without heavy imports, options, one-line errors."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vlmoe_cli import evaluate, generate, main
+from vlmoe_cli.command_line import run_command
+from vlmoe_cli.options import (
+    TRAINING_DEFAULTS,
+    DataOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    ModelOptions,
+    OptionParser,
+    RuntimeOptions,
+    add_options,
+    parse_options,
+    read_config,
+)
+from vlmoe_cli.training_arguments import parse_training, training_arguments
+
+OPTIONS = {
+    "train": (ModelOptions, DataOptions),
+    "evaluate": (EvaluateOptions, RuntimeOptions),
+    "generate": (GenerateOptions, RuntimeOptions),
+}
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"]])
+def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
+    program = (
+        "import sys; from vlmoe_cli.main import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'vlmoe', 'numpy', 'datasets', 'PIL'} & set(sys.modules);"
+        "assert code == 0 and not heavy, heavy"
+    )
+    arguments = [sys.executable, "-c", program, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "examples:\n  vlmoe" in done.stdout
+    for options in OPTIONS[command[0]] if command else ():
+        assert all(f"--{field.name}" in done.stdout for field in fields(options))
+
+
+def test_the_help_of_train_names_our_defaults_and_help_all_every_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main.main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert "--resume_from_checkpoint last" in short and "--adam_beta1" not in short
+    assert all(name in short for name in TRAINING_DEFAULTS)
+    assert main.main(["train", "--help-all"]) == 0
+    long = capsys.readouterr().out
+    assert all(word in long for word in ("--adam_beta1", "--dataset", "--model_overrides"))
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vlmoe ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "vlmoe: error: there is no command 'trian' (did you mean train?)"),
+        (["train"], "vlmoe train: error: --dataset is missing"),
+        (["train", "--datset", "x"], "no option '--datset' (did you mean --dataset"),
+        (["train", "--learning_rate", "abc"], "invalid float value: 'abc'"),
+        (["train", "--config", "nowhere.yaml"], "There is no config file nowhere.yaml"),
+        (["train", "--dataset", "./nowhere.parquet"], "there is no file or folder ./nowhere"),
+        (["train", "--eval_strategy", "often"], "often"),
+        (["evaluate", "--dataset", "easy_vqa"], "vlmoe evaluate: error: --model is missing"),
+        (["evaluate", "--model", "x", "--batch_size", "many"], "invalid int value: 'many'"),
+        (["generate", "--model", "x"], "The question is missing"),
+        (["generate", "question"], "--model is missing"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "message"),
+    [
+        ("data", "huge", "'huge' is neither a preset (base, small, tiny) nor a folder"),
+        ("data", "./nowhere", "There is no model folder ./nowhere"),
+        ("data", "data", "holds no whole model: model.safetensors: missing; config.json: missing"),
+        ("data/train_0.png", "tiny", "unknown file type"),
+        ("empty.jsonl", "tiny", "empty"),
+        ("columns.jsonl", "tiny", "lacks the column `messages`"),
+        ("silent.jsonl", "tiny", "a dataset without any label token"),
+        ("broken.jsonl", "tiny", "image 0: the image of 300 bytes cannot be decoded"),
+    ],
+)
+def test_unusable_data_and_models_are_named_before_training(
+    dataset: str,
+    model: str,
+    message: str,
+    data_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(data_folder)
+    user = '{"role": "user", "content": "hello"}'
+    answer = '{"role": "assistant", "content": "hello"}'
+    with_image = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}'
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "columns.jsonl").write_text('{"question": "?", "answer": "!"}\n')
+    (tmp_path / "silent.jsonl").write_text(f'{{"messages": [{user}]}}\n')
+    (tmp_path / "bad.png").write_bytes((data_folder / "train_0.png").read_bytes()[:300])
+    (tmp_path / "broken.jsonl").write_text(
+        f'{{"messages": [{with_image}, {answer}], "images": ["bad.png"]}}\n'
+    )
+    arguments = ["--dataset", dataset, "--model", model, "--use_cpu", "--output_dir", "out"]
+    assert main.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1] and error[-1].startswith("vlmoe train: error: ")
+    assert not any("Traceback" in line for line in error)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def raising(error: BaseException) -> Callable[[list[str]], None]:
+    def command(argv: list[str]) -> None:
+        raise error
+
+    return command
+
+
+def test_the_traceback_is_shown_on_demand(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = raising(ValueError("two\n  lines"))
+    assert run_command("vlmoe x", command, []) == 2
+    assert capsys.readouterr().err == "vlmoe x: error: two lines\n"
+    assert run_command("vlmoe x", command, ["--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("VLMOE_TRACEBACK", "1")
+    assert run_command("vlmoe x", command, []) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_a_data_worker_is_told_without_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent ..."
+    error = ValueError(f"{text}\n  File x\nValueError: row 7: image 0 is empty\n")
+    assert run_command("vlmoe x", raising(error), []) == 2
+    assert capsys.readouterr().err == "vlmoe x: error: row 7: image 0 is empty\n"
+
+
+def test_interruption_is_no_error_and_a_bug_keeps_its_traceback() -> None:
+    assert run_command("vlmoe x", raising(KeyboardInterrupt()), []) == 130
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command("vlmoe x", raising(RuntimeError("a bug")), [])
+
+
+CONFIG = """
+model: outputs/tiny
+dataset: easy_vqa
+max-train-rows: 12
+mirror_images: true
+learning_rate: 5e-4
+eval_strategy: no
+model_overrides: {text_config: {num_experts: 4}}
+include_num_input_tokens_seen: all
+"""
+
+
+def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(CONFIG)
+    flags = ["--max-train-rows=7", "--config", str(file), "--seed", "3", "--use_cpu"]
+    model, data, arguments = parse_training([*flags, "--output_dir", str(tmp_path)])
+    assert model.model == "outputs/tiny"
+    assert model.model_overrides == '{"text_config": {"num_experts": 4}}'
+    assert (data.dataset, data.max_train_rows, data.mirror_images) == ("easy_vqa", 7, True)
+    assert (arguments.learning_rate, arguments.seed, arguments.eval_strategy) == (5e-4, 3, "no")
+    assert arguments.include_num_input_tokens_seen == "all"
+    assert arguments.save_total_limit == TRAINING_DEFAULTS["save_total_limit"]
+    assert arguments.remove_unused_columns is False
+
+
+def test_options_parsed_without_flags_are_our_defaults(tmp_path: Path) -> None:
+    _, _, parsed = parse_training(["--use_cpu"])
+    built = training_arguments(use_cpu=True)
+    assert parsed.to_dict() == built.to_dict()
+    for name, value in TRAINING_DEFAULTS.items():
+        assert getattr(parsed, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate: 1", r"no option 'learnin_rate' \(did you mean learning_rate"),
+        ("- a list", "must be a mapping"),
+        ("model: [unclosed", "not valid YAML"),
+        ("max_train_rows: 1.5", "invalid int value: '1.5'"),
+        ("mirror_images: maybe", "maybe"),
+    ],
+)
+def test_a_wrong_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_training(["--config", str(file), "--use_cpu"])
+
+
+def test_an_empty_config_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_config(tmp_path / "empty.yaml", [DataOptions]) == {}
+
+
+def test_the_light_parser_reads_what_the_dataclasses_say() -> None:
+    parser = OptionParser(prog="x")
+    for options in (GenerateOptions, RuntimeOptions):
+        add_options(parser, options)
+    argv = ["--image", "a.png", "--image", "b.png", "--max-new-tokens", "5", "--top_p=0.5"]
+    generation, runtime, _ = parse_options(parser, argv, [GenerateOptions, RuntimeOptions])
+    assert generation == GenerateOptions(image=["a.png", "b.png"], max_new_tokens=5, top_p=0.5)
+    assert runtime == RuntimeOptions()
+    evaluation = OptionParser(prog="x")
+    add_options(evaluation, EvaluateOptions)
+    for argv, value in ((["--without_images"], True), (["--without_images", "false"], False)):
+        parsed, _ = parse_options(evaluation, argv, [EvaluateOptions])
+        assert parsed.without_images is value
+    with pytest.raises(ValueError, match="neither true nor false"):
+        parse_options(evaluation, ["--without_images", "perhaps"], [EvaluateOptions])
+
+
+def test_every_command_has_a_main_function() -> None:
+    assert callable(evaluate.main) and callable(generate.main)
+    assert set(OPTIONS) < set(main.COMMANDS)

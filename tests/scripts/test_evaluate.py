@@ -1,0 +1,69 @@
+"""`vlmoe evaluate`: a table, a JSON file, one-line errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmoe_cli import main
+
+
+def test_the_scores_are_printed_and_written(
+    tmp_path: Path, saved_model: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, predictions = tmp_path / "new" / "scores.json", tmp_path / "predictions.json"
+    where = ["--model", str(saved_model), "--dataset", str(data_folder), "--split", "test"]
+    files = ["--output", str(output), "--save_predictions", str(predictions)]
+    more = ["--batch_size", "4", "--max_new_tokens", "3", "--device", "cpu", "--max_rows", "2"]
+    assert main.main(["evaluate", *where, *files, *more]) == 0
+
+    printed = capsys.readouterr()
+    scores = json.loads(output.read_text())
+    records = json.loads(predictions.read_text())
+    assert scores["count_by_type"] == {"color": 2, "yes/no": 2}
+    assert scores["questions"] == len(records) == 4
+    assert scores["exact_match"] == sum(record["correct"] for record in records) / 4
+    assert scores["options"]["batch_size"] == 4 and "predictions" not in scores
+    for word in ("color", "yes/no", "all", "exact match", f"Written to {output}"):
+        assert word in printed.out
+    assert "answering" in printed.err
+
+
+def test_the_results_lie_in_the_model_folder_by_default(
+    tmp_path: Path, saved_model: Path, data_folder: Path
+) -> None:
+    for file in saved_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(f"model: {tmp_path}\ndataset: {data_folder}\nmax_rows: 1\nwithout-images: on")
+    more = ["--max_new_tokens", "2", "--dtype", "bfloat16", "--experts_implementation", "eager"]
+    assert main.main(["evaluate", "--config", str(config), *more]) == 0
+    scores = json.loads((tmp_path / "evaluate_results.json").read_text())
+    assert scores["questions"] == 2 and scores["options"]["without_images"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "dev"], "dev"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--max_length", "3"], "more than max_length=3"),
+        (["--device", "warp"], "--device 'warp' cannot be used"),
+        (["--dtype", "int8"], "--dtype 'int8' is no number type"),
+        (["--save_predict", "x"], "did you mean --save_predictions"),
+    ],
+)
+def test_wrong_options_are_named_and_nothing_is_written(
+    arguments: list[str],
+    message: str,
+    saved_model: Path,
+    data_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    where = ["--model", str(saved_model), "--dataset", str(data_folder)]
+    output = ["--output", str(tmp_path / "scores.json")]
+    assert main.main(["evaluate", *where, *output, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vlmoe evaluate: error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
