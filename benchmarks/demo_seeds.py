@@ -36,6 +36,7 @@ def summary(metrics: dict[str, Any]) -> dict[str, Any]:
         "accuracy": metrics["accuracy"],
         **{f"accuracy {kind}": value for kind, value in metrics["accuracy_by_type"].items()},
         **baselines,
+        "threads": metrics["threads"],
         "train seconds": metrics["train_seconds"],
         "seconds in all": metrics["seconds"],
         "tokens per second": metrics["tokens_per_second"],
@@ -56,7 +57,7 @@ def main() -> None:
     print(f"{'':24}" + "".join(f"{f'seed {seed}':>12}" for seed in rows) + f"{'mean':>12}")
     for name in rows[options.seeds[0]]:
         values = [row[name] for row in rows.values()]
-        form = ".2%" if max(values) <= 1 else ",.2f"
+        form = ".2%" if max(values) <= 1 and name != "threads" else ",.2f"
         print(f"{name:24}" + "".join(f"{v:>12{form}}" for v in [*values, statistics.mean(values)]))
     first = runs[options.seeds[0]]
     shared = {name: first[name] for name in ("questions", "parameters", "versions")}

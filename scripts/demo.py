@@ -110,6 +110,8 @@ def summarise(
     expert_load: dict[str, Any],
 ) -> dict[str, Any]:
     """What metrics.json holds of the stages, the test and the baselines."""
+    import torch
+
     return {
         "accuracy": answers["exact_match"],
         "accuracy_by_type": answers["exact_match_by_type"],
@@ -126,6 +128,7 @@ def summarise(
             QUESTION_ONLY: blind.metrics,
         },
         "seed": options.seed,
+        "threads": torch.get_num_threads(),
         "versions": trained.metrics["versions"],
     }
 

@@ -63,14 +63,12 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
         raise ValueError("--max_new_tokens must be 1 or more, --temperature 0 or more.")
     import torch
     from transformers import TextStreamer, set_seed
-    from transformers.utils import logging
 
     from vlmoe.training.images import open_image
 
     from .loading import model_for_answers
 
     images = [open_image(Path(path).expanduser(), path) for path in paths]
-    logging.disable_progress_bar()
     model, processor = model_for_answers(source, runtime)
     set_seed(options.seed)
     inputs = processor.apply_chat_template(

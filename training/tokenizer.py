@@ -2,7 +2,9 @@
 """A tokenizer trained on one's own texts: byte-level BPE with the tokens of the chat format.
 
 Every byte is in the vocabulary, so any string can be encoded and decoded. Special tokens get the
-first ids, in the order given, and are never split or merged.
+first ids, in the order given, and are never split or merged. A space is put before each piece of
+text between them, and one taken off again when decoding: a word is the same token at the beginning
+of an answer as in the middle of a question, and has to be learned once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,8 +56,9 @@ def train_tokenizer(
     if padding_side not in ("left", "right"):
         raise ValueError(f"`padding_side` is {padding_side!r}; allowed: left, right.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    strip = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), strip])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,

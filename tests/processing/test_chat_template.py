@@ -15,7 +15,7 @@ CONVERSATION = [
     {"role": "user", "content": "red?"},
     {"role": "assistant", "content": "no"},
 ]
-LEARNED = "a círcle 日本<|end|>no<|end|>"
+LEARNED = "a círcle 日本<|end|> no<|end|>"
 
 
 def test_default_chat_template_renders_the_chat_format(processor):

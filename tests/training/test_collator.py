@@ -128,7 +128,7 @@ def test_row_equals_the_processors_own_encoding(
 def test_loss_is_on_answers_and_their_end_only(processor: VLMoEProcessor) -> None:
     labels = VLMoECollator(processor)([make_row("several turns")])["labels"][0]
     learned = labels[labels != IGNORE_INDEX]
-    assert processor.tokenizer.decode(learned) == "circle<|end|>square<|end|>"
+    assert processor.tokenizer.decode(learned) == "circle<|end|> square<|end|>"
 
 
 def test_batch_equals_its_rows_right_padded(processor: VLMoEProcessor) -> None:

@@ -10,11 +10,17 @@ STRINGS = ["", " ", "a  b\n\n\tc ", "日本語 🎉 ñ", "\x00\x7f￿", "<row_9_
 
 
 @pytest.mark.parametrize("text", STRINGS)
-def test_any_string_is_encoded_and_decoded_without_loss(text):
+def test_any_string_is_decoded_without_loss_but_for_a_leading_space(text):
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
     ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text.removeprefix(" ")
     assert tokenizer.unk_token is None and None not in ids
+
+
+def test_a_word_is_one_token_wherever_it_stands():
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    alone, after_a_marker = tokenizer.tokenize("fox"), tokenizer.tokenize("<|assistant|>fox<|end|>")
+    assert alone == tokenizer.tokenize("the fox")[1:] == after_a_marker[1:2]
 
 
 def test_frequent_words_become_one_token():
