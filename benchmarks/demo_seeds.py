@@ -51,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_seeds"))
+    parser.add_argument("--note", help="a remark on the conditions, kept in the result file")
     options = parser.parse_args()
     runs = {seed: run_seed(seed, options.output_dir / str(seed)) for seed in options.seeds}
     rows = {seed: summary(metrics) for seed, metrics in runs.items()}
@@ -61,6 +62,8 @@ def main() -> None:
         print(f"{name:24}" + "".join(f"{v:>12{form}}" for v in [*values, statistics.mean(values)]))
     first = runs[options.seeds[0]]
     shared = {name: first[name] for name in ("questions", "parameters", "versions")}
+    if options.note:
+        shared["note"] = options.note
     write_result("demo_seeds", {**shared, "seeds": {str(seed): row for seed, row in rows.items()}})
 
 
