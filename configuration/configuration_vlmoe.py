@@ -21,9 +21,9 @@ PRESETS = Path(__file__).parent / "presets"
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 
-def _require(ok: bool, field: str, value: Any, allowed: str) -> None:
+def _require(config: PreTrainedConfig, field: str, ok: bool, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"`{field}` is {value!r}; allowed: {allowed}.")
+        raise ValueError(f"`{field}` is {getattr(config, field)!r}; allowed: {allowed}.")
 
 
 @strict
@@ -140,18 +140,13 @@ class VLMoETextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields, then check all of them."""
-        _require(
-            self.num_attention_heads > 0,
-            "num_attention_heads",
-            self.num_attention_heads,
-            "1 or more",
-        )
+        _require(self, "num_attention_heads", self.num_attention_heads > 0, "1 or more")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             divides = self.hidden_size % self.num_attention_heads == 0
             allowed = f"a divisor of hidden_size={self.hidden_size}, or set `head_dim`"
-            _require(divides, "num_attention_heads", self.num_attention_heads, allowed)
+            _require(self, "num_attention_heads", divides, allowed)
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
@@ -167,79 +162,51 @@ class VLMoETextConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check every field that has a range; also run by transformers before saving."""
+        self._check_numbers()
+        heads, k = self.num_attention_heads, self.num_experts_per_tok
+        divides = heads % self.num_key_value_heads == 0
+        _require(self, "num_key_value_heads", divides, f"a divisor of num_attention_heads={heads}")
+        in_range = 1 <= k <= self.num_experts
+        _require(self, "num_experts_per_tok", in_range, f"1 to num_experts={self.num_experts}")
+        known = self.scoring_func in ("softmax", "sigmoid")
+        _require(self, "scoring_func", known, "softmax, sigmoid")
+        self._check_layers()
+
+    def _check_numbers(self) -> None:
+        """Sizes, coefficients and factors, each by itself, and the activation."""
         for field in (
-            *(
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_key_value_heads",
-            ),
-            *("head_dim", "num_experts", "moe_intermediate_size", "decoder_sparse_step"),
-            "max_position_embeddings",
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size"),
+            *("decoder_sparse_step", "max_position_embeddings"),
         ):
-            _require(getattr(self, field) > 0, field, getattr(self, field), "1 or more")
+            _require(self, field, getattr(self, field) > 0, "1 or more")
         for field in (
             *("router_aux_loss_coef", "router_z_loss_coef", "num_shared_experts"),
             *("initializer_range", "rms_norm_eps"),
         ):
-            _require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+            _require(self, field, getattr(self, field) >= 0, "0 or more")
         for field in ("logits_scaling", "routed_scaling_factor"):
-            _require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
-        dropout, head_dim = self.attention_dropout, self.head_dim
-        _require(0 <= dropout <= 1, "attention_dropout", dropout, "0 to 1")
-        _require(head_dim % 2 == 0, "head_dim", head_dim, "an even number: RoPE turns pairs")
-        _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, ", ".join(ACT2FN))
-        heads, kv_heads, k = (
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.num_experts_per_tok,
-        )
-        _require(
-            heads % kv_heads == 0,
-            "num_key_value_heads",
-            kv_heads,
-            f"a divisor of num_attention_heads={heads}",
-        )
-        _require(
-            1 <= k <= self.num_experts,
-            "num_experts_per_tok",
-            k,
-            f"1 to num_experts={self.num_experts}",
-        )
-        _require(
-            self.scoring_func in ("softmax", "sigmoid"),
-            "scoring_func",
-            self.scoring_func,
-            "softmax, sigmoid",
-        )
-        layers = self.num_hidden_layers
-        _require(
-            all(0 <= i < layers for i in self.mlp_only_layers),
-            *("mlp_only_layers", self.mlp_only_layers, f"layer indices from 0 to {layers - 1}"),
-        )
-        _require(
-            len(self.layer_types) == layers and set(self.layer_types) <= set(ATTENTION_TYPES),
-            *(
-                "layer_types",
-                self.layer_types,
-                f"{layers} entries, each one of {', '.join(ATTENTION_TYPES)}",
-            ),
-        )
-        sliding = "sliding_attention" in self.layer_types
-        window_ok = self.sliding_window is None or self.sliding_window > 0
-        _require(
-            window_ok and not (sliding and self.sliding_window is None),
-            *(
-                "sliding_window",
-                self.sliding_window,
-                "1 or more; needed where `layer_types` has sliding_attention",
-            ),
-        )
-        _require(
-            len(self.no_rope_layers) == layers and set(self.no_rope_layers) <= {0, 1},
-            *("no_rope_layers", self.no_rope_layers, f"{layers} entries, each 0 or 1"),
-        )
+            _require(self, field, getattr(self, field) > 0, "more than 0")
+        _require(self, "attention_dropout", 0 <= self.attention_dropout <= 1, "0 to 1")
+        _require(self, "head_dim", self.head_dim % 2 == 0, "an even number: RoPE turns pairs")
+        _require(self, "hidden_act", self.hidden_act in ACT2FN, ", ".join(ACT2FN))
+
+    def _check_layers(self) -> None:
+        """Fields with an entry for each layer, or that name layers."""
+        layers, kinds, ropes = self.num_hidden_layers, self.layer_types, self.no_rope_layers
+        named = all(0 <= i < layers for i in self.mlp_only_layers)
+        _require(self, "mlp_only_layers", named, f"layer indices from 0 to {layers - 1}")
+        known = len(kinds) == layers and set(kinds) <= set(ATTENTION_TYPES)
+        each = f"{layers} entries, each one of {', '.join(ATTENTION_TYPES)}"
+        _require(self, "layer_types", known, each)
+        if self.sliding_window is None:
+            window_ok = "sliding_attention" not in kinds
+        else:
+            window_ok = self.sliding_window > 0
+        needed = "1 or more; needed where `layer_types` has sliding_attention"
+        _require(self, "sliding_window", window_ok, needed)
+        binary = len(ropes) == layers and set(ropes) <= {0, 1}
+        _require(self, "no_rope_layers", binary, f"{layers} entries, each 0 or 1")
 
     def is_sparse_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (from 0) holds experts."""
@@ -329,45 +296,19 @@ class VLMoEConfig(PreTrainedConfig):
         layers = vision.num_hidden_layers
         chosen = self.vision_feature_layers
         in_range = bool(chosen) and all(-layers - 1 <= layer <= layers for layer in chosen)
-        _require(
-            in_range,
-            "vision_feature_layer",
-            self.vision_feature_layer,
-            f"{-layers - 1} to {layers}, one or several",
-        )
-        _require(
-            not last or chosen == [-1],
-            *(
-                "vision_feature_layer",
-                self.vision_feature_layer,
-                "-1 where `vision_use_last_hidden_state` is True",
-            ),
-        )
-        strategy, act = self.vision_feature_select_strategy, self.projector_hidden_act
-        _require(
-            strategy in ("default", "full"),
-            *("vision_feature_select_strategy", strategy, "default, full"),
-        )
-        _require(act in ACT2FN, "projector_hidden_act", act, ", ".join(ACT2FN))
-        _require(
-            self.pixel_shuffle_factor > 0,
-            "pixel_shuffle_factor",
-            self.pixel_shuffle_factor,
-            "1 or more",
-        )
-        _require(
-            self.projector_num_layers in (1, 2),
-            "projector_num_layers",
-            self.projector_num_layers,
-            "1, 2",
-        )
-        token, vocab = self.image_token_id, text.vocab_size
-        _require(
-            0 <= token < vocab,
-            "image_token_id",
-            token,
-            f"0 to {vocab - 1} (text_config.vocab_size - 1)",
-        )
+        allowed = f"{-layers - 1} to {layers}, one or several"
+        _require(self, "vision_feature_layer", in_range, allowed)
+        allowed = "-1 where `vision_use_last_hidden_state` is True"
+        _require(self, "vision_feature_layer", not last or chosen == [-1], allowed)
+        strategy_ok = self.vision_feature_select_strategy in ("default", "full")
+        _require(self, "vision_feature_select_strategy", strategy_ok, "default, full")
+        act_ok = self.projector_hidden_act in ACT2FN
+        _require(self, "projector_hidden_act", act_ok, ", ".join(ACT2FN))
+        _require(self, "pixel_shuffle_factor", self.pixel_shuffle_factor > 0, "1 or more")
+        _require(self, "projector_num_layers", self.projector_num_layers in (1, 2), "1, 2")
+        in_vocabulary = 0 <= self.image_token_id < text.vocab_size
+        allowed = f"0 to {text.vocab_size - 1} (text_config.vocab_size - 1)"
+        _require(self, "image_token_id", in_vocabulary, allowed)
 
     @property
     def vision_feature_layers(self) -> list[int]:
