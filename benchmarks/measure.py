@@ -35,16 +35,23 @@ def environment() -> dict[str, str | int]:
 
 
 def alternate(
-    steps: dict[str, Callable[[], None]], runs: int, warmup: int = 2
+    steps: dict[str, Callable[[], None]], runs: int, steps_per_run: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Process CPU seconds of each step, run in turn, so that drift hits all alike."""
+    """Process CPU seconds of a step, one value per run: the median of the run's steps.
+
+    The steps of a run are taken in turn, so that drift and other processes hit all alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for run in range(-warmup, runs):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if run >= 0:
-                seconds[name].append(time.process_time() - start)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(steps_per_run):
+            for name, step in steps.items():
+                start = time.process_time()
+                step()
+                times[name].append(time.process_time() - start)
+        if run >= 0:
+            for name, values in times.items():
+                seconds[name].append(statistics.median(values))
     return seconds
 
 

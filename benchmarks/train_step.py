@@ -4,10 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/train_step.py
 
 One step is forward, backward and AdamW on 16 images with 10 questions each, one row per question,
-as in the demo. Every case runs
-in a fresh process: memory is the peak resident size above the size before the first step; time is
-    process CPU time on one
-thread, the median over the steps. The first case is the demo's.
+as in the demo. Every case runs in a fresh process: memory is the peak resident size above the size
+before the first step; time is process CPU time on one thread, the median over the steps. The first
+case is the demo's.
 """
 
 import argparse

@@ -69,7 +69,11 @@ class DataOptions:
     )
     max_train_rows: int | None = option("Train on the first so many rows only.")
     max_eval_rows: int | None = option("Evaluate on the first so many rows only.")
-    mirror_images: bool = option("Also train on mirrored images (left and right swapped).", False)
+    altered_copies: int = option(
+        "Also train on so many copies of every row with its images shifted a little; every other "
+        "copy is also mirrored (left and right swapped).",
+        0,
+    )
     without_images: bool = option("Leave the images out: what do the questions alone tell?", False)
     max_length: int | None = option(
         "The longest sequence in tokens. Text after it is cut off; cutting an image is an error."

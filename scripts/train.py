@@ -170,7 +170,7 @@ def load_data(options: DataOptions, arguments: "TrainingArguments") -> tuple[Any
             source,
             options.train_split,
             limit=options.max_train_rows,
-            mirror=options.mirror_images,
+            altered_copies=options.altered_copies,
             with_images=with_images,
         )
         if not (options.eval_dataset or options.eval_split):

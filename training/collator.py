@@ -74,7 +74,7 @@ class RowCollator:
         *,
         share_images: bool = True,
         pad_to_multiple_of: int | None = None,
-        image_cache_mb: int = 512,
+        image_cache_mb: int = 1024,
         text_cache_mb: int = 64,
     ) -> None:
         """Raises `ValueError` for a template without generation blocks or a length below 1."""

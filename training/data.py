@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .conversations import has_image_parts, without_image_parts
-from .images import mirror_image
+from .images import altered_image
 from .local_files import FORMATS, IMAGE_COLUMNS, read_local, with_image_column
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def load_rows(
     split: str = "train",
     *,
     limit: int | None = None,
-    mirror: bool = False,
+    altered_copies: int = 0,
     with_images: bool = True,
     config_name: str | None = None,
 ) -> "Dataset":
@@ -42,9 +42,10 @@ def load_rows(
             dataset on the Hub.
         split: its name; on the Hub also a slice such as `train[:10%]`.
         limit: keep the first rows only.
-        mirror: append a copy of every row with its images mirrored left to right. The copies are
-            made once, so that every epoch and every resumed run sees the same; the texts stay, so
-            they must not speak of left and right, nor the images show text.
+        altered_copies: append so many copies of every row with its images shifted a little, every
+            other copy also mirrored left to right, the first one too. The copies are made once, so
+            that every epoch and every resumed run sees the same; the texts stay, so they must not
+            speak of left and right, nor the images show text.
         with_images: False takes images and image parts away, for a question-only baseline.
         config_name: the configuration of a Hub dataset that has several.
 
@@ -54,12 +55,14 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}.")
+    if altered_copies < 0:
+        raise ValueError(f"altered_copies must be at least 0, got {altered_copies}.")
     rows = _standard_columns(_read(source, split, config_name), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:
         rows = _without_images(rows)
-    return _with_mirrored_copies(rows) if mirror else rows
+    return _with_altered_copies(rows, altered_copies) if altered_copies else rows
 
 
 def _read(source: str, split: str, config_name: str | None) -> "Dataset":
@@ -132,12 +135,20 @@ def _without_images(rows: "Dataset") -> "Dataset":
     ).select_columns(rows.column_names)
 
 
-def _with_mirrored_copies(rows: "Dataset") -> "Dataset":
-    """The rows, then their mirrored copies in the same order."""
+def _with_altered_copies(rows: "Dataset", copies: int) -> "Dataset":
+    """The rows, then their altered copies, each time in the same order."""
     from datasets import concatenate_datasets
 
-    mirrored = rows.map(_mirrored_row, features=rows.features, desc="mirroring images")
-    return concatenate_datasets([rows, mirrored]).select_columns(rows.column_names)
+    altered = [
+        rows.map(
+            _altered_row,
+            fn_kwargs={"number": number},
+            features=rows.features,
+            desc=f"altering images, copy {number} of {copies}",
+        )
+        for number in range(1, copies + 1)
+    ]
+    return concatenate_datasets([rows, *altered]).select_columns(rows.column_names)
 
 
 # Functions of the module, not lambdas: `datasets` names its cache by them, and cannot hash lambdas
@@ -150,7 +161,7 @@ def _text_of_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {"messages": messages, "images": [[] for _ in messages]}
 
 
-def _mirrored_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The changed columns of a row with mirrored images."""
-    images = [mirror_image(image, f"row {row['id']!r}") for image in row["images"]]
-    return {"id": f"{row['id']} mirrored", "images": images}
+def _altered_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """The changed columns of a row with altered images."""
+    images = [altered_image(image, f"row {row['id']!r}", number) for image in row["images"]]
+    return {"id": f"{row['id']} altered {number}", "images": images}

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Images as a dataset row holds them: opening, content keys, mirroring.
+"""Images as a dataset row holds them: opening, content keys, altered copies.
 
 A row may hold an image as a PIL image, encoded bytes, a file path, or the
 `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image` column. An image that cannot be used
@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from ..processing.image_checks import load_rgb_image
+
+SHIFT_FRACTION = 16
+"""A copy is shifted by at most this fraction of the image's width and height."""
 
 
 def encoded_content(value: Any) -> bytes | None:
@@ -45,9 +49,22 @@ def pixel_key(image: Image.Image) -> bytes:
     return digest.digest()
 
 
-def mirror_image(value: Any, name: str) -> dict[str, Any]:
-    """The image flipped left to right, as the PNG content of an undecoded `datasets.Image`."""
-    mirrored = open_image(value, name).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def altered_image(value: Any, name: str, number: int) -> dict[str, Any]:
+    """A copy of an image for training: shifted by up to a sixteenth of its size, and mirrored left
+    to right where `number` is odd. What the shift uncovers repeats the pixels of the edge.
+
+    The shift depends on `name` and `number` alone. Returns the PNG content of an undecoded
+    `datasets.Image`.
+    """
+    image = open_image(value, name)
+    digest = hashlib.blake2b(f"{name} {number}".encode(), digest_size=8, person=b"shift").digest()
+    reach = np.array([image.height // SHIFT_FRACTION, image.width // SHIFT_FRACTION])
+    down, right = np.random.default_rng(list(digest)).integers(-reach, reach, endpoint=True)
+    rows = np.clip(np.arange(image.height) - down, 0, image.height - 1)
+    columns = np.clip(np.arange(image.width) - right, 0, image.width - 1)
+    altered = Image.fromarray(np.asarray(image)[rows][:, columns])
     buffer = io.BytesIO()
-    mirrored.save(buffer, format="PNG", compress_level=1)
+    (ImageOps.mirror(altered) if number % 2 else altered).save(
+        buffer, format="PNG", compress_level=1
+    )
     return {"bytes": buffer.getvalue(), "path": None}

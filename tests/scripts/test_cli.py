@@ -174,7 +174,7 @@ CONFIG = """
 model: outputs/tiny
 dataset: easy_vqa
 max-train-rows: 12
-mirror_images: true
+altered_copies: 3
 learning_rate: 5e-4
 eval_strategy: no
 model_overrides: {text_config: {num_experts: 4}}
@@ -189,7 +189,7 @@ def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path:
     model, data, arguments = parse_training([*flags, "--output_dir", str(tmp_path)])
     assert model.model == "outputs/tiny"
     assert model.model_overrides == '{"text_config": {"num_experts": 4}}'
-    assert (data.dataset, data.max_train_rows, data.mirror_images) == ("easy_vqa", 7, True)
+    assert (data.dataset, data.max_train_rows, data.altered_copies) == ("easy_vqa", 7, 3)
     assert (arguments.learning_rate, arguments.seed, arguments.eval_strategy) == (5e-4, 3, "no")
     assert arguments.include_num_input_tokens_seen == "all"
     assert arguments.save_total_limit == TRAINING_DEFAULTS["save_total_limit"]
@@ -211,7 +211,7 @@ def test_options_parsed_without_flags_are_our_defaults(tmp_path: Path) -> None:
         ("- a list", "must be a mapping"),
         ("model: [unclosed", "not valid YAML"),
         ("max_train_rows: 1.5", "invalid int value: '1.5'"),
-        ("mirror_images: maybe", "maybe"),
+        ("altered_copies: maybe", "maybe"),
     ],
 )
 def test_a_wrong_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:

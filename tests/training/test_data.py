@@ -7,11 +7,11 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlmoe.training.conversations import parse_row
 from vlmoe.training.data import load_rows
-from vlmoe.training.images import open_image
+from vlmoe.training.images import altered_image, open_image
 
 
 @pytest.fixture(autouse=True)
@@ -260,18 +260,21 @@ def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "one"), limit=0)
 
 
-def test_mirrored_copies_follow_the_rows(tmp_path: Path) -> None:
+def test_altered_copies_follow_the_rows(tmp_path: Path) -> None:
     as_dataset().save_to_disk(tmp_path / "one")
-    rows = load_rows(str(tmp_path / "one"), limit=2, mirror=True)
+    rows = load_rows(str(tmp_path / "one"), limit=2, altered_copies=2)
     check(rows.select([0, 1]), [0, 1])
-    for number in range(2):
-        plain, copy = rows[number], rows[2 + number]
-        assert copy["messages"] == plain["messages"]
-        assert copy["id"] == f"{plain['id']} mirrored"
-        image = open_image(copy["images"][0], copy["id"])
-        assert image.tobytes() == ImageOps.mirror(picture(number)).tobytes()
-    again = load_rows(str(tmp_path / "one"), limit=2, mirror=True)
+    for copy_number in (1, 2):
+        for number in range(2):
+            plain, copy = rows[number], rows[2 * copy_number + number]
+            assert copy["messages"] == plain["messages"]
+            assert copy["id"] == f"{plain['id']} altered {copy_number}"
+            expected = altered_image(plain["images"][0], f"row {plain['id']!r}", copy_number)
+            assert copy["images"][0]["bytes"] == expected["bytes"]
+    again = load_rows(str(tmp_path / "one"), limit=2, altered_copies=2)
     assert rows.to_dict() == again.to_dict()
+    with pytest.raises(ValueError, match="altered_copies must be at least 0, got -1"):
+        load_rows(str(tmp_path / "one"), altered_copies=-1)
 
 
 def test_rows_without_images_keep_their_text(tmp_path: Path) -> None:
@@ -280,7 +283,9 @@ def test_rows_without_images_keep_their_text(tmp_path: Path) -> None:
         {"messages": conversation(0), "images": ["0.png"]},
         {"messages": [conversation(1), conversation(2)], "images": ["0.png"]},
     ]
-    loaded = load_rows(str(write_json(tmp_path / "a.jsonl", rows)), with_images=False, mirror=True)
+    loaded = load_rows(
+        str(write_json(tmp_path / "a.jsonl", rows)), with_images=False, altered_copies=1
+    )
     texts = [
         [conversation[0].parts for conversation in parse_row(row, 0).conversations]
         for row in loaded
@@ -372,8 +377,8 @@ def test_unknown_split_of_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_derived_rows_are_found_in_the_cache_again(tmp_path: Path) -> None:
     as_dataset().save_to_disk(tmp_path / "one")
-    first = load_rows(str(tmp_path / "one"), mirror=True, with_images=False)
+    first = load_rows(str(tmp_path / "one"), altered_copies=1, with_images=False)
     files = sorted(tmp_path.rglob("*.arrow"))
-    again = load_rows(str(tmp_path / "one"), mirror=True, with_images=False)
+    again = load_rows(str(tmp_path / "one"), altered_copies=1, with_images=False)
     assert first.to_dict() == again.to_dict()
     assert sorted(tmp_path.rglob("*.arrow")) == files

@@ -36,7 +36,7 @@ def run(
         use_cpu=True,
         **more,
     )
-    options = DataOptions(dataset=str(data), eval_split="test", mirror_images=False)
+    options = DataOptions(dataset=str(data), eval_split="test")
     return train(ModelOptions(model=str(model)), options, arguments)
 
 
