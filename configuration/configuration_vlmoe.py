@@ -10,12 +10,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
+
+from .hub_code import HubCodeMixin
 
 PRESETS = Path(__file__).parent / "presets"
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
@@ -26,8 +28,35 @@ def _require(config: PreTrainedConfig, field: str, ok: bool, allowed: str) -> No
         raise ValueError(f"`{field}` is {getattr(config, field)!r}; allowed: {allowed}.")
 
 
+class _OwnModelTypes:
+    """Refuses the configuration of another model, which transformers would read with a warning."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def get_config_dict(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; raises `ValueError` naming the file for a foreign `model_type`."""
+        fields, kwargs = super().get_config_dict(source, **kwargs)  # type: ignore[misc]
+        given = fields.get("model_type", VLMoEConfig.model_type)
+        if given not in (VLMoEConfig.model_type, VLMoETextConfig.model_type):
+            raise ValueError(
+                f"{source}/config.json: `model_type` is {given!r}; allowed: "
+                f"{VLMoEConfig.model_type!r}, {VLMoETextConfig.model_type!r}. "
+                "Load another model with AutoModel, or with its own class."
+            )
+        return fields, kwargs
+
+    def _refuse_foreign(self, fields: dict[str, Any]) -> None:
+        given = fields.get("model_type", self.model_type)
+        if given != self.model_type:
+            raise ValueError(
+                f"`model_type` of a {type(self).__name__} is {given!r}; allowed: "
+                f"{self.model_type!r}."
+            )
+
+
 @strict
-class VLMoETextConfig(PreTrainedConfig):
+class VLMoETextConfig(_OwnModelTypes, HubCodeMixin, PreTrainedConfig):
     r"""Configuration of the sparse decoder.
 
     Args:
@@ -65,8 +94,12 @@ class VLMoETextConfig(PreTrainedConfig):
     """
 
     model_type = "vlmoe_text"
+    hub_classes = {  # noqa: RUF012 - declared in HubCodeMixin
+        "AutoConfig": "configuration.configuration_vlmoe.VLMoETextConfig",
+        "AutoModel": "modeling_vlmoe.modeling_vlmoe_text.VLMoETextModel",
+    }
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer wants a list
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012 - transformers' own declaration
     base_model_tp_plan = {  # noqa: RUF012
         "embed_tokens": "embedding_rowwise",
@@ -140,6 +173,7 @@ class VLMoETextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields, then check all of them."""
+        self._refuse_foreign(kwargs)
         _require(self, "num_attention_heads", self.num_attention_heads > 0, "1 or more")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -208,6 +242,11 @@ class VLMoETextConfig(PreTrainedConfig):
         binary = len(ropes) == layers and set(ropes) <= {0, 1}
         _require(self, "no_rope_layers", binary, f"{layers} entries, each 0 or 1")
 
+    @property
+    def logit_scale(self) -> float:
+        """What vLLM multiplies logits by: 1 / `logits_scaling`."""
+        return 1 / self.logits_scaling
+
     def is_sparse_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (from 0) holds experts."""
         return (
@@ -217,7 +256,7 @@ class VLMoETextConfig(PreTrainedConfig):
 
 
 @strict
-class VLMoEConfig(PreTrainedConfig):
+class VLMoEConfig(_OwnModelTypes, HubCodeMixin, PreTrainedConfig):
     r"""Configuration of the whole model.
 
     Args:
@@ -250,7 +289,19 @@ class VLMoEConfig(PreTrainedConfig):
     """
 
     model_type = "vlmoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    hub_classes = {  # noqa: RUF012 - declared in HubCodeMixin
+        "AutoConfig": "configuration.configuration_vlmoe.VLMoEConfig",
+        "AutoModel": "modeling_vlmoe.modeling_vlmoe.VLMoEModel",
+        "AutoModelForImageTextToText": "modeling_vlmoe.modeling_vlmoe"
+        ".VLMoEForConditionalGeneration",
+    }
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - Trainer wants a list
+        "past_key_values",
+        "aux_loss",
+        "z_loss",
+        "router_logits",
+        "image_hidden_states",
+    ]
     sub_configs_defaults = {  # noqa: RUF012 - transformers' own declaration
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -275,6 +326,7 @@ class VLMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the sub-configs, take over the text config's tying, then check the fields."""
+        self._refuse_foreign(kwargs)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.validate_architecture()
@@ -321,8 +373,13 @@ class VLMoEConfig(PreTrainedConfig):
         """The configuration of a named size; `overrides` replace top-level fields.
 
         Raises:
-            ValueError: there is no preset of that name.
+            ValueError: there is no preset of that name, or no presets in a copy from the Hub.
         """
+        if not PRESETS.is_dir():
+            raise ValueError(
+                "This is a copy of VLMoE's code from a model folder, which has no presets; "
+                "they come with the package: `from vlmoe import VLMoEConfig`."
+            )
         names = sorted(path.stem for path in PRESETS.glob("*.json"))
         if name not in names:
             raise ValueError(f"There is no preset {name!r}; allowed: {', '.join(names)}.")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
@@ -18,21 +19,30 @@ from ..configuration.configuration_vlmoe import VLMoEConfig
 logger = logging.get_logger(__name__)
 
 
+def make_vision_tower(config: VLMoEConfig) -> PreTrainedModel:
+    """The tower, with its own default experts: what is chosen for the decoder's may not fit it."""
+    return AutoModel.from_config(config.vision_config, experts_implementation=None)
+
+
 def vision_features(
     tower: nn.Module, pixel_values: torch.Tensor, config: VLMoEConfig, **kwargs: Any
-) -> torch.Tensor:
-    """(tiles, 3, height, width) -> (tiles, patches, channels): what the config selects."""
+) -> tuple[torch.Tensor, ModelOutput]:
+    """(tiles, 3, height, width) -> (tiles, patches, channels), what the config selects.
+
+    With it comes the tower's whole output; of its hidden states those selected, unless
+    `output_hidden_states` asks for more.
+    """
     if config.vision_use_last_hidden_state:
-        features = [tower(pixel_values, return_dict=True, **kwargs).last_hidden_state]
+        outputs = tower(pixel_values, return_dict=True, **kwargs)
+        features = [outputs.last_hidden_state]
     else:
         layers = config.vision_feature_layers
-        hidden_states = tower(
-            pixel_values, return_dict=True, **kwargs | {"output_hidden_states": layers}
-        ).hidden_states
-        features = [hidden_states[layer] for layer in layers]
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers
+        outputs = tower(pixel_values, return_dict=True, **kwargs)
+        features = [outputs.hidden_states[layer] for layer in layers]
     if config.vision_feature_select_strategy == "default":
         features = [feature[:, 1:] for feature in features]
-    return torch.cat(features, dim=-1)
+    return torch.cat(features, dim=-1), outputs
 
 
 def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:
@@ -71,9 +81,9 @@ def unused_vision_parameters(config: VLMoEConfig) -> list[str]:
     """
     vision = config.vision_config
     with torch.device("meta"), torch.enable_grad(), _MetaValuesAreTrue():
-        tower = AutoModel.from_config(vision)
+        tower = make_vision_tower(config)
         try:
-            features = vision_features(tower, blank_image(config, tower), config)
+            features, _ = vision_features(tower, blank_image(config, tower), config)
         except TypeError as error:
             raise ValueError(
                 f"`vision_config` is of type {vision.model_type!r}, whose tower needs more than "

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
@@ -37,13 +36,14 @@ from ..configuration.configuration_vlmoe import VLMoEConfig
 from .connector import (
     VLMoEConnector,
     blank_image,
+    make_vision_tower,
     unused_vision_modules,
     unused_vision_parameters,
     vision_features,
 )
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
 from .router_losses import load_balancing_loss, router_z_loss
-from .sparse_moe import VLMoEExperts, VLMoESparseMoeBlock
+from .sparse_moe import VLMoEExperts
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
     def __init__(self, config: VLMoEConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = make_vision_tower(config)
         self.multi_modal_projector = VLMoEConnector(config)
         self.language_model = VLMoETextModel(config.text_config)
         self.unused_vision_parameters = unused_vision_parameters(config)
@@ -134,8 +134,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 in order; -1 is padding. Rows that show the same image share one encoding of it.
 
         Returns:
-            `pooler_output`: a list of (image tokens, hidden), one for each tile shown, in row
-                order.
+            `pooler_output`: (tiles shown, image tokens, hidden), in row order. One tensor, as
+                a list would tie an exported graph to a number of tiles.
+            `last_hidden_state`, `hidden_states`, `attentions`: those of the tower, of real tiles.
         """
         tiles = (
             pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
@@ -143,15 +144,22 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if pixel_attention_mask is not None:
             tiles = _select_real(tiles, pixel_attention_mask.flatten(0, 1).flatten(1).any(-1))
         if tiles.shape[0] == 0:  # rows without images, cut from a batch with images
-            return BaseModelOutputWithPooling(pooler_output=[])
-        features = vision_features(
+            return BaseModelOutputWithPooling(
+                pooler_output=tiles.new_empty(0, 0, self.config.text_config.hidden_size)
+            )
+        features, outputs = vision_features(
             self.vision_tower, tiles.to(self.vision_tower.dtype), self.config, **kwargs
         )
         features = self.multi_modal_projector(features)  # (tiles, image tokens, hidden)
         if image_index is not None:
             shown = image_index.flatten()
             features = features[_select_real(shown, shown >= 0)]
-        return BaseModelOutputWithPooling(pooler_output=list(features))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def get_placeholder_mask(
         self,
@@ -200,6 +208,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        router_losses_follow: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VLMoEModelOutputWithPast:
         """Image and text to hidden states (batch, length, hidden).
@@ -208,7 +217,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
         `mm_token_type_ids` (batch, length) is accepted so that a processor's output can be passed
         whole; routing does not depend on it. `mm_encoder_outputs={"image": ...}` holds image
-        features that were computed before.
+        features that were computed before. `router_losses_follow`: the caller adds the router
+        losses to its loss; training without them is warned of once.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -226,13 +236,15 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
         image_features = None
         if encoded is not None:
-            image_features = inputs_embeds.new_empty(0, inputs_embeds.shape[-1])
-            if len(encoded.pooler_output):
-                image_features = torch.cat(list(encoded.pooler_output)).to(image_features)
+            image_features = encoded.pooler_output.flatten(0, 1).to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        no_image = image_features is None or not len(image_features)
-        if no_image and self.training and torch.is_grad_enabled():
+        learning = self.training and torch.is_grad_enabled()
+        if learning and not router_losses_follow:
+            self._warn_of_missing_router_losses()
+        if learning and (image_features is None or not len(image_features)):
             inputs_embeds = inputs_embeds + self._dummy_image_term().to(
                 inputs_embeds.device, inputs_embeds.dtype
             )
@@ -246,6 +258,22 @@ class VLMoEModel(VLMoEPreTrainedModel):
         )
         return VLMoEModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
+    def _warn_of_missing_router_losses(self) -> None:
+        """Say once that a foreign loss has no router losses; nothing is said while compiling."""
+        text_config = self.config.text_config
+        aux_coef, z_coef = text_config.router_aux_loss_coef, text_config.router_z_loss_coef
+        if (aux_coef != 0 or z_coef != 0) and not is_torchdynamo_compiling():
+            logger.warning_once(
+                f"Training without VLMoE's router losses, in spite of router_aux_loss_coef="
+                f"{aux_coef} and router_z_loss_coef={z_coef}: only the loss of "
+                "VLMoEForConditionalGeneration, called with `labels`, has them. The loss really "
+                "used is the caller's: with `label_smoothing_factor` (for which Trainer does not "
+                "shift the labels of image-text models) or `compute_loss_func` that function "
+                "alone; in TRL's SFTTrainer and DPOTrainer their loss and, times "
+                "router_aux_loss_coef, Mixtral's balance loss, pooled over layers and rows, no "
+                "z-loss. Use vlmoe.training.trl_trainers, or set both coefficients to 0."
+            )
+
     def _dummy_image_term(self) -> torch.Tensor:
         """Zero, by way of the tower and the connector: without images a rank does the same work.
 
@@ -253,7 +281,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         wait for it.
         """
         image = blank_image(self.config, self.vision_tower)
-        return self.get_image_features(image, return_dict=True).pooler_output[0].mean() * 0.0
+        return self.get_image_features(image, return_dict=True).pooler_output.mean() * 0.0
 
 
 class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
@@ -325,6 +353,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=output_router_logits or with_router_losses,
+            router_losses_follow=with_router_losses,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -375,7 +404,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             return loss, None, None
         row_weights = labels_per_row.to(num_items.device) / num_items
         token_mask = self._token_mask(attention_mask, labels)
-        aux_loss, z_loss = self._router_losses(router_logits, token_mask, row_weights)
+        aux_loss, z_loss = self.router_losses(router_logits, token_mask, row_weights)
         if aux_loss is not None:
             loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         if z_loss is not None:
@@ -389,21 +418,17 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             return attention_mask[:, -labels.shape[1] :].bool()
         return torch.ones_like(labels, dtype=torch.bool)
 
-    def _router_losses(
+    def router_losses(
         self,
         router_logits: tuple[torch.Tensor, ...],
         token_mask: torch.Tensor,
         row_weights: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Load balancing loss and z-loss, each None where switched off."""
+        """Load balancing loss and z-loss without coefficients, each None where switched off.
+
+        For the arguments see router_losses.py.
+        """
         text_config = self.config.text_config
-        learning = self.training and torch.is_grad_enabled()
-        if learning and self._router_gradient_is_lost(router_logits):
-            raise ValueError(
-                "The router losses would have no gradient under re-entrant checkpointing. Use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set both router loss "
-                "coefficients to 0."
-            )
         device = router_logits[0].device
         token_mask, row_weights = token_mask.to(device), row_weights.to(device)
         aux_loss = z_loss = None
@@ -416,14 +441,19 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             z_loss = router_z_loss(router_logits, token_mask, row_weights)
         return aux_loss, z_loss
 
-    def _router_gradient_is_lost(self, router_logits: tuple[torch.Tensor, ...]) -> bool:
-        """Whether a router that trains gave logits without a graph (re-entrant checkpoint)."""
-        blocks = (layer.mlp for layer in self.model.language_model.layers)
-        routers = (block.router for block in blocks if isinstance(block, VLMoESparseMoeBlock))
-        return any(
-            not logits.requires_grad and any(p.requires_grad for p in router.parameters())
-            for router, logits in zip(routers, router_logits, strict=True)
-        )
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching as in transformers, which hands on token ids and no images.
+
+        Raises:
+            ValueError: a prompt holds image tokens, or images are given.
+        """
+        with_images = [i for i, ids in enumerate(inputs) if self.config.image_token_id in ids]
+        if with_images or kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}:
+            raise ValueError(
+                "Continuous batching takes token ids only: prompts with images "
+                f"({with_images}) would be answered without looking at them. Use generate()."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def active_parameters(self) -> dict[str, int]:
         """Parameter counts: `total`, and those one `image_token`, one `text_token` passes through.

@@ -11,9 +11,11 @@ Shapes: batch, length, hidden, heads, head_dim.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -36,6 +38,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_vlmoe import VLMoEConfig, VLMoETextConfig
+from .quantization import (
+    check_experts_implementation,
+    check_quantization_config,
+    check_quantized_experts,
+    quantized_experts,
+)
 from .router import VLMoERouter
 from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock
 
@@ -146,11 +154,18 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """(batch, length, hidden) -> (batch, length, hidden)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, length, hidden) -> the same, and router logits (batch * length, experts) or None.
+
+        The logits are returned, as only what a layer returns has a gradient under re-entrant
+        checkpointing.
+        """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self._scaled(attended)
-        return hidden_states + self._scaled(self.mlp(self.post_attention_layernorm(hidden_states)))
+        output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
+        if isinstance(output, tuple):
+            output, router_logits = output
+        return hidden_states + self._scaled(output), router_logits
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.residual_multiplier == 1 else branch * self.residual_multiplier
@@ -178,15 +193,39 @@ class VLMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but loading does not make the unused vision parameters trainable."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """As in transformers, but loading does not make the unused vision parameters trainable.
+
+        Raises:
+            OSError: a weights file is missing or damaged; the message names it.
+            ValueError: a quantisation that leaves the experts as they are, or an experts
+                implementation that cannot multiply quantised ones.
+        """
+        check_quantization_config(kwargs.get("quantization_config"))
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except SafetensorError as error:
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise OSError(_damaged_file(source, error)) from error
         model = (
             loaded[0] if isinstance(loaded, tuple) else loaded
         )  # a tuple with `output_loading_info`
         for module in model.modules():
             if hasattr(module, "freeze_unused_vision_parameters"):
                 module.freeze_unused_vision_parameters()
+        if getattr(model, "hf_quantizer", None) is not None:
+            check_quantized_experts(model)
+        if quantized_experts(model):
+            # The Auto classes hand on in the config what they were given.
+            chosen = getattr(kwargs.get("config"), "_experts_implementation", None)
+            model.set_experts_implementation(
+                kwargs.get("experts_implementation") or chosen or "eager"
+            )
         return loaded
+
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """As in transformers; of quantised experts anything but `eager` raises `ValueError`."""
+        check_experts_implementation(self, experts_implementation)
+        super().set_experts_implementation(experts_implementation)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but always under the in-memory names.
@@ -208,13 +247,24 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
 
 
+def _damaged_file(source: Any, error: Exception) -> str:
+    """Which weights file of a folder cannot be read."""
+    for file in sorted(Path(str(source)).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as reason:
+            return f"{file} is damaged ({reason}); copy or download it again."
+    return f"A weights file of {source} is damaged ({error}); download it again."
+
+
 class VLMoETextModel(VLMoEPreTrainedModel):
     """The decoder without a language modelling head."""
 
     config: VLMoETextConfig
     input_modalities = ("text",)
     _can_record_outputs = {  # noqa: RUF012 - transformers' own declaration
-        "router_logits": OutputRecorder(VLMoERouter, index=0),
+        "router_logits": OutputRecorder(VLMoEDecoderLayer, index=1),
         "hidden_states": VLMoEDecoderLayer,
         "attentions": VLMoEAttention,
     }
@@ -265,7 +315,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
+            output = layer(
                 hidden_states,
                 attention_mask=masks[attention_type],
                 position_embeddings=position_embeddings,
@@ -273,6 +323,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+            # A layer that a pipeline stage left to another stage passes its input on.
+            hidden_states = output[0] if isinstance(output, tuple) else output
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,

@@ -40,11 +40,11 @@ class VLMoESparseMoeBlock(nn.Module):
                 config, config.moe_intermediate_size * config.num_shared_experts
             )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, length, hidden) -> (batch, length, hidden)."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, length, hidden) -> the same, and router logits (batch * length, experts)."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
-        _, top_k_weights, top_k_index = self.router(tokens)
+        router_logits, top_k_weights, top_k_index = self.router(tokens)
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-        return (
-            output if self.shared_experts is None else output + self.shared_experts(hidden_states)
-        )
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output, router_logits

@@ -8,11 +8,13 @@
 3. Train the question-only baseline: the same model and recipe, never shown an image.
 4. Answer all 9,673 test questions with both; draw figures; write metrics.json.
 5. Load the saved model in a new process and ask it through `pipeline("image-text-to-text")`.
+6. Complete its model card with the results.
 
 The stages' options are in the recipes (configuration/recipes/*.yaml); `vlmoe train --config` takes
 them too.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +66,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     from vlmoe.training.evaluation import evaluate_model, results_table
     from vlmoe.training.expert_load import record_expert_load
     from vlmoe.training.metrics import majority_baseline
+    from vlmoe.training.model_card import METRICS_FILE
 
     start = time.perf_counter()
     output_dir = Path(options.output_dir)
@@ -92,7 +95,8 @@ def run(options: DemoOptions) -> dict[str, Any]:
     _say("5/5 a new process loads the model and answers through pipeline()")
     ask_in_new_process(trained.output_dir)
     metrics["seconds"] = time.perf_counter() - start
-    write_json(output_dir / "metrics.json", metrics)
+    write_json(output_dir / METRICS_FILE, metrics)
+    complete_card(trained.output_dir, output_dir)
     print(f"\n{results_table(answers)}\n\n{comparison_table(metrics)}\n")
     print(
         f"{metrics['seconds']:.0f} s in all. Look at {output_dir}/*.png; metrics.json has it all."
@@ -117,6 +121,9 @@ def summarise(
         "accuracy_by_type": answers["exact_match_by_type"],
         "questions_by_type": answers["count_by_type"],
         "questions": answers["questions"],
+        "dataset": QUESTIONS,
+        "split": "test",
+        "max_test_rows": options.max_test_rows,
         "baselines": baselines,
         "train_seconds": captions.metrics["train_seconds"] + trained.metrics["train_seconds"],
         "tokens_per_second": trained.metrics["tokens_per_second"],
@@ -201,6 +208,17 @@ def draw_figures(
     plot_training(trained.log_history, output_dir / "training.png")
     load = metrics["expert_load"]
     plot_expert_load(load["image_share"], load["text_share"], output_dir / "expert_load.png")
+
+
+def complete_card(model: Path, results: Path) -> None:
+    """Put results and routing picture into the model's folder, and write its card anew."""
+    from vlmoe.training.atomic_files import atomic_path
+    from vlmoe.training.model_card import METRICS_FILE, PICTURE_FILE, write_model_card
+
+    for name in (METRICS_FILE, PICTURE_FILE):
+        with atomic_path(model / name) as temporary:
+            shutil.copyfile(results / name, temporary)
+    write_model_card(model)
 
 
 def ask_in_new_process(model: Path) -> None:

@@ -4,11 +4,12 @@
     vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
 
 Answers are generated greedily in batches; a table shows the exact match of each question type, and
-a JSON file keeps it.
+a JSON file keeps it, with the load of the experts. In a model's own folder its card tells both.
 """
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .options import (
     require,
 )
 
+RESULTS_FILE = "evaluate_results.json"
 EPILOG = """\
 examples:
   vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
@@ -63,6 +65,8 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.data import load_rows
     from vlmoe.training.evaluation import evaluate_model
+    from vlmoe.training.expert_load import record_expert_load
+    from vlmoe.training.training_stages import dataset_name
 
     from .loading import model_for_answers
 
@@ -70,20 +74,41 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
         dataset, options.split, limit=options.max_rows, with_images=not options.without_images
     )
     model, processor = model_for_answers(source, runtime)
-    results = evaluate_model(
-        model,
-        processor,
-        rows,
-        options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=options.max_length,
-    )
+    text_config = model.config.text_config
+    is_sparse = any(map(text_config.is_sparse_layer, range(text_config.num_hidden_layers)))
+    with record_expert_load(model) if is_sparse else nullcontext() as load:
+        results = evaluate_model(
+            model,
+            processor,
+            rows,
+            options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            max_length=options.max_length,
+        )
     predictions = results.pop("predictions")
+    results["dataset"] = dataset_name(dataset)[0]
+    results["expert_load"] = load.as_dict() if load is not None else None
     settings = dataclasses.asdict(options) | dataclasses.asdict(runtime)
+    for path in ("model", "dataset", "output", "save_predictions"):
+        del settings[path]  # the file may be published with the model
     write_json(results_path(options), results | {"options": settings})
     if options.save_predictions:
         write_json(options.save_predictions, predictions)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and results_path(options).resolve() == (folder / RESULTS_FILE).resolve():
+        complete_card(folder, results["expert_load"])
     return results | {"predictions": predictions}
+
+
+def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
+    """Draw the experts' load and write the model card anew, in the model's folder."""
+    from vlmoe.training.figures import plot_expert_load
+    from vlmoe.training.model_card import PICTURE_FILE, write_model_card
+
+    if expert_load is not None:
+        shares = expert_load["image_share"], expert_load["text_share"]
+        plot_expert_load(*shares, folder / PICTURE_FILE)
+    write_model_card(folder)
 
 
 def results_path(options: EvaluateOptions) -> Path:
@@ -91,7 +116,7 @@ def results_path(options: EvaluateOptions) -> Path:
     if options.output:
         return Path(options.output)
     folder = Path(options.model or "").expanduser()
-    return (folder if folder.is_dir() else Path()) / "evaluate_results.json"
+    return (folder if folder.is_dir() else Path()) / RESULTS_FILE
 
 
 if __name__ == "__main__":

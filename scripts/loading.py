@@ -49,7 +49,7 @@ def model_for_training(
         check_model_source(options.model)
         if options.tokenizer:
             raise ValueError("--tokenizer is for presets: a saved model keeps its tokenizer.")
-        config = _load_config(options.model)
+        config = VLMoEConfig.from_pretrained(options.model)
         replace_fields(config, overrides)
         processor = processor or VLMoEProcessor.from_pretrained(options.model)
         model = _load_model(options.model, config, dtype)
@@ -73,7 +73,7 @@ def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
-    model = _load_model(source, _load_config(source), _dtype(options.dtype))
+    model = _load_model(source, VLMoEConfig.from_pretrained(source), _dtype(options.dtype))
     _choose_implementations(model, options)
     return model.eval().to(device), VLMoEProcessor.from_pretrained(source)
 
@@ -193,15 +193,6 @@ def _chat_tokenizer(source: str) -> Any:
     tokenizer.pad_token, tokenizer.eos_token = PAD, END
     tokenizer.chat_template = None
     return tokenizer
-
-
-def _load_config(source: str) -> VLMoEConfig:
-    config = VLMoEConfig.get_config_dict(source)[0]
-    if config.get("model_type") != "vlmoe":
-        raise ValueError(
-            f"{source} is a {config.get('model_type')!r} model; only vlmoe models can be used here."
-        )
-    return VLMoEConfig.from_pretrained(source)
 
 
 def _load_model(

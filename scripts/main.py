@@ -18,14 +18,18 @@ COMMANDS = {
     "train": "Train a model from a preset, or go on with a saved one.",
     "evaluate": "Let a model answer the questions of a dataset and count the right answers.",
     "generate": "Ask a model a question about images, or a question alone.",
+    "card": "Write the card of a saved model from the files in its folder.",
+    "push": "Push the folder of a trained model to the Hugging Face Hub.",
     "demo": "Train, evaluate and ask the tiny model on real data, start to end.",
 }
+MODULES = {"push": "push_to_hub"}  # where it is not the command's name
 
 EXAMPLES = """\
 examples:
   vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
   vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
   vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
+  vlmoe push outputs/tiny --repo_id user/tiny-vlmoe
 
 `vlmoe COMMAND --help` lists the options of a command; --traceback shows an error's origin."""
 
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     command = arguments[0] if arguments else ""
     if command in COMMANDS:
-        module = importlib.import_module(f"{__package__}.{command}")
+        module = importlib.import_module(f"{__package__}.{MODULES.get(command, command)}")
         return run_command(f"vlmoe {command}", module.main, arguments[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -135,6 +135,34 @@ class GenerateOptions:
 
 
 @dataclasses.dataclass
+class PushOptions:
+    """Where to push a model, and how."""
+
+    _argument_group_name = "push"
+
+    repo_id: str | None = option("The repo on the Hub, USER/NAME; it is created if need be.")
+    private: bool = option("Create the repo as a private one (an existing one stays as is).", False)
+    revision: str | None = option("Branch to push to, created if need be (default: main).")
+    message: str | None = option("Commit message (default: Upload FOLDER).")
+    token: str | None = option(
+        "Token with write access; by default HF_TOKEN, or that of `hf auth login`."
+    )
+
+
+@dataclasses.dataclass
+class CardOptions:
+    """What the card says where the folder does not."""
+
+    _argument_group_name = "card"
+
+    repo_id: str | None = option("The repo on the Hub that the examples load from, USER/NAME.")
+    license: str | None = option("The licence, if it is not that of what was trained from.")
+    output: str | None = option(
+        "Folder for the card and the files it is rendered from (default: the model's own)."
+    )
+
+
+@dataclasses.dataclass
 class DemoOptions:
     """How to run the demo."""
 

@@ -9,8 +9,10 @@
   or starts from the beginning where there is none; a path goes on from that one. Without it the
   output folder must hold no checkpoints.
 - The same options and seed give the same numbers on the same CPU, resumed or not.
-- The final model and its processor are saved in the output folder beside the checkpoints, and the
-  results in train_results.json.
+- The final model, its processor and its model card are saved in the output folder beside the
+  checkpoints, and the results in train_results.json.
+- `--push_to_hub --hub_model_id user/name` pushes every save, as `Trainer` does, and the finished
+  run in one commit, as `vlmoe push` does.
 """
 
 import copy
@@ -27,12 +29,16 @@ from .options import (
     DataOptions,
     ModelOptions,
     OptionParser,
+    PushOptions,
     add_options,
     require,
 )
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
+
+    from vlmoe.training.card_trainer import CardTrainer
+    from vlmoe.training.training_stages import RunOrigin
 
 EPILOG = """\
 options of transformers.TrainingArguments that matter most (--help-all lists all):
@@ -117,20 +123,34 @@ def train(
         ValueError: options, data or checkpoint are not usable; the message names the culprit.
         FileNotFoundError: a file or folder does not exist.
         ImportError: an optional package is missing.
+        OSError: with --push_to_hub, the Hub cannot be reached or refuses.
     """
     from transformers import set_seed
 
     from vlmoe.training.checkpoints import find_checkpoint, set_aside_newer
 
     from .loading import model_for_training
+    from .push_to_hub import ensure_repo
 
     check_arguments(arguments)
+    if arguments.push_to_hub and arguments.process_index == 0:
+        ensure_repo(
+            arguments.hub_model_id or Path(arguments.output_dir).absolute().name,
+            arguments.hub_token,
+            arguments.hub_private_repo,
+        )
     checkpoint = find_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
     train_rows, eval_rows = load_data(data_options, arguments)
     model, processor = model_for_training(model_options, lambda: texts_of(train_rows), checkpoint)
     trainer = build_trainer(
-        model, processor, train_rows, eval_rows, arguments, data_options.max_length
+        model,
+        processor,
+        train_rows,
+        eval_rows,
+        arguments,
+        data_options.max_length,
+        origin=run_origin(model_options, data_options, train_rows, eval_rows),
     )
     if trainer.is_world_process_zero():
         set_aside_newer(arguments.output_dir, checkpoint)
@@ -184,6 +204,29 @@ def load_data(options: DataOptions, arguments: "TrainingArguments") -> tuple[Any
     return train_rows, eval_rows
 
 
+def run_origin(
+    model_options: ModelOptions, data_options: DataOptions, train_rows: Any, eval_rows: Any | None
+) -> "RunOrigin":
+    """What the model card tells of the model and the data that `Trainer` does not know."""
+    from vlmoe.training.training_stages import RunOrigin, dataset_name
+
+    from .loading import is_preset
+
+    evaluation = None
+    if eval_rows is not None:
+        name, _ = dataset_name(data_options.eval_dataset or data_options.dataset)
+        evaluation = f"{name}, {data_options.eval_split or 'test'}, {len(eval_rows):,} rows"
+    return RunOrigin(
+        preset=model_options.model if is_preset(model_options.model) else None,
+        dataset=data_options.dataset,
+        split=data_options.train_split,
+        rows=len(train_rows),
+        altered_copies=data_options.altered_copies,
+        with_images=not data_options.without_images,
+        evaluation=evaluation,
+    )
+
+
 def texts_of(rows: Any) -> Any:
     """Every text of every conversation, once per occurrence, in order."""
     from vlmoe.training.conversations import parse_row
@@ -200,15 +243,17 @@ def build_trainer(
     eval_rows: Any | None,
     arguments: "TrainingArguments",
     max_length: int | None = None,
-) -> "Trainer":
-    """A plain `Trainer` for conversational rows.
+    origin: "RunOrigin | None" = None,
+) -> "CardTrainer":
+    """A `Trainer` for conversational rows that writes the model card with every save.
 
     Raises:
         ValueError: no training row has a token with a loss.
     """
-    from transformers import IntervalStrategy, Trainer
+    from transformers import IntervalStrategy
 
     from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
+    from vlmoe.training.card_trainer import CardTrainer
     from vlmoe.training.collator import VLMoECollator, require_label_tokens
     from vlmoe.training.conversation_rows import ConversationRows
     from vlmoe.training.saving import StopOnBadLoss
@@ -218,7 +263,7 @@ def build_trainer(
     if eval_rows is None:
         arguments = copy.copy(arguments)
         arguments.eval_strategy = IntervalStrategy.NO
-    return Trainer(
+    return CardTrainer(
         model=model,
         args=arguments,
         data_collator=collator,
@@ -228,15 +273,18 @@ def build_trainer(
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=most_likely_tokens,
         callbacks=[StopOnBadLoss()],
+        origin=origin,
     )
 
 
-def run(trainer: "Trainer", checkpoint: Path | None = None) -> TrainResult:
+def run(trainer: "CardTrainer", checkpoint: Path | None = None) -> TrainResult:
     """Train (from `checkpoint` on), evaluate, save the model and the results."""
     from vlmoe.training.answer_accuracy import IGNORED_OUTPUTS
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.checkpoints import read_state
+    from vlmoe.training.model_card import remove_evaluations
     from vlmoe.training.saving import save_final_model
+    from vlmoe.training.training_stages import RESULTS_FILE
 
     before = {} if checkpoint is None else read_state(checkpoint)
     start = time.perf_counter()
@@ -250,14 +298,33 @@ def run(trainer: "Trainer", checkpoint: Path | None = None) -> TrainResult:
     seconds = time.perf_counter() - start
     if trainer.eval_dataset is not None and _last(trainer.state, "eval_loss") is None:
         trainer.evaluate(ignore_keys=IGNORED_OUTPUTS)
+    if trainer.is_world_process_zero():
+        remove_evaluations(trainer.args.output_dir)
     output_dir = save_final_model(trainer, trainer.args.output_dir)
     metrics = results(trainer, before, seconds)
     if trainer.is_world_process_zero():
-        write_json(output_dir / "train_results.json", metrics)
+        write_json(output_dir / RESULTS_FILE, metrics)
+        trainer.write_card(output_dir)
+        if trainer.args.push_to_hub:
+            push_run(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return TrainResult(
         model, trainer.processing_class, metrics, trainer.state.log_history, output_dir
     )
+
+
+def push_run(trainer: "CardTrainer") -> None:
+    """Push the saved run as `vlmoe push` does; Trainer has pushed checkpoints on the way."""
+    from .push_to_hub import push
+
+    arguments = trainer.args
+    options = PushOptions(
+        repo_id=trainer.hub_model_id,
+        revision=arguments.hub_revision,
+        token=arguments.hub_token,
+        message="End of training",
+    )
+    push(arguments.output_dir, options)
 
 
 def planned_steps(trainer: "Trainer") -> int:
@@ -283,6 +350,8 @@ def results(trainer: "Trainer", before: dict[str, Any], seconds: float) -> dict[
     evaluations' time left out of the speed. Tokens are those of the training rows, images
     included, padding not.
     """
+    from vlmoe.training.training_stages import versions
+
     state, arguments = trainer.state, trainer.args
     new_log = state.log_history[len(before.get("log_history", [])) :]
     evaluating = sum(entry.get("eval_runtime", 0.0) for entry in new_log)
@@ -302,15 +371,6 @@ def results(trainer: "Trainer", before: dict[str, Any], seconds: float) -> dict[
         "seed": arguments.seed,
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    import platform
-    from importlib.metadata import version
-
-    packages = ("vlmoe", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def results_table(metrics: dict[str, Any]) -> str:

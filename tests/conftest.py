@@ -4,13 +4,15 @@ No two sizes are equal where a mix-up of axes could otherwise go unseen.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hub_process import process, with_vlmoe, without_vlmoe
+from hub_server import WRITER, HubServer
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -158,3 +160,44 @@ def saved_model(
     model.save_pretrained(folder)
     VLMoEProcessor.for_config(model.config, tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[HubServer]:
+    """A Hub on the loopback interface; see `hub`."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: HubServer) -> HubServer:
+    """An empty Hub."""
+    hub_server.reset()
+    return hub_server
+
+
+@pytest.fixture(scope="session")
+def hub_environment(
+    hub_server: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What tells a new process to use `hub`, logged in as a user who may write."""
+    return {
+        "HF_ENDPOINT": hub_server.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": WRITER,
+        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
+    }
+
+
+@pytest.fixture(scope="session")
+def hub_process(hub_environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """`hub_process(function, *arguments)`: its result in a process whose Hub is `hub`."""
+    with process(hub_environment, with_vlmoe) as call:
+        yield call
+
+
+@pytest.fixture(scope="session")
+def hub_process_without_vlmoe(hub_environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """The same in a process that cannot import vlmoe."""
+    with process(hub_environment, without_vlmoe) as call:
+        yield call

@@ -26,12 +26,8 @@ STATE_FILE = "trainer_state.json"
 LAST_WORDS = ("last", "true")
 NO_WORDS = ("", "false", "no", "none")
 
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.bin",
-)
+_WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors")
+_PICKLED_WEIGHTS = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
 _FULL_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What stands for the optimizer: plain Trainer, FSDP (one file, or a folder of shards), DeepSpeed.
 _OPTIMIZER_PATTERNS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
@@ -219,7 +215,14 @@ def _model_presence_problems(folder: Path) -> Iterator[str]:
     if not has_weights and not any(
         name.startswith(("pytorch_model_fsdp", "global_step")) for name in names
     ):
-        yield "model.safetensors: missing"
+        pickled = [name for name in _PICKLED_WEIGHTS if name in names]
+        if pickled:
+            yield (
+                f"{pickled[0]}: pickled weights, which can run code when loaded, are refused; save "
+                "the model as safetensors"
+            )
+        else:
+            yield "model.safetensors: missing"
     if not {"config.json", "adapter_config.json"} & set(names):
         yield "config.json: missing"
     if {"tokenizer.json", *_PROCESSOR_FILES} & set(names) and "vision_config" in _config_of(folder):

@@ -21,7 +21,7 @@ def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
         staging_folder(output_dir)
     trainer.accelerator.wait_for_everyone()
     staging = output_dir / STAGING_NAME
-    trainer.save_model(str(staging))
+    trainer.save_model(str(staging), _internal_call=True)  # else Trainer pushes what is half done
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         publish_folder(staging, output_dir)

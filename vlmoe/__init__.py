@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .configuration.configuration_vlmoe import VLMoEConfig, VLMoETextConfig
 from .modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
+from .modeling_vlmoe.quantization import expert_int8_config
 from .processing.processing_vlmoe import VLMoEProcessor
 
 AutoConfig.register("vlmoe", VLMoEConfig)
@@ -27,4 +28,5 @@ __all__ = [
     "VLMoEProcessor",
     "VLMoETextConfig",
     "VLMoETextModel",
+    "expert_int8_config",
 ]

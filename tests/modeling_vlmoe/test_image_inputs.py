@@ -4,6 +4,7 @@ Rows are spelled as in conftest.py: "." is a text token, a letter an image.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -149,12 +150,31 @@ def test_features_computed_before_give_the_logits_of_pixels(
     names = [n for n in inputs if n.startswith(("pixel", "image"))]
     with torch.no_grad():
         features = model.get_image_features(**{name: inputs.pop(name) for name in names})
-    assert isinstance(features.pooler_output, list)
-    hidden = model.config.text_config.hidden_size
-    assert [tuple(image.shape) for image in features.pooler_output] == [(4, hidden)] * 6
+    assert features.pooler_output.shape == (6, 4, model.config.text_config.hidden_size)
     torch.testing.assert_close(
         logits_of(model, inputs | {"mm_encoder_outputs": {"image": features}}), expected
     )
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"vision_use_last_hidden_state": False, "vision_feature_layer": [-2, 1]}]
+)
+def test_image_features_come_with_the_outputs_of_the_tower(
+    tiny_model: Model, tiny_batch: Batch, fields: dict[str, Any]
+) -> None:
+    model = tiny_model(**fields)
+    model.set_attn_implementation("eager")
+    pixels = tiny_batch(model.config, ["a", "b.c"], images="flat")["pixel_values"]
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        expected = model.model.vision_tower(pixels, **asked)
+        outputs = model.get_image_features(pixels, **asked)
+        features = model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(outputs.pooler_output, features)
+    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+    assert len(outputs.hidden_states) == 3 and len(outputs.attentions) == 2
+    torch.testing.assert_close(outputs.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(outputs.attentions, expected.attentions)
 
 
 @pytest.mark.parametrize("keep", [1, 3, [0, 2, 5]])

@@ -12,11 +12,13 @@ from vlmoe_cli import evaluate, generate, main
 from vlmoe_cli.command_line import run_command
 from vlmoe_cli.options import (
     TRAINING_DEFAULTS,
+    CardOptions,
     DataOptions,
     EvaluateOptions,
     GenerateOptions,
     ModelOptions,
     OptionParser,
+    PushOptions,
     RuntimeOptions,
     add_options,
     parse_options,
@@ -28,10 +30,12 @@ OPTIONS = {
     "train": (ModelOptions, DataOptions),
     "evaluate": (EvaluateOptions, RuntimeOptions),
     "generate": (GenerateOptions, RuntimeOptions),
+    "card": (CardOptions,),
+    "push": (PushOptions,),
 }
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     program = (
         "import sys; from vlmoe_cli.main import main; code = main(sys.argv[1:]); "
@@ -77,6 +81,10 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["evaluate", "--model", "x", "--batch_size", "many"], "invalid int value: 'many'"),
         (["generate", "--model", "x"], "The question is missing"),
         (["generate", "question"], "--model is missing"),
+        (["push", "--repo_id", "user/name"], "The folder is missing"),
+        (["push", "outputs"], "vlmoe push: error: --repo_id is missing"),
+        (["push", "nowhere", "--repo_id", "user/name"], "There is no model folder nowhere"),
+        (["push", "nowhere", "--repo_id", "a/b/c"], "a/b/c"),
     ],
 )
 def test_wrong_input_gives_one_line_and_exit_code_2(

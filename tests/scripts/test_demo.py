@@ -35,6 +35,10 @@ def test_the_demo_leaves_a_model_its_figures_and_its_numbers(
     VLMoEProcessor.from_pretrained(tmp_path / "model")
     for figure in ("answers.png", "training.png", "expert_load.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "# vlmoe-tiny-easy-vqa\n" in card and "](expert_load.png)" in card
+    assert f"({metrics['questions']:,}) | {metrics['accuracy']:.2%} |" in card
+    assert "first 4 rows" in card and "model-index" not in card  # not of the whole test set
     printed = capfd.readouterr().out
     assert "image 0: " in printed and "(truth: " in printed  # by the new process
     assert "question only" in printed and "this model" in printed

@@ -1,0 +1,73 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Write the card of a saved model anew, from the files in its folder.
+
+    vlmoe card outputs/demo/model --output model_cards/vlmoe-tiny-easy-vqa
+
+`vlmoe train`, `evaluate`, `demo` and `push` do so by themselves; this is for a model that was saved
+in another way, a repo or a licence that the files do not tell, or a copy of the card elsewhere.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from .command_line import run_command
+from .options import CardOptions, OptionParser, add_options, parse_options
+
+EPILOG = """\
+examples:
+  vlmoe card outputs/tiny --repo_id user/tiny-vlmoe
+  vlmoe card outputs/tuned --license mit
+  vlmoe card outputs/demo/model --output model_cards/vlmoe-tiny-easy-vqa"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe card`."""
+    parser = OptionParser(
+        prog="vlmoe card",
+        usage="vlmoe card FOLDER [options]",
+        description="Write the card of a saved model from the files in its folder.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("folder", nargs="?", help="The folder of the model.")
+    add_options(parser, CardOptions)
+    if {"-h", "--help"} & set(argv):
+        print(parser.format_help())
+        return
+    options, rest = parse_options(parser, argv, [CardOptions])
+    if not rest.folder:
+        raise ValueError("The folder is missing: vlmoe card FOLDER.")
+    print(f"Written to {card(rest.folder, options)}.")
+
+
+def card(folder: str | Path, options: CardOptions) -> Path:
+    """Write the card; returns its path.
+
+    Raises:
+        FileNotFoundError: the folder holds no config.json.
+        ValueError: the folder is of another model, a file there is damaged, or the README.md there
+            is its author's own.
+    """
+    from vlmoe.training.atomic_files import atomic_path
+    from vlmoe.training.model_card import CARD_FILE, CARD_SOURCES, may_write, write_model_card
+
+    source = Path(folder).expanduser()
+    target = Path(options.output).expanduser() if options.output else source
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no config.json: a card tells of a saved model.")
+    if not may_write(target / CARD_FILE):
+        raise ValueError(
+            f"{target / CARD_FILE} was written or changed by hand; delete it to get a new one."
+        )
+    for name in CARD_SOURCES if options.output else ():
+        if not (source / name).is_file():
+            (target / name).unlink(missing_ok=True)  # of another model
+            continue
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    metadata = {"license": options.license} if options.license else {}
+    return write_model_card(target, repo_id=options.repo_id, metadata=metadata)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe card", main))

@@ -1,0 +1,256 @@
+"""Saved folders where `vlmoe` cannot be imported: loaded, asked, adapted, trained on, saved again.
+
+What must come out is computed here, by the package's classes; a person without them is a process
+of its own that runs reader_without_vlmoe.py.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from reader_without_vlmoe import ask, read, read_text_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+
+READER = Path(__file__).parent / "reader_without_vlmoe.py"
+QUESTION = "what color is the shape?"
+TEXT = f"<image>{QUESTION}"
+ANSWERS = ("blue", "red", "yes", "no")
+NEW_TOKENS = 5
+TRAINING = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+}
+Jobs = list[tuple[str, dict[str, Any]]]
+Run = Callable[[Jobs], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def without_vlmoe(folder: Path) -> Run:
+    """`without_vlmoe(jobs)`: their results, of one new process that has nothing in its caches."""
+    count = iter(range(100))
+
+    def run(jobs: Jobs) -> list[Any]:
+        place = folder / f"process_{next(count)}"
+        place.mkdir()
+        (place / "jobs.json").write_text(json.dumps(jobs))
+        environment = os.environ | {
+            "HF_HOME": str(place / "cache"),
+            "HF_MODULES_CACHE": str(place / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", READER, "jobs.json", "results.pt"],
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(place / "results.pt")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def image(folder: Path, make_image: Callable[..., Image.Image]) -> str:
+    make_image(7).save(folder / "image.png")
+    return str(folder / "image.png")
+
+
+@pytest.fixture(scope="module")
+def trained(saved_model: Path, folder: Path, image: str) -> Path:
+    """A run of Trainer with `checkpoint-2` and `checkpoint-4`, and `rows.pt`, its data."""
+    processor = VLMoEProcessor.from_pretrained(saved_model)
+    rows = []
+    for number in range(8):
+        row = processor(
+            images=[image],
+            text=[f"{TEXT} {ANSWERS[number % len(ANSWERS)]}"],
+            padding="max_length",
+            max_length=32,
+            return_tensors="pt",
+        )
+        one = {name: tensor[0] for name, tensor in row.items()}
+        rows.append(one | {"labels": one["input_ids"].clone()})
+    torch.save(rows, folder / "rows.pt")
+    trainer = Trainer(
+        model=VLMoEForConditionalGeneration.from_pretrained(saved_model),
+        args=TrainingArguments(output_dir=str(folder / "run"), **TRAINING),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        processing_class=processor,
+    )
+    trainer.train()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def text_model(saved_model: Path, folder: Path) -> Path:
+    """The decoder, saved alone."""
+    model = VLMoEForConditionalGeneration.from_pretrained(saved_model)
+    model.model.language_model.save_pretrained(folder / "text")
+    return folder / "text"
+
+
+@pytest.fixture(scope="module")
+def second(
+    without_vlmoe: Run,
+    saved_model: Path,
+    trained: Path,
+    text_model: Path,
+    folder: Path,
+    image: str,
+) -> dict[str, Any]:
+    """What the second person gets, in one process, by job."""
+    question = {"image": image, "question": QUESTION, "new_tokens": NEW_TOKENS}
+    checkpoint = str(trained / "checkpoint-2")
+    jobs: dict[str, tuple[str, dict[str, Any]]] = {
+        "refused": ("refusals", {"folder": str(saved_model)}),
+        "saved": ("read", {"folder": str(saved_model), "image": image, "text": TEXT}),
+        "checkpoint": ("read", {"folder": checkpoint, "image": image, "text": TEXT}),
+        "asked saved": ("ask", {"folder": str(saved_model), **question}),
+        "asked checkpoint": ("ask", {"folder": checkpoint, **question}),
+        "text": ("read_text_model", {"folder": str(text_model)}),
+        "again": ("save_again", {"folder": str(saved_model), "to": str(folder / "again")}),
+    }
+    return dict(zip(jobs, without_vlmoe(list(jobs.values())), strict=True))
+
+
+def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Bit by bit."""
+    assert ours.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_without_trust_remote_code_nothing_is_loaded_or_run(second: dict[str, Any]) -> None:
+    said = second["refused"]
+    assert said.pop("executed") == ""
+    assert len(said) == 8
+    for way, text in said.items():
+        assert "trust_remote_code=True" in text, (way, text)
+
+
+@pytest.mark.parametrize("source", ["saved", "checkpoint"])
+def test_a_folder_loads_with_its_code_and_gives_the_same_logits(
+    second: dict[str, Any], saved_model: Path, trained: Path, image: str, source: str
+) -> None:
+    folder = {"saved": saved_model, "checkpoint": trained / "checkpoint-2"}[source]
+    reference = read(str(folder), image, TEXT)
+    assert all(module.startswith("vlmoe.") for module in reference["modules"])
+    assert all(module.startswith("transformers_mod") for module in second[source]["modules"])
+    assert_same(second[source]["tensors"], reference["tensors"])
+
+
+@pytest.mark.parametrize("source", ["saved", "checkpoint"])
+def test_a_pipeline_answers_as_with_the_package(
+    second: dict[str, Any], saved_model: Path, trained: Path, image: str, source: str
+) -> None:
+    folder = {"saved": saved_model, "checkpoint": trained / "checkpoint-2"}[source]
+    reference = ask(str(folder), image, QUESTION, NEW_TOKENS)
+    got = second[f"asked {source}"]
+    assert torch.equal(got["logits"], reference["logits"])
+    assert got["answer"] == reference["answer"]
+
+
+def test_the_decoder_alone_loads_too(second: dict[str, Any], text_model: Path) -> None:
+    assert torch.equal(second["text"], read_text_model(str(text_model)))
+
+
+def test_the_checkpoint_is_another_model(second: dict[str, Any]) -> None:
+    saved, checkpoint = (second[source]["tensors"]["logits"] for source in ("saved", "checkpoint"))
+    assert not torch.equal(saved, checkpoint)
+
+
+def test_what_the_second_person_saves_is_whole_and_names_no_repository(
+    second: dict[str, Any], saved_model: Path, folder: Path
+) -> None:
+    code = {path.name: path.read_bytes() for path in saved_model.glob("*.py")}
+    again = folder / "again"
+    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == code
+    for file in ("config.json", "processor_config.json"):
+        auto_map = json.loads((again / file).read_text())["auto_map"]
+        assert auto_map == json.loads((saved_model / file).read_text())["auto_map"]
+
+
+def test_a_third_person_loads_what_the_second_saved(
+    second: dict[str, Any], without_vlmoe: Run, saved_model: Path, folder: Path, image: str
+) -> None:
+    again = {"folder": str(folder / "again"), "image": image, "text": TEXT}
+    (got,) = without_vlmoe([("read", again)])
+    reference = read(str(saved_model), image, TEXT)
+    assert all(module.startswith("transformers_mod") for module in got["modules"])
+    assert_same(got["tensors"], reference["tensors"])
+    with_package = read(**again)
+    assert with_package["modules"] == reference["modules"]
+    assert_same(with_package["tensors"], reference["tensors"])
+
+
+@pytest.fixture(scope="module")
+def adapter(saved_model: Path, folder: Path, image: str) -> tuple[Path, Path, torch.Tensor]:
+    """A LoRA adapter of the attention's projections; inputs; the logits with it."""
+    model = VLMoEForConditionalGeneration.from_pretrained(saved_model)
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*\.[qkvo]_proj", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora).eval()
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(folder / "adapter")
+    inputs = VLMoEProcessor.from_pretrained(saved_model)(
+        images=[image], text=[TEXT], return_tensors="pt"
+    )
+    torch.save(dict(inputs), folder / "inputs.pt")
+    with torch.no_grad():
+        return folder / "adapter", folder / "inputs.pt", adapted(**inputs).logits
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_downloaded_checkpoint_and_an_adapter_loads_onto_its_base(
+    without_vlmoe: Run,
+    trained: Path,
+    saved_model: Path,
+    adapter: tuple[Path, Path, torch.Tensor],
+    folder: Path,
+    image: str,
+) -> None:
+    downloaded = folder / "downloaded"
+    shutil.copytree(trained / "checkpoint-2", downloaded)
+    path, inputs, logits = adapter
+    resume = {"checkpoint": str(downloaded), "rows": str(folder / "rows.pt")}
+    resume |= {"output_dir": str(folder / "resumed"), "options": TRAINING}
+    adapt = {"base": str(saved_model), "adapter": str(path), "inputs": str(inputs)}
+    step, (plain, by_peft, by_auto_class) = without_vlmoe([("resume", resume), ("adapt", adapt)])
+
+    assert step == TRAINING["max_steps"]
+    ours = load_file(trained / "checkpoint-4" / "model.safetensors")
+    theirs = load_file(folder / "resumed" / "checkpoint-4" / "model.safetensors")
+    assert_same(theirs, ours)
+    assert torch.equal(by_peft, logits) and torch.equal(by_auto_class, logits)
+    assert not torch.equal(plain, logits)
+    code = {file.name for file in (trained / "checkpoint-4").glob("*.py")}
+    assert {file.name for file in (folder / "resumed" / "checkpoint-4").glob("*.py")} == code

@@ -1,0 +1,101 @@
+"""Preference batches against TRL's own collator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.training.preference_collator import VLMoEPreferenceCollator
+
+TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "completion_mask")
+
+
+def message(role: str, text: str, images: int = 0) -> dict[str, Any]:
+    """A message whose images come first."""
+    text_part = {"type": "text", "text": text}
+    return {"role": role, "content": [{"type": "image"}] * images + [text_part]}
+
+
+@pytest.fixture
+def pairs(make_image: Callable[..., Image.Image]) -> list[dict[str, Any]]:
+    """One image; text only; two images in two turns, the first one answered."""
+
+    def pair(prompt: list[Any], chosen: str, rejected: str, *seeds: int) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "chosen": [message("assistant", chosen)],
+            "rejected": [message("assistant", rejected)],
+            "images": [make_image(seed) for seed in seeds],
+        }
+
+    two_turns = [
+        message("system", "be short."),
+        message("user", "what shape?", 1),
+        message("assistant", "circle"),
+        message("user", "and is this one red?", 1),
+    ]
+    return [
+        pair([message("user", "what color?", 1)], "blue", "a red shape", 0),
+        pair([message("user", "what is one and one?")], "it is two", "no", *()),
+        pair(two_turns, "yes", "no, a blue circle", 1, 2),
+    ]
+
+
+def test_tokens_and_completion_mask_equal_those_of_trls_collator(
+    pairs: list[dict[str, Any]], processor: VLMoEProcessor
+) -> None:
+    batch = VLMoEPreferenceCollator(processor)(pairs)
+    expected = DataCollatorForVisionPreference(processor)([dict(pair) for pair in pairs])
+    padding = expected["attention_mask"] == 0  # TRL pads one side with <|end|> if <|pad|> is 0
+    expected["input_ids"][padding] = processor.tokenizer.pad_token_id
+    for key in TOKEN_KEYS:
+        assert torch.equal(batch[key], expected[key]), key
+    assert batch["completion_mask"].any(-1).all()
+
+
+def test_chosen_and_rejected_share_the_encoding_of_their_images(
+    pairs: list[dict[str, Any]], processor: VLMoEProcessor
+) -> None:
+    batch = VLMoEPreferenceCollator(processor)(pairs)
+    own_rows = DataCollatorForVisionPreference(processor)([dict(pair) for pair in pairs])
+    assert batch["pixel_values"].shape[0] == 3 and own_rows["pixel_values"].shape[:2] == (6, 2)
+    for row, indices in enumerate(batch["image_index"]):
+        shown = indices[indices >= 0]
+        assert torch.equal(
+            batch["pixel_values"][shown], own_rows["pixel_values"][row, : len(shown)]
+        )
+
+
+def test_truncation_cuts_text_but_neither_images_nor_the_whole_answer(
+    pairs: list[dict[str, Any]], processor: VLMoEProcessor
+) -> None:
+    whole = VLMoEPreferenceCollator(processor)(pairs[:1])
+    prompt = int(whole["completion_mask"][0].argmax())
+    cut = VLMoEPreferenceCollator(processor, max_length=prompt + 1)(pairs[:1])
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, : prompt + 1])
+    assert cut["completion_mask"].sum(-1).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"row 0 .*what color\?.*max_length=3 would cut an image"):
+        VLMoEPreferenceCollator(processor, max_length=3)(pairs[:1])
+    with pytest.raises(ValueError, match=rf"row 0 .*chosen: no token .* max_length={prompt}\."):
+        VLMoEPreferenceCollator(processor, max_length=prompt)(pairs[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"prompt": "what color?"}, "`prompt` 'what color"),
+        ({"rejected": None}, "`rejected` None"),
+        ({"images": []}, "1 image parts, but the row has 0 images"),
+        ({"chosen": [message("user", "blue")]}, "chosen: no token of the answer"),
+    ],
+)
+def test_a_malformed_pair_is_named(
+    change: dict[str, Any], error: str, pairs: list[dict[str, Any]], processor: VLMoEProcessor
+) -> None:
+    with pytest.raises(ValueError, match=error) as raised:
+        VLMoEPreferenceCollator(processor)([pairs[1], pairs[0] | change])
+    assert str(raised.value).startswith("row 1 of the batch")

@@ -1,0 +1,183 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""TRL's SFTTrainer and DPOTrainer with VLMoE's own losses.
+
+    VLMoESFTTrainer(model, SFTConfig(out, assistant_only_loss=True), train_dataset=rows,
+                    processing_class=processor).train()
+    VLMoEDPOTrainer(model, reference, DPOConfig(out), train_dataset=pairs,
+                    processing_class=processor).train()
+
+- TRL puts a fused head in the place of the model's `forward`: it calls the backbone without labels,
+  so that the router losses of `VLMoEForConditionalGeneration` are not computed, and adds Mixtral's
+  balance loss instead, which is pooled over layers and over the rows of a micro-batch and knows no
+  z-loss.
+- Here the fused head stays, since it saves the (batch, length, vocab) logits and feeds TRL's
+  metrics. `compute_loss` takes the router logits of the very same backbone call through hooks that
+  live as long as the call, and adds our losses with the coefficients of the model's config (for the
+  balance loss `args.router_aux_loss_coef`, where it is given). TRL's pooled loss is off.
+- Subclasses, as TRL advises: a `compute_loss_func` is deprecated there, costs a second forward
+  pass, sees neither router logits nor attention mask, and does not exist in DPOTrainer.
+- Batches come from our own collators: the labels of every other way of training, an image that
+  several rows share is encoded once, and a `max_length` (TRL's default is 1024) that would cut an
+  image is an error that names the sample.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
+from .collator import IGNORE_INDEX, VLMoECollator
+from .preference_collator import VLMoEPreferenceCollator
+
+try:
+    from trl import DPOTrainer, SFTTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+except ImportError as error:
+    raise ImportError("vlmoe.training.trl_trainers needs TRL: pip install trl") from error
+
+
+@contextmanager
+def recorded_router_logits(backbone: VLMoEModel) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """A list that gets the router logits of every call of `backbone` in the context, in order."""
+    recorded: list[tuple[torch.Tensor, ...]] = []
+
+    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": True, "router_losses_follow": True}
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        recorded.append(output.router_logits)
+
+    handles = [
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(keep),
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class RouterLossTrainer(Trainer):
+    """Adds the router losses to the loss of a TRL trainer, the next class in line."""
+
+    data_collator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments of the TRL trainer; raises `ValueError` where rows are packed into one."""
+        super().__init__(*args, **kwargs)
+        if self.args.padding_free or getattr(self.args, "packing", False):
+            raise ValueError(
+                "padding_free and packing put several samples into one row, but the router losses "
+                "are per sample; set both to False."
+            )
+        self.aux_loss_enabled = False  # TRL's pooled loss
+        text_config = self._vlmoe().config.text_config
+        text_config.router_aux_loss_coef = self.router_aux_loss_coef
+        text_config.output_router_logits = False  # SFTTrainer sets it, and it would be saved
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss plus the router losses times their coefficients."""
+        vlmoe = self._vlmoe()
+        text_config = vlmoe.config.text_config
+        aux_coef, z_coef = text_config.router_aux_loss_coef, text_config.router_z_loss_coef
+        if aux_coef == 0 and z_coef == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with recorded_router_logits(vlmoe.model) as recorded:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, *outputs = result if return_outputs else (result,)
+        row_weights = self.row_weights(inputs, num_items_in_batch)
+        router_logits = recorded[0]  # later calls: the reference, or logits for metrics
+        aux_loss, z_loss = vlmoe.router_losses(
+            router_logits, inputs["attention_mask"].bool(), row_weights
+        )
+        for coefficient, value in ((aux_coef, aux_loss), (z_coef, z_loss)):
+            if value is not None:
+                loss = loss + coefficient * value.to(loss.device)
+        return (loss, *outputs) if return_outputs else loss
+
+    def row_weights(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(batch,): the share of each row in TRL's loss, and so in the router losses."""
+        raise NotImplementedError
+
+    def _vlmoe(self) -> VLMoEForConditionalGeneration:
+        """The model itself, where need be inside PEFT's."""
+        for module in self.model.modules():
+            if isinstance(module, VLMoEForConditionalGeneration):
+                return module
+        raise TypeError(
+            f"{type(self).__name__} trains VLMoEForConditionalGeneration, got "
+            f"{type(self.model).__name__}."
+        )
+
+
+class VLMoESFTTrainer(RouterLossTrainer, SFTTrainer):
+    """TRL's SFTTrainer for VLMoE; see the module docstring.
+
+    Rows are as for `VLMoECollator`, which collates them if they have `images` (an empty list for a
+    text-only row) and `assistant_only_loss=True`; `data_collator` replaces it. A row weighs in the
+    router losses by its share of the label tokens of the optimizer step, as it does in the
+    cross-entropy, so that gradient accumulation changes nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `RouterLossTrainer`."""
+        super().__init__(*args, **kwargs)
+        is_default = isinstance(self.data_collator, DataCollatorForVisionLanguageModeling)
+        if is_default and self.args.assistant_only_loss:
+            self.data_collator = VLMoECollator(
+                self.processing_class,
+                self.args.max_length,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+            )
+
+    def row_weights(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(batch,): label tokens of each row over those of the optimizer step, of all ranks."""
+        labels_per_row = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
+        if num_items_in_batch is None:
+            return labels_per_row / labels_per_row.sum().clamp(min=1)
+        weights = labels_per_row / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if self.args.average_tokens_across_devices:  # gradients are averaged over ranks
+            weights = weights * (self.accelerator.num_processes // self.get_tp_size())
+        return weights
+
+
+class VLMoEDPOTrainer(RouterLossTrainer, DPOTrainer):
+    """TRL's DPOTrainer for VLMoE; see the module docstring.
+
+    Rows are as for `VLMoEPreferenceCollator`, which collates them if they have `images`. Chosen and
+    rejected rows alike weigh 1 / (rows of the micro-batch) in the router losses: the preference
+    loss, too, is the mean over the pairs of a micro-batch, and Trainer takes the mean of both over
+    the micro-batches of an optimizer step. Only the policy has router losses, not the reference.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `RouterLossTrainer`."""
+        super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, DataCollatorForVisionPreference):
+            self.data_collator = VLMoEPreferenceCollator(
+                self.processing_class,
+                self.args.max_length,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+            )
+
+    def row_weights(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(2 * pairs,): equal shares."""
+        rows = inputs["input_ids"].shape[0]
+        return torch.full((rows,), 1 / rows, device=inputs["input_ids"].device)
