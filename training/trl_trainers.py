@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
+from .card_trainer import ModelCardMixin
 from .collator import IGNORE_INDEX, VLMoECollator
 from .preference_collator import VLMoEPreferenceCollator
 
@@ -62,8 +62,8 @@ def recorded_router_logits(backbone: VLMoEModel) -> Iterator[list[tuple[torch.Te
             handle.remove()
 
 
-class RouterLossTrainer(Trainer):
-    """Adds the router losses to the loss of a TRL trainer, the next class in line."""
+class RouterLossTrainer(ModelCardMixin):
+    """Adds the router losses, and our model card, to a TRL trainer, the next class in line."""
 
     data_collator: Any
 

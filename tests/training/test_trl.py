@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 from vlmoe.training.collator import IGNORE_INDEX, VLMoECollator
+from vlmoe.training.model_card import MARKER
 from vlmoe.training.preference_collator import VLMoEPreferenceCollator
 from vlmoe.training.trl_trainers import VLMoEDPOTrainer, VLMoESFTTrainer
 
@@ -400,3 +401,15 @@ def test_the_warning_does_not_break_the_graph(make_model: Model) -> None:
     forward = torch.compile(model, fullgraph=True, backend="eager")
     inputs = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3).long()}
     torch.testing.assert_close(forward(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", [VLMoESFTTrainer, VLMoEDPOTrainer])
+def test_every_save_holds_our_model_card(
+    kind: type[Trainer], make_trainer: Make, tmp_path: Path
+) -> None:
+    trainer = make_trainer(kind, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="from TRL")
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        assert MARKER in (folder / "README.md").read_text()
