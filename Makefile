@@ -1,14 +1,15 @@
 # Every target makes the environment it needs: nothing has to be installed by hand but Python 3.11 or later.
-#   make demo      train, evaluate and try out the tiny model on easy-VQA (about ten minutes on two cores)
-#   make test      all tests but the slow ones
-#   make test-all  all tests
-#   make lint      ruff, and mypy on the package as installed
+#   make demo         train, evaluate and try out the tiny model on easy-VQA (about ten minutes on two cores)
+#   make test         all tests but the slow ones
+#   make test-all     all tests
+#   make conformance  transformers' own common tests on our classes (about three minutes)
+#   make lint         ruff, and mypy on the package as installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-all lint clean
+.PHONY: venv demo test test-all conformance lint clean
 
 venv: $(STAMP)
 
@@ -26,6 +27,9 @@ test: venv
 
 test-all: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+conformance: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py
 
 lint: venv
 	$(BIN)/ruff check .

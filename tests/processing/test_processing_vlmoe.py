@@ -1,6 +1,7 @@
 """The processor: token layout, counts, truncation, saving."""
 
 import copy
+import inspect
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,17 @@ def test_flat_images_that_do_not_fit_name_a_sample_too(processor, make_image):
         processor(text="<image>")
     with pytest.raises(ValueError, match="`images` has 1 rows but `text` has 2"):
         processor(images=[[make_image()]], text=["<image>", "<image>"])
+
+
+def test_transformers_tests_see_what_the_processor_takes_and_overrides(processor, make_image):
+    """They read it from the signature of a call and from the first base class."""
+    assert [*inspect.signature(VLMoEProcessor.__call__).parameters] == [
+        *("self", "images", "text", "kwargs")
+    ]
+    base = VLMoEProcessor.__mro__[1]
+    assert base.replace_image_token is not VLMoEProcessor.replace_image_token
+    with pytest.raises(ValueError, match=" tokens in the prompts should be the same as the number"):
+        processor(images=[[make_image()]] * 3, text=["<image>"] * 2)
 
 
 def test_videos_are_refused(processor):
