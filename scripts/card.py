@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from .command_line import run_command
-from .options import CardOptions, OptionParser, add_options, parse_options
+from .options import CardOptions, command_options
 
 EPILOG = """\
 examples:
@@ -23,20 +23,17 @@ examples:
 
 def main(argv: list[str]) -> None:
     """Run `vlmoe card`."""
-    parser = OptionParser(
-        prog="vlmoe card",
+    parsed = command_options(
+        argv,
+        [CardOptions],
         usage="vlmoe card FOLDER [options]",
         description="Write the card of a saved model from the files in its folder.",
         epilog=EPILOG,
+        argument=("folder", "The folder of the model."),
     )
-    parser.add_argument("folder", nargs="?", help="The folder of the model.")
-    add_options(parser, CardOptions)
-    if {"-h", "--help"} & set(argv):
-        print(parser.format_help())
+    if parsed is None:
         return
-    options, rest = parse_options(parser, argv, [CardOptions])
-    if not rest.folder:
-        raise ValueError("The folder is missing: vlmoe card FOLDER.")
+    options, rest = parsed
     print(f"Written to {card(rest.folder, options)}.")
 
 

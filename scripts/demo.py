@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command_line import run_command
-from .options import DemoOptions, OptionParser, add_options, parse_options
+from .options import DemoOptions, command_options
 
 if TYPE_CHECKING:
     from .train import TrainResult
@@ -40,17 +40,16 @@ examples:
 
 def main(argv: list[str]) -> None:
     """Run `vlmoe demo`."""
-    parser = OptionParser(
-        prog="vlmoe demo",
+    parsed = command_options(
+        argv,
+        [DemoOptions],
         usage="vlmoe demo [options]",
         description="Train, evaluate and ask the tiny model on easy-VQA, start to end.",
         epilog=EPILOG,
     )
-    add_options(parser, DemoOptions)
-    if {"-h", "--help"} & set(argv):
-        print(parser.format_help())
+    if parsed is None:
         return
-    options, _ = parse_options(parser, argv, [DemoOptions])
+    options, _ = parsed
     run(options)
 
 

@@ -16,10 +16,8 @@ from typing import Any
 from .command_line import run_command
 from .options import (
     EvaluateOptions,
-    OptionParser,
     RuntimeOptions,
-    add_options,
-    parse_options,
+    command_options,
     require,
 )
 
@@ -33,20 +31,16 @@ examples:
 
 def main(argv: list[str]) -> None:
     """Run `vlmoe evaluate`."""
-    parser = OptionParser(
-        prog="vlmoe evaluate",
+    parsed = command_options(
+        argv,
+        [EvaluateOptions, RuntimeOptions],
         usage="vlmoe evaluate --model MODEL --dataset DATASET [options]",
         description="Count the right answers of a model to the questions of a dataset.",
         epilog=EPILOG,
     )
-    parser.add_argument("--config", metavar="FILE", help="A YAML file of options; flags win.")
-    option_classes: list[type] = [EvaluateOptions, RuntimeOptions]
-    for options_class in option_classes:
-        add_options(parser, options_class)
-    if {"-h", "--help"} & set(argv):
-        print(parser.format_help())
+    if parsed is None:
         return
-    options, runtime, _ = parse_options(parser, argv, option_classes)
+    options, runtime, _ = parsed
     results = evaluate(options, runtime)
     from vlmoe.training.evaluation import results_table
 

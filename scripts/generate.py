@@ -11,10 +11,8 @@ from typing import Any
 from .command_line import run_command
 from .options import (
     GenerateOptions,
-    OptionParser,
     RuntimeOptions,
-    add_options,
-    parse_options,
+    command_options,
     require,
 )
 
@@ -27,23 +25,17 @@ examples:
 
 def main(argv: list[str]) -> None:
     """Run `vlmoe generate`."""
-    parser = OptionParser(
-        prog="vlmoe generate",
+    parsed = command_options(
+        argv,
+        [GenerateOptions, RuntimeOptions],
         usage='vlmoe generate --model MODEL [--image FILE ...] [options] "QUESTION"',
         description="Ask a model a question about images, or a question alone.",
         epilog=EPILOG,
+        argument=("question", "What to ask."),
     )
-    parser.add_argument("question", nargs="?", help="What to ask.")
-    parser.add_argument("--config", metavar="FILE", help="A YAML file of options; flags win.")
-    option_classes: list[type] = [GenerateOptions, RuntimeOptions]
-    for options_class in option_classes:
-        add_options(parser, options_class)
-    if {"-h", "--help"} & set(argv):
-        print(parser.format_help())
+    if parsed is None:
         return
-    options, runtime, rest = parse_options(parser, argv, option_classes)
-    if not rest.question:
-        raise ValueError('The question is missing: vlmoe generate --model MODEL "QUESTION".')
+    options, runtime, rest = parsed
     generate(rest.question, options, runtime)
 
 

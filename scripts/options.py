@@ -251,6 +251,45 @@ def parse_options(
     )
 
 
+def command_options(
+    argv: list[str],
+    option_classes: list[type],
+    *,
+    usage: str,
+    description: str,
+    epilog: str,
+    argument: tuple[str, str] | None = None,
+) -> tuple[Any, ...] | None:
+    """Options of a command as `parse_options` gives them, or None after printing its --help.
+
+    Args:
+        argv: arguments after the command's name.
+        option_classes: dataclasses of its options.
+        usage: how it is called, beginning with `vlmoe COMMAND`.
+        description: what it does, in a sentence.
+        epilog: examples.
+        argument: name and help text of the one argument without a flag, which must be given.
+
+    Raises:
+        ValueError: as `parse_options`, or the argument is missing.
+    """
+    parser = OptionParser(
+        prog=" ".join(usage.split()[:2]), usage=usage, description=description, epilog=epilog
+    )
+    if argument:
+        parser.add_argument(argument[0], nargs="?", help=argument[1])
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of options; flags win.")
+    for options in option_classes:
+        add_options(parser, options)
+    if {"-h", "--help"} & set(argv):
+        print(parser.format_help())
+        return None
+    parsed = parse_options(parser, argv, option_classes)
+    if argument and not getattr(parsed[-1], argument[0]):
+        raise ValueError(f"The {argument[0]} is missing: {usage}.")
+    return parsed
+
+
 def as_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Values of a config file as defaults of a parser: numbers as text, which argparse checks."""
     return {

@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from .command_line import run_command
-from .options import OptionParser, PushOptions, add_options, parse_options, require
+from .options import PushOptions, command_options, require
 
 EPILOG = """\
 examples:
@@ -76,21 +76,17 @@ class Pushed:
 
 def main(argv: list[str]) -> None:
     """Run `vlmoe push`."""
-    parser = OptionParser(
-        prog="vlmoe push",
+    parsed = command_options(
+        argv,
+        [PushOptions],
         usage="vlmoe push FOLDER --repo_id USER/NAME [options]",
         description="Push the folder of a trained model to the Hugging Face Hub, in one commit.",
         epilog=EPILOG,
+        argument=("folder", "Folder of the model, as `vlmoe train` saves it."),
     )
-    parser.add_argument("folder", nargs="?", help="Folder of the model, as `vlmoe train` saves it.")
-    parser.add_argument("--config", metavar="FILE", help="A YAML file of options; flags win.")
-    add_options(parser, PushOptions)
-    if {"-h", "--help"} & set(argv):
-        print(parser.format_help())
+    if parsed is None:
         return
-    options, rest = parse_options(parser, argv, [PushOptions])
-    if not rest.folder:
-        raise ValueError("The folder is missing: vlmoe push FOLDER --repo_id USER/NAME.")
+    options, rest = parsed
     print(f"\n{push_table(push(rest.folder, options))}")
 
 
