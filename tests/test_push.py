@@ -136,8 +136,12 @@ def train(output: Path, model: Path, data: Path, more: dict[str, Any]) -> None:
 
 
 def train_with_trainer(output: Path, model: Path, data: Path, more: dict[str, Any]) -> None:
-    """`transformers.Trainer`, and a push when it has trained."""
-    from transformers import Trainer
+    """`transformers.Trainer`, and a push when it has trained.
+
+    Each push is waited for: Trainer pushes a folder in the background, and writes the next save
+    into it meanwhile.
+    """
+    from transformers import Trainer, TrainerCallback
 
     from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
     from vlmoe.training.collator import VLMoECollator
@@ -151,6 +155,13 @@ def train_with_trainer(output: Path, model: Path, data: Path, more: dict[str, An
         train_dataset=load_rows(str(data), "train"),
         processing_class=processor,
     )
+
+    class WaitForPush(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer.push_in_progress is not None:
+                trainer.push_in_progress.wait_until_done()
+
+    trainer.add_callback(WaitForPush())
     trainer.train()
     trainer.push_to_hub()
 
