@@ -79,10 +79,10 @@ def balanced_logits() -> torch.Tensor:
     return torch.stack([token.roll(shift) for shift in range(EXPERTS)])
 
 
-def collapsed_logits(first: int) -> torch.Tensor:
+def collapsed_logits(first: int, top_k: int = TOP_K) -> torch.Tensor:
     """(experts, experts): all tokens go to the k experts from `first` on, 1 / k of each."""
     logits = torch.full((EXPERTS, EXPERTS), -50.0)
-    logits[:, first : first + TOP_K] = 50.0
+    logits[:, first : first + top_k] = 50.0
     return logits
 
 
@@ -104,12 +104,13 @@ def test_perfect_balance_costs_k_and_collapse_costs_the_number_of_experts(
         assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_layers_collapsed_onto_different_experts_do_not_pass_for_balanced() -> None:
-    layers = tuple(collapsed_logits(first) for first in range(0, EXPERTS, TOP_K))
-    ours = load_balancing_loss(layers, TOP_K, *all_real(layers[0])).item()
-    pooled = load_balancing_loss_func(layers, EXPERTS, TOP_K).item()
-    assert pooled == pytest.approx(TOP_K), "pooled over layers, the collapse looks balanced"
-    assert ours == pytest.approx(EXPERTS) and ours >= 2 * TOP_K
+@pytest.mark.parametrize("top_k", [EXPERTS // 2, TOP_K])  # two layers, four layers
+def test_layers_collapsed_onto_different_experts_do_not_pass_for_balanced(top_k: int) -> None:
+    layers = tuple(collapsed_logits(first, top_k) for first in range(0, EXPERTS, top_k))
+    ours = load_balancing_loss(layers, top_k, *all_real(layers[0])).item()
+    pooled = load_balancing_loss_func(layers, EXPERTS, top_k).item()
+    assert pooled == pytest.approx(top_k), "pooled over layers, the collapse looks balanced"
+    assert ours == pytest.approx(EXPERTS) and ours >= 2 * top_k
 
 
 @BOTH_SCORES

@@ -1,0 +1,151 @@
+"""One rank has images, the other only text: nothing waits, and the gradients are one process's.
+
+DistributedDataParallel without `find_unused_parameters`, and FSDP2, in a loop without Trainer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from ranks import WORLD_SIZE, on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.training.collator import VLMoECollator
+
+pytestmark = pytest.mark.slow
+
+Gradients = dict[str, torch.Tensor]
+Rows = list[dict[str, Any]]
+
+ROWS_PER_RANK, STEPS, LEARNING_RATE, TOLERANCE = 2, 3, 0.5, 1e-5
+
+
+def distributed_data_parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, replicated."""
+    return DistributedDataParallel(model, find_unused_parameters=False)
+
+
+def fully_sharded(model: VLMoEForConditionalGeneration) -> torch.nn.Module:
+    """The model, its decoder layers and those of its tower cut over the ranks."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model, FSDPModule)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return model
+
+
+WRAPPERS = {"DDP": distributed_data_parallel, "FSDP2": fully_sharded}
+
+
+def train(model: torch.nn.Module, steps: list[dict[str, torch.Tensor]], scale: int) -> Any:
+    """SGD; the gradients of each step, whole.
+
+    Args:
+        model: in training mode.
+        steps: a batch for each, with the label tokens of the step on all ranks.
+        scale: of the loss; a wrapped model averages gradients over ranks.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    gradients: list[Gradients] = []
+    for batch in steps:
+        optimizer.zero_grad()
+        (model(**batch).loss * scale).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        whole = {
+            name.removeprefix("module."): grad.full_tensor() if isinstance(grad, DTensor) else grad
+            for name, grad in grads.items()
+        }
+        gradients.append({name: grad.clone() for name, grad in whole.items()})
+        optimizer.step()
+    return gradients
+
+
+def rank_gradients(folder: Path, steps: list[Rows]) -> dict[str, list[Gradients]]:
+    """What each wrapper gives on this rank, which sees its own rows of every step."""
+    rank, collate = dist.get_rank(), VLMoECollator(VLMoEProcessor.from_pretrained(folder))
+    own = slice(rank * ROWS_PER_RANK, (rank + 1) * ROWS_PER_RANK)
+    batches = []
+    for rows in steps:
+        num_items = (collate(rows)["labels"][:, 1:] != -100).sum()
+        batches.append(collate(rows[own]) | {"num_items_in_batch": num_items})
+        assert ("pixel_values" in batches[-1]) == (rank == 0)
+    gradients = {}
+    for name, wrap in WRAPPERS.items():
+        model = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+        gradients[name] = train(wrap(model), batches, scale=WORLD_SIZE)
+    return gradients
+
+
+@pytest.fixture(scope="module")
+def steps(make_image: Callable[..., Image.Image]) -> list[Rows]:
+    """Rows of three steps: one and two images for rank 0, only text for rank 1."""
+    steps = []
+    for step in range(STEPS):
+        rows: Rows = []
+        for number, images in enumerate((1, 2, 0, 0)):
+            question = [{"type": "image"}] * images
+            question += [{"type": "text", "text": "what is it? " * (step + number)}]
+            answer = "blue and two and " * (number + 1) + "no"
+            messages = [{"role": "user", "content": question}]
+            messages += [{"role": "assistant", "content": answer}]
+            shown = [make_image(100 * step + 10 * number + i) for i in range(images)]
+            rows.append({"messages": messages, "images": shown})
+        steps.append(rows)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+    processor: VLMoEProcessor,
+) -> Path:
+    """A model with both router losses, and its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    text = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
+    tiny_model(text=text | {"vocab_size": len(processor.tokenizer)}).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(
+    folder: Path, steps: list[Rows], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, list[Gradients]]]:
+    """The gradients of each rank, by wrapper and step."""
+    return on_ranks(rank_gradients, folder, steps, folder=tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def in_one_process(folder: Path, steps: list[Rows]) -> list[Gradients]:
+    """The gradients of one process that sees all rows."""
+    collate = VLMoECollator(VLMoEProcessor.from_pretrained(folder))
+    model = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+    return train(model, [collate(rows) for rows in steps], scale=1)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_rank_without_images_changes_no_gradient(
+    wrapper: str,
+    on_two_ranks: list[dict[str, list[Gradients]]],
+    in_one_process: list[Gradients],
+) -> None:
+    for of_rank in on_two_ranks:
+        assert len(of_rank[wrapper]) == len(in_one_process) == STEPS
+        for ours, reference in zip(of_rank[wrapper], in_one_process, strict=True):
+            assert ours.keys() == reference.keys()
+            for name, gradient in reference.items():
+                # Key biases: zero in exact arithmetic, compared on the scale of the query biases.
+                scale = reference[name.replace("k_proj.bias", "q_proj.bias")].norm()
+                assert (ours[name] - gradient).norm() <= TOLERANCE * scale, name

@@ -1,0 +1,199 @@
+"""One optimizer step of `transformers.Trainer` gives one update, however its batch is split.
+
+Both router losses have coefficient 1, so that they show. The gradients are those before clipping,
+compared tensor by tensor with one backward pass over the whole batch, without Trainer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from ranks import WORLD_SIZE, on_ranks
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.training.collator import VLMoECollator
+
+Gradients = dict[str, torch.Tensor]
+Rows = list[dict[str, Any]]
+
+TOLERANCE = 1e-5
+ANSWERS = ("blue", "two", "yes, it is a red circle, and what a shape", "no")
+LEARNING_RATE = 0.5
+
+
+class PooledOverRows(VLMoEForConditionalGeneration):
+    """The control: router losses over all rows of a micro-batch at once, weighted by its labels."""
+
+    def router_losses(
+        self, router_logits: Any, token_mask: torch.Tensor, row_weights: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The micro-batch as one long row."""
+        one_row, whole_weight = token_mask.reshape(1, -1), row_weights.sum()[None]
+        return super().router_losses(router_logits, one_row, whole_weight, **kwargs)
+
+
+class FirstTokenLabelled(VLMoECollator):
+    """The first token of every row is labelled: no token predicts it, and it must count nowhere."""
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        """As in `VLMoECollator`."""
+        batch = super().__call__(rows)
+        batch["labels"][:, 0] = batch["input_ids"][:, 0]
+        return batch
+
+
+class Recorder(TrainerCallback):
+    """Keeps the gradients of the step, and checks that the step is SGD's."""
+
+    def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        """Before the step; nothing was clipped."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients = {name: p.grad.clone() for name, p in trained.items()}
+        self.before = {name: p.detach().clone() for name, p in trained.items()}
+
+    def on_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        """After the step."""
+        for name, before in self.before.items():
+            expected = before - LEARNING_RATE * self.gradients[name]
+            torch.testing.assert_close(model.get_parameter(name).detach(), expected)
+
+
+def collator(folder: Path) -> VLMoECollator:
+    """The collator of the model saved in `folder`."""
+    return FirstTokenLabelled(VLMoEProcessor.from_pretrained(folder))
+
+
+def trained(
+    folder: Path,
+    rows: Rows,
+    accumulate: int,
+    checkpointing: bool,
+    model_class: type[VLMoEForConditionalGeneration] = VLMoEForConditionalGeneration,
+) -> Gradients:
+    """The gradients of one step of Trainer, in as many processes as it finds."""
+    arguments = TrainingArguments(
+        output_dir=str(folder / "output"),
+        gradient_accumulation_steps=accumulate,
+        activation_checkpointing=checkpointing,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    splits = accumulate * arguments.world_size
+    arguments.per_device_train_batch_size = len(rows) // splits
+    model, recorder = model_class.from_pretrained(folder), Recorder()
+    trainer = Trainer(model, arguments, collator(folder), train_dataset=rows, callbacks=[recorder])
+    trainer.train()
+    assert model.is_activation_checkpointing == checkpointing
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel) == dist.is_initialized()
+    return recorder.gradients
+
+
+def trained_on_a_rank(folder: Path, rows: Rows) -> dict[tuple[int, bool], Gradients]:
+    """`trained` for each way to split the rows over two ranks."""
+    ways = [(accumulate, again) for accumulate in (1, 2, 4) for again in (False, True)]
+    return {way: trained(folder, rows, *way) for way in ways}
+
+
+def distances(ours: Gradients, reference: Gradients) -> dict[str, float]:
+    """Relative L2 distance of each parameter.
+
+    Biases of keys have gradient zero in exact arithmetic, as softmax does not see a shift: theirs
+    is taken relative to the bias of the queries.
+    """
+    assert ours.keys() == reference.keys()
+    return {
+        name: (
+            (ours[name] - gradient).norm()
+            / reference[name.replace("k_proj.bias", "q_proj.bias")].norm()
+        ).item()
+        for name, gradient in reference.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def rows(make_image: Callable[..., Image.Image]) -> Rows:
+    """Eight rows, of 0, 1 and 2 images and of unlike lengths; the sixth has no answer."""
+    rows = []
+    for number, images in enumerate((1, 2, 0, 1, 1, 1, 0, 1)):
+        question = [{"type": "image"}] * images + [
+            {"type": "text", "text": "what is it? " * number}
+        ]
+        messages: Rows = [{"role": "user", "content": question}]
+        if number != 5:
+            answer = " and ".join(ANSWERS[: number % len(ANSWERS) + 1])
+            messages.append({"role": "assistant", "content": answer})
+        shown = [make_image(10 * number + i) for i in range(images)]
+        rows.append({"messages": messages, "images": shown})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+    processor: VLMoEProcessor,
+) -> Path:
+    """A model with both router losses, and its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    text = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
+    tiny_model(text=text | {"vocab_size": len(processor.tokenizer)}).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, rows: Rows) -> Gradients:
+    """One backward pass over the whole batch."""
+    batch = collator(folder)(rows)
+    assert len(rows) == 8 and not batch["attention_mask"].all(), "no row is padded"
+    assert ((batch["labels"][:, 1:] != -100).sum(-1) == 0).tolist() == [n == 5 for n in range(8)]
+    tiles = batch["pixel_attention_mask"].flatten(2).any(-1).sum(-1)
+    assert sorted(set(tiles.tolist())) == [0, 1, 2]
+    model = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+    model(**batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 8])
+def test_the_gradient_does_not_depend_on_accumulation_or_checkpointing(
+    accumulate: int, checkpointing: bool, folder: Path, rows: Rows, reference: Gradients
+) -> None:
+    far = distances(trained(folder, rows, accumulate, checkpointing), reference)
+    assert any("router" in name for name in far)
+    assert max(far.values()) <= TOLERANCE, max(far.items(), key=lambda item: item[1])
+
+
+@pytest.mark.slow
+def test_the_gradient_does_not_depend_on_the_number_of_ranks(
+    folder: Path, rows: Rows, reference: Gradients, tmp_path: Path
+) -> None:
+    ranks = on_ranks(trained_on_a_rank, folder, rows, folder=tmp_path)
+    assert len(ranks) == WORLD_SIZE and len(ranks[0]) == 6
+    for of_rank in ranks:
+        for way, gradients in of_rank.items():
+            far = distances(gradients, reference)
+            assert max(far.values()) <= TOLERANCE, (way, max(far.items(), key=lambda item: item[1]))
+
+
+def test_losses_pooled_over_the_micro_batch_would_not_pass(folder: Path, rows: Rows) -> None:
+    whole, split = (trained(folder, rows, n, False, PooledOverRows) for n in (1, 4))
+    far = distances(split, whole)
+    assert min(value for name, value in far.items() if "router" in name) > 1000 * TOLERANCE
