@@ -86,6 +86,10 @@ class VLMoETextConfig(_OwnModelTypes, HubCodeMixin, PreTrainedConfig):
             are given; 0 switches it off.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906);
             0 switches it off.
+        router_bias_update_rate: with more than 0 each expert has a bias that counts where experts
+            are chosen and not in their weights; by this much it rises for experts with less than
+            the mean load and falls for those with more, once per optimizer step
+            (training/router_bias.py). DeepSeek-V3 takes 0.001, with sigmoid scores.
         output_router_logits: return `router_logits`; the losses do not depend on it.
 
     Raises:
@@ -167,6 +171,7 @@ class VLMoETextConfig(_OwnModelTypes, HubCodeMixin, PreTrainedConfig):
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
     router_z_loss_coef: float | int = 0.0
+    router_bias_update_rate: float | int = 0.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -215,7 +220,8 @@ class VLMoETextConfig(_OwnModelTypes, HubCodeMixin, PreTrainedConfig):
         ):
             _require(self, field, getattr(self, field) > 0, "1 or more")
         for field in (
-            *("router_aux_loss_coef", "router_z_loss_coef", "num_shared_experts"),
+            *("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"),
+            "num_shared_experts",
             *("initializer_range", "rms_norm_eps"),
         ):
             _require(self, field, getattr(self, field) >= 0, "0 or more")

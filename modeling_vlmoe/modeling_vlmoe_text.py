@@ -33,7 +33,7 @@ from transformers.models.phi3.modeling_phi3 import (
     apply_rotary_pos_emb as apply_partial_rotary_pos_emb,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -45,7 +45,9 @@ from .quantization import (
     quantized_experts,
 )
 from .router import VLMoERouter
-from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock
+from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock, sparse_layers
+
+logger = logging.get_logger(__name__)
 
 
 class VLMoERMSNorm(LlamaRMSNorm):
@@ -154,8 +156,9 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, length, hidden) -> the same, and router logits (batch * length, experts) or None.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(batch, length, hidden) -> the same, router logits (batch * length, experts) or None, and
+        the chosen experts (batch * length, k) or None.
 
         The logits are returned, as only what a layer returns has a gradient under re-entrant
         checkpointing.
@@ -163,9 +166,10 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self._scaled(attended)
         output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
+        top_k_index = None
         if isinstance(output, tuple):
-            output, router_logits = output
-        return hidden_states + self._scaled(output), router_logits
+            output, router_logits, top_k_index = output
+        return hidden_states + self._scaled(output), router_logits, top_k_index
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.residual_multiplier == 1 else branch * self.residual_multiplier
@@ -234,6 +238,14 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         first release; Trainer resumes without translating names, and would silently leave such a
         tower as it was.
         """
+        layers = sparse_layers(self).values()
+        if any(layer.expert_load is not None and layer.expert_load.any() for layer in layers):
+            logger.warning_once(
+                "Saving a model whose router bias waits for an update: tokens were routed in "
+                "training after the last one, or there never was one. With Trainer add "
+                "vlmoe.training.router_bias.RouterBiasCallback; in a loop of your own call "
+                "update_router_bias(model) after each optimizer step."
+            )
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @torch.no_grad()
@@ -245,6 +257,8 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, VLMoERouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
 
 
 def _damaged_file(source: Any, error: Exception) -> str:
@@ -256,6 +270,15 @@ def _damaged_file(source: Any, error: Exception) -> str:
         except SafetensorError as reason:
             return f"{file} is damaged ({reason}); copy or download it again."
     return f"A weights file of {source} is damaged ({error}); download it again."
+
+
+def _token_mask(
+    attention_mask: torch.Tensor | dict | None, inputs_embeds: torch.Tensor
+) -> torch.Tensor:
+    """(batch * length,): True for real tokens; without a 2-D mask all are."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -inputs_embeds.shape[1] :].flatten().bool()
+    return torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool).flatten()
 
 
 class VLMoETextModel(VLMoEPreTrainedModel):
@@ -278,6 +301,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         self.norm = VLMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = VLMoERotaryEmbedding(config)
         self.gradient_checkpointing = False
+        if config.router_bias_update_rate:
+            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
         self.post_init()
 
     @merge_with_config_defaults
@@ -314,6 +339,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             hidden_states = hidden_states * self.config.embedding_multiplier
         masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        learning = self.training and torch.is_grad_enabled()  # not evaluation, not generation
+        token_mask = _token_mask(attention_mask, inputs_embeds) if learning else None
         for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
             output = layer(
                 hidden_states,
@@ -325,6 +352,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             )
             # A layer that a pipeline stage left to another stage passes its input on.
             hidden_states = output[0] if isinstance(output, tuple) else output
+            if learning and isinstance(output, tuple) and output[1] is not None:
+                layer.mlp.take_notes(*output[1:], token_mask)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,

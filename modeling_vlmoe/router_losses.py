@@ -11,9 +11,12 @@ and computes its statistics row by row, as DeepSeek-V3's sequence-wise loss does
 (https://arxiv.org/abs/2412.19437, eq. 17-20). A row's loss therefore does not depend on the rows
 beside it, and with each row weighted by its share of label tokens (as cross-entropy weights it) one
 optimizer step gets the same gradient however its rows are split over micro-batches and ranks. The
-result is the
-mean over layers: layers are never pooled, since two layers collapsed onto different experts would
-    then look balanced.
+result is the mean over layers: layers are never pooled, since two layers collapsed onto different
+experts would then look balanced.
+
+A selection bias (`router_bias_update_rate`) is not among the arguments: fractions are those of the
+k best scores, as in eq. 18. It is the scores that the loss moves; with the bias in the choice, an
+imbalance that the bias makes up for would be hidden from it.
 """
 
 import torch

@@ -6,7 +6,14 @@
 - `down_proj` (experts, hidden, intermediate)
 computed by the library's experts interface: eager, batched_mm, grouped_mm, ... as
 `config._experts_implementation` says.
+
+In training a sparse layer also takes notes, on its device, for one look per optimizer step: whether
+its router logits were finite (training/routing_checks.py), and where experts are balanced by a bias
+how many tokens each one got (training/router_bias.py). The notes are plain tensors: as buffers they
+would be saved, and DistributedDataParallel would write rank 0's over those of the other ranks.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,12 +46,56 @@ class VLMoESparseMoeBlock(nn.Module):
             self.shared_experts = VLMoEMLP(
                 config, config.moe_intermediate_size * config.num_shared_experts
             )
+        self.router_bias_update_rate = config.router_bias_update_rate
+        self.expert_load: torch.Tensor | None = None  # (experts,) int64
+        self.non_finite: torch.Tensor | None = None  # () bool
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, length, hidden) -> the same, and router logits (batch * length, experts)."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(batch, length, hidden) -> the same, router logits (batch * length, experts), choice.
+
+        The choice, (batch * length, k), holds the indices of the chosen experts.
+        """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
         router_logits, top_k_weights, top_k_index = self.router(tokens)
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
-        return output, router_logits
+        return output, router_logits, top_k_index
+
+    @torch.no_grad()
+    def take_notes(
+        self, router_logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor
+    ) -> None:
+        """Add one forward pass of training to `non_finite` and, with a bias, to `expert_load`.
+
+        The text model calls it outside of checkpointed layers, which run twice. Padding counts in
+        `non_finite`, since 0 * NaN would reach the gradients, and not in `expert_load`.
+
+        Args:
+            router_logits, top_k_index: what `forward` returned.
+            token_mask: (batch * length,): True for real tokens.
+        """
+        non_finite = router_logits.isfinite().all().logical_not()
+        if self.non_finite is None or self.non_finite.device != non_finite.device:
+            self.non_finite = torch.zeros_like(non_finite)
+        self.non_finite.logical_or_(non_finite)
+        if self.router_bias_update_rate:
+            chosen = torch.zeros_like(router_logits, dtype=torch.bool)  # (tokens, experts)
+            chosen = chosen.scatter(-1, top_k_index, True)
+            load = (chosen & token_mask.to(chosen.device)[:, None]).sum(0)  # (experts,)
+            if self.expert_load is None or self.expert_load.device != load.device:
+                self.expert_load = torch.zeros_like(load)
+            self.expert_load.add_(load)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, Any]:
+    """The `VLMoESparseMoeBlock` of each sparse layer by name, in order.
+
+    Found by the class's name, so that those of a model with code from the Hub and those that FSDP2
+    has given a class of its own are among them.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("VLMoESparseMoeBlock")
+    }

@@ -9,6 +9,9 @@
   or starts from the beginning where there is none; a path goes on from that one. Without it the
   output folder must hold no checkpoints.
 - The same options and seed give the same numbers on the same CPU, resumed or not.
+- The routing is logged beside the loss, and in full in router_telemetry.json.
+- Training stops before a step whose router logits are not finite; with `router_bias_update_rate`
+  in the model's config the routers' biases are updated after each step.
 - The final model, its processor and its model card are saved in the output folder beside the
   checkpoints, and the results in train_results.json.
 - `--push_to_hub --hub_model_id user/name` pushes every save, as `Trainer` does, and the finished
@@ -256,6 +259,10 @@ def build_trainer(
     from vlmoe.training.card_trainer import CardTrainer
     from vlmoe.training.collator import VLMoECollator, require_label_tokens
     from vlmoe.training.conversation_rows import ConversationRows
+    from vlmoe.training.expert_load import sparse_routers
+    from vlmoe.training.router_bias import RouterBiasCallback
+    from vlmoe.training.router_telemetry import RouterTelemetry
+    from vlmoe.training.routing_checks import StopOnNonFiniteRouting
     from vlmoe.training.saving import StopOnBadLoss
 
     collator = VLMoECollator(processor, max_length)
@@ -263,7 +270,10 @@ def build_trainer(
     if eval_rows is None:
         arguments = copy.copy(arguments)
         arguments.eval_strategy = IntervalStrategy.NO
-    return CardTrainer(
+    callbacks: list[Any] = [StopOnBadLoss(), StopOnNonFiniteRouting()]
+    if model.config.text_config.router_bias_update_rate:
+        callbacks.append(RouterBiasCallback())
+    trainer = CardTrainer(
         model=model,
         args=arguments,
         data_collator=collator,
@@ -272,9 +282,12 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=most_likely_tokens,
-        callbacks=[StopOnBadLoss()],
+        callbacks=callbacks,
         origin=origin,
     )
+    if sparse_routers(model):
+        trainer.add_callback(RouterTelemetry(trainer))
+    return trainer
 
 
 def run(trainer: "CardTrainer", checkpoint: Path | None = None) -> TrainResult:

@@ -176,7 +176,7 @@ def test_the_sparse_block_calls_whatever_stands_in_for_the_experts(model: Model)
 
     block = model.model.language_model.layers[0].mlp
     hidden_states = torch.randn(1, 7, model.config.text_config.hidden_size)
-    experts, (expected, _) = block.experts, block(hidden_states)
+    experts, (expected, *_) = block.experts, block(hidden_states)
     try:
         block.experts = Experts(experts)
         assert torch.equal(block(hidden_states)[0], expected)

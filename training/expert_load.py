@@ -1,15 +1,20 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""How many tokens each expert gets, layer by layer, split by image and text tokens.
+"""Which experts image and text tokens are routed to, layer by layer, and how sure the router is.
 
-Counted by forward hooks on the routers, so that neither logits nor choices are kept; hooks see
-every forward, also those of `generate`. Padding is left out. An evenly loaded layer gives each
-expert `k / experts` of the tokens: its fair share of the assignments is `1 / experts`.
+Forward hooks add each forward, also those of `generate`, to counters of a few numbers per layer,
+modality and expert, on the model's device and without waiting for it. Neither logits nor choices
+are kept beyond the forward; padding is left out. Counting takes place between the start and the
+end of the backbone's forward, so that what checkpointing computes again in the backward pass,
+re-entrant or not, counts once. The counters belong to no module: DistributedDataParallel would
+overwrite buffers with those of rank 0.
 
-Shapes: L sparse layers, E experts, k experts per token.
+Under torch.compile the hooks that are there when the model is first traced become part of its one
+graph; hooks placed on a model that is compiled already are not called, as with any hook.
+
+Shapes: L sparse layers, E experts, k experts per token, T tokens (batch * length).
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,42 +22,127 @@ from typing import Any
 import torch
 from torch import nn
 
-ROUTER_CLASS = "VLMoERouter"
+BACKBONE_CLASS, ROUTER_CLASS = "VLMoEModel", "VLMoERouter"  # by name: also those of Hub code
+MODALITIES = ("image", "text")
+DEAD_BELOW = 0.1  # of a fair share
 
 
 @dataclass
 class ExpertLoad:
-    """Counts of assignments of tokens to experts."""
+    """Counters of the routing, and the figures that follow from them.
 
-    image_counts: torch.Tensor  # (L, E) long, on the CPU
-    text_counts: torch.Tensor  # (L, E) long, on the CPU
+    A fair share of a layer's assignments is `1 / E`. In a layer that saw no token of a modality the
+    shares are 0 and what follows from them is None.
+
+    Attributes:
+        layers: the decoder's index of each sparse layer.
+        top_k: experts per token.
+        assignments: (L, 2, E) long: how often image and text tokens were sent to each expert.
+        entropy_sums: (L, 2): entropies of the routing distributions, in nats, summed over tokens.
+    """
+
+    layers: tuple[int, ...]
+    top_k: int
+    assignments: torch.Tensor
+    entropy_sums: torch.Tensor
+
+    @property
+    def image_counts(self) -> torch.Tensor:
+        """Assignments of image tokens, (L, E) long, on the CPU."""
+        return self.assignments[:, 0].clone().cpu()
+
+    @property
+    def text_counts(self) -> torch.Tensor:
+        """Assignments of text tokens, (L, E) long, on the CPU."""
+        return self.assignments[:, 1].clone().cpu()
 
     @property
     def counts(self) -> torch.Tensor:
-        """Counts of all tokens, (L, E)."""
-        return self.image_counts + self.text_counts
+        """Assignments of all tokens, (L, E) long, on the CPU."""
+        return self.assignments.sum(1).cpu()
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.assignments.zero_()
+        self.entropy_sums.zero_()
+
+    def summed_over_ranks(self) -> "ExpertLoad":
+        """The counters of all processes together, the same on each; all of them must call this."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        assignments, entropy_sums = self.assignments.clone(), self.entropy_sums.clone()
+        distributed.all_reduce(assignments)
+        distributed.all_reduce(entropy_sums)
+        return ExpertLoad(self.layers, self.top_k, assignments, entropy_sums)
 
     def as_dict(self) -> dict[str, Any]:
-        """Shares for a JSON file: for image, text and all tokens `(L, E)` shares of each layer's
-        assignments."""
-        shares = {"image": self.image_counts, "text": self.text_counts, "all": self.counts}
+        """Figures for a JSON file.
+
+        Lists have one item per sparse layer, in the order of `layers`. Those under `image`, `text`
+        and `all` are of the tokens of one modality, or of both:
+        - `tokens`: how many were counted
+        - `router_entropy`: mean over tokens of the entropy of the routing distribution (the
+          softmax, or the sigmoid scores over their sum; without selection bias), in nats: 0 if
+          sure, log(E) if undecided
+        - `load_entropy`: entropy of the shares, in nats: log(E) if even, log(k) if collapsed
+        - `max_violation`: largest share over mean share, less 1
+          (https://arxiv.org/abs/2408.15664, section 2): 0 if even, E / k - 1 if collapsed
+        - `dead_experts`: experts with less than a tenth of a fair share
+
+        Shares are `(L, E)`. `overlap` is the part of the load that image and text tokens have in
+        common, the sum over experts of the smaller share: 1 if they use the experts alike, 0 if
+        they share none.
+        """
+        by_modality = self.assignments.double().cpu()
+        counts = torch.cat([by_modality, by_modality.sum(1, keepdim=True)], 1)  # (L, 3, E)
+        entropies = self.entropy_sums.double().cpu()
+        entropies = torch.cat([entropies, entropies.sum(1, keepdim=True)], 1)  # (L, 3)
+        experts, tokens = counts.shape[-1], counts.sum(-1) / self.top_k
+        shares = load_shares(counts)
+        figures = {
+            "router_entropy": entropies / tokens,
+            "load_entropy": torch.special.entr(shares).sum(-1),
+            "max_violation": shares.amax(-1) * experts - 1,
+            "dead_experts": (shares < DEAD_BELOW / experts).sum(-1),
+        }
+        overlap = torch.minimum(shares[:, 0], shares[:, 1]).sum(-1)
+        kinds = (*MODALITIES, "all")
         return {
-            "fair_share": 1 / self.counts.shape[1],
-            **{f"{name}_share": load_shares(counts).tolist() for name, counts in shares.items()},
-            "max_over_mean": (load_shares(self.counts).amax(1) * self.counts.shape[1]).tolist(),
-            "unused_experts": (self.counts == 0).sum(1).tolist(),
+            "layers": list(self.layers),
+            "fair_share": 1 / experts,
+            **{f"{kind}_share": shares[:, i].tolist() for i, kind in enumerate(kinds)},
+            "max_over_mean": (shares[:, 2].amax(-1) * experts).tolist(),
+            "unused_experts": (counts[:, 2] == 0).sum(-1).tolist(),
+            "tokens": {kind: tokens[:, i].long().tolist() for i, kind in enumerate(kinds)},
+            **{
+                name: {kind: _known(of[:, i], tokens[:, i]) for i, kind in enumerate(kinds)}
+                for name, of in figures.items()
+            },
+            "overlap": _known(overlap, tokens[:, :2].amin(-1)),
         }
 
 
 def load_shares(counts: torch.Tensor) -> torch.Tensor:
-    """Counts `(L, E)` to the share of its layer's assignments that each expert got; zeros where a
+    """Counts `(..., E)` to the share of its layer's assignments that each expert got; zeros where a
     layer saw no token."""
-    return counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    return counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _known(values: torch.Tensor, tokens: torch.Tensor) -> list[float | None]:
+    """(L,) values; None where there was no token, or where the logits were not finite."""
+    is_known = (tokens > 0) & values.isfinite()
+    pairs = zip(values.tolist(), is_known.tolist(), strict=True)
+    return [value if known else None for value, known in pairs]
 
 
 @contextmanager
-def record_expert_load(model: nn.Module) -> Iterator[ExpertLoad]:
-    """Count the experts that tokens are routed to in every forward of `model` inside the block.
+def record_expert_load(model: nn.Module, training_only: bool = False) -> Iterator[ExpertLoad]:
+    """Record the routing of every forward of `model` inside the block.
+
+    Args:
+        model: a VLMoE, also inside DistributedDataParallel or a PEFT model.
+        training_only: leave out forwards in evaluation mode and those without gradient.
 
     Yields:
         An `ExpertLoad` that grows with each forward.
@@ -66,86 +156,125 @@ def record_expert_load(model: nn.Module) -> Iterator[ExpertLoad]:
         >>> load.image_counts.shape
         torch.Size([2, 8])
     """
-    routers = [module for module in model.modules() if type(module).__name__ == ROUTER_CLASS]
-    if not routers:
-        raise ValueError(f"{type(model).__name__} has no {ROUTER_CLASS} module: it has no experts.")
-    recorder = _LoadRecorder(model, routers)
+    recorder = _LoadRecorder(model, training_only)
     try:
         yield recorder.load
     finally:
         recorder.remove()
 
 
-class _LoadRecorder:
-    """Hooks on the model, which tell what kind of token each position holds, and on its routers,
-    which count."""
+def sparse_routers(model: nn.Module) -> dict[int, nn.Module]:
+    """The router of each sparse layer of the decoder, by the layer's index."""
+    return {
+        int(name.split(".layers.")[1].split(".")[0]): module
+        for name, module in model.named_modules()
+        if type(module).__name__ == ROUTER_CLASS
+    }
 
-    def __init__(self, model: nn.Module, routers: list[nn.Module]):
-        experts = routers[0].get_parameter("weight").shape[0]
-        counts = torch.zeros(len(routers), experts, dtype=torch.long)
-        self.load = ExpertLoad(image_counts=counts, text_counts=counts.clone())
-        self._model = model
-        self._parameters = inspect.signature(_unwrapped(model).forward)
-        self._is_image = self._is_text = torch.zeros(0, dtype=torch.bool)  # (batch * length,) each
-        self._counted: set[int] = set()
-        handles = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
-        handles += [
-            router.register_forward_hook(self._counter(layer))
-            for layer, router in enumerate(routers)
+
+class _LoadRecorder:
+    """Hooks on the backbone, which tell what each position holds and count when all layers have
+    run, and on the routers, which hand over their choices.
+
+    The backbone, since PEFT calls its base model's `forward` past all hooks.
+    """
+
+    def __init__(self, model: nn.Module, training_only: bool):
+        modules = model.modules()
+        backbone = next((m for m in modules if type(m).__name__ == BACKBONE_CLASS), None)
+        routers = sparse_routers(model)
+        if backbone is None or not routers:
+            raise ValueError(
+                f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS}: "
+                "it has no experts."
+            )
+        router: Any = next(iter(routers.values()))
+        device, bins = router.weight.device, len(MODALITIES) + 1  # one for padding, never read
+        sums_dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._counts = torch.zeros(
+            len(routers), bins, router.weight.shape[0], dtype=torch.long, device=device
+        )
+        self._sums = torch.zeros(len(routers), bins, dtype=sums_dtype, device=device)
+        self._first_bins = torch.arange(len(routers), device=device)[:, None] * bins  # (L, 1)
+        self.load = ExpertLoad(
+            layers=tuple(routers),
+            top_k=router.top_k,
+            assignments=self._counts[:, :-1],
+            entropy_sums=self._sums[:, :-1],
+        )
+        self._training_only = training_only
+        self._is_softmax = router.scoring_func == "softmax"
+        self._kinds: torch.Tensor | None = None  # (T,): 0 image, 1 text, 2 padding; in a forward
+        self._chosen: list[torch.Tensor] = []  # of each layer so far, (T, k)
+        self._entropies: list[torch.Tensor] = []  # of each layer so far, (T,)
+        self._handles = [
+            backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            *(module.register_forward_hook(self._after_router) for module in routers.values()),
+            backbone.register_forward_hook(self._after_forward),
         ]
-        self._handles = handles
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = self._parameters.bind_partial(*args, **kwargs).arguments
+    def _before_forward(self, backbone: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._chosen, self._entropies, self._kinds = [], [], None
+        if self._training_only and not (backbone.training and torch.is_grad_enabled()):
+            return
+        inputs = {"input_ids": args[0]} | kwargs if args else kwargs
         tokens = inputs.get("input_ids")
         if tokens is None:
             tokens = inputs["inputs_embeds"][..., 0]
-        is_image = self._image_tokens(inputs, tokens)
-        real = self._real_tokens(inputs, tokens)
-        self._is_image, self._is_text = (is_image & real).flatten(), (~is_image & real).flatten()
-        self._counted.clear()
+        is_text = _text_tokens(inputs, tokens, backbone.config.image_token_id)
+        padding = _padding(inputs, tokens)
+        kinds = is_text.long() if padding is None else torch.where(padding, 2, is_text)
+        self._kinds = kinds.flatten()
 
-    def _image_tokens(self, inputs: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, length): True for image tokens; a token decoded with a cache is text."""
-        if inputs.get("input_ids") is not None:
-            return tokens == _unwrapped(self._model).config.image_token_id
-        types = inputs.get("mm_token_type_ids")
-        if types is not None and types.shape == tokens.shape:
-            return types == 1
-        return torch.zeros_like(tokens, dtype=torch.bool)
+    @torch.no_grad()  # else recomputing, which skips this, would save fewer tensors
+    def _after_router(self, router: nn.Module, args: tuple, output: tuple) -> None:
+        if self._kinds is None:
+            return
+        logits, _, chosen = output  # (T, E), (T, k), (T, k)
+        if self._is_softmax:  # over few experts several times faster than `softmax`
+            scores = (logits - logits.amax(-1, keepdim=True)).exp()
+        else:
+            scores = logits.sigmoid()
+        probabilities = scores / scores.sum(-1, keepdim=True)
+        self._entropies.append(torch.special.entr(probabilities).sum(-1))
+        self._chosen.append(chosen)
 
-    def _real_tokens(self, inputs: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, length): True for tokens that are not padding."""
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            raise ValueError(
-                "Expert load needs a (batch, length) attention mask to leave out padding."
-            )
-        return mask[:, -tokens.shape[1] :].bool()
-
-    def _counter(self, layer: int) -> Callable[..., None]:
-        def count(router: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> None:
-            if layer in self._counted:  # gradient checkpointing runs the same forward again
-                return
-            self._counted.add(layer)
-            chosen, experts = output[2], self.load.counts.shape[1]  # (batch * length, k)
-            for counts, mask in (
-                (self.load.image_counts, self._is_image),
-                (self.load.text_counts, self._is_text),
-            ):
-                counts[layer] += torch.bincount(
-                    chosen[mask.to(chosen.device)].flatten(), minlength=experts
-                ).cpu()
-
-        return count
+    @torch.no_grad()
+    def _after_forward(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+        if self._kinds is None:
+            return
+        device = self._counts.device
+        bins = self._first_bins + self._kinds.to(device)  # (L, T)
+        chosen = torch.stack([of_layer.to(device) for of_layer in self._chosen])  # (L, T, k)
+        entropies = torch.stack([of_layer.to(device) for of_layer in self._entropies])  # (L, T)
+        self._kinds, self._chosen, self._entropies = None, [], []
+        cells = (chosen + bins[..., None] * self._counts.shape[-1]).flatten()
+        self._counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+        self._sums.view(-1).scatter_add_(
+            0, bins.flatten(), entropies.to(self._sums.dtype).flatten()
+        )
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+def _text_tokens(inputs: dict[str, Any], tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """(batch, length): False for image tokens; a token decoded with a cache is text."""
+    if inputs.get("input_ids") is not None:
+        return tokens != image_token_id
+    types = inputs.get("mm_token_type_ids")
+    if types is not None and types.shape == tokens.shape:
+        return types != 1
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _padding(inputs: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    """(batch, length): True for padding; None if there is none."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise ValueError("Expert load needs a (batch, length) attention mask to leave out padding.")
+    seen = mask.shape[1] - tokens.shape[1]  # by the cache
+    return (mask[:, seen:] if seen else mask) == 0

@@ -36,6 +36,7 @@ BAD_TEXT: list[tuple[Any, ...]] = [
     ("router_aux_loss_coef", -0.1),
     ("router_aux_loss_coef", float("nan")),
     ("router_z_loss_coef", -1),
+    ("router_bias_update_rate", -0.1),
     ("vocab_size", 0),
     ("num_hidden_layers", 0),
     ("num_attention_heads", 0),

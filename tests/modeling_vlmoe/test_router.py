@@ -1,4 +1,7 @@
-"""The router computes in fp32 whatever the dtype around it, deterministically, as configured."""
+"""The router computes in fp32 whatever the dtype around it, deterministically, as configured.
+
+The last part holds it inside the model: in bf16, under autocast, recomputed under checkpointing.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe.router import VLMoERouter
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 512, 32, 16, 3
@@ -78,3 +82,102 @@ def test_weights_stay_finite_where_all_sigmoids_underflow(
     _, weights, _ = router(hidden_states)
     weights.sum().backward()
     assert weights.isfinite().all() and hidden_states.grad.isfinite().all()
+
+
+# In the model from here on.
+
+
+Record = tuple[VLMoERouter, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class NoisyRouter(VLMoERouter):
+    """The control: jitter on what the router sees."""
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        """As in `VLMoERouter`."""
+        return super().forward(hidden_states + torch.randn_like(hidden_states))
+
+
+@pytest.fixture
+def inputs(
+    tiny_config: Callable[..., Any], tiny_batch: Callable[..., dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Rows with an image, two images and only text; a loss on every real token."""
+    batch = tiny_batch(tiny_config(), ["..a" + "." * 9, "." * 12, "a.b" + "." * 7])
+    return batch | {"labels": batch["input_ids"].where(batch["attention_mask"] == 1, -100)}
+
+
+def record_routing(model: VLMoEForConditionalGeneration) -> list[Record]:
+    """Every later pass through a router: the router, what it saw, weights and indices."""
+    records: list[Record] = []
+    for module in model.modules():
+        if isinstance(module, VLMoERouter):
+            module.register_forward_hook(
+                lambda router, args, output: records.append((router, args[0], *output[1:]))
+            )
+    return records
+
+
+@pytest.mark.parametrize("how", ["parameters", "autocast"])
+def test_routing_in_a_bf16_model_is_that_of_float64_on_its_rounded_weights(
+    how: str,
+    inputs: dict[str, torch.Tensor],
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+) -> None:
+    model = tiny_model()
+    if how == "parameters":
+        model = model.to(torch.bfloat16)
+    records = record_routing(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        model(**inputs)
+    assert len(records) == 3
+    for router, hidden_states, weights, index in records:
+        rounded = router.weight.detach().double()
+        scores = (hidden_states.detach().double() @ rounded.T).softmax(-1)
+        expected_weights, expected_index = scores.topk(router.top_k)
+        expected_weights /= expected_weights.sum(-1, keepdim=True)
+        assert torch.equal(index, expected_index)
+        torch.testing.assert_close(weights.double(), expected_weights, rtol=0, atol=1e-6)
+
+
+def assert_recomputed_routing_is_the_same(
+    model: VLMoEForConditionalGeneration, inputs: dict[str, torch.Tensor], use_reentrant: bool
+) -> None:
+    """Without torch's saving of the generator's state, which would hide noise."""
+    model.train().set_experts_implementation("batched_mm")  # one shape whatever the routing
+    model.activation_checkpointing_enable(
+        {"use_reentrant": use_reentrant, "preserve_rng_state": False}
+    )
+    records = record_routing(model)
+    model(**inputs).loss.backward()
+    first, again = records[:3], records[:2:-1]  # backward, layers come last to first
+    assert len(again) == 3
+    for (router, _, _, index), (same_router, _, _, recomputed) in zip(first, again, strict=True):
+        assert router is same_router
+        assert torch.equal(index, recomputed), "routing changed when it was recomputed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_routing_is_the_same_under_checkpointing(
+    use_reentrant: bool,
+    dtype: torch.dtype,
+    inputs: dict[str, torch.Tensor],
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+) -> None:
+    assert_recomputed_routing_is_the_same(tiny_model().to(dtype), inputs, use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_noise_in_the_router_would_change_recomputed_routing(
+    use_reentrant: bool,
+    inputs: dict[str, torch.Tensor],
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+) -> None:
+    model = tiny_model()
+    for layer in model.model.language_model.layers:
+        noisy = NoisyRouter(model.config.text_config)
+        noisy.load_state_dict(layer.mlp.router.state_dict())
+        layer.mlp.router = noisy
+    with pytest.raises(AssertionError, match="routing changed"):
+        assert_recomputed_routing_is_the_same(model, inputs, use_reentrant)

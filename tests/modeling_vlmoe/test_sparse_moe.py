@@ -88,7 +88,7 @@ def test_output_and_gradients_equal_a_float64_loop(
     block = make_block(implementation, **ROUTING[routing])
     hidden_states = torch.randn(BATCH, LENGTH, HIDDEN, requires_grad=True)
     direction = torch.randn(BATCH, LENGTH, HIDDEN)
-    output, _ = block(hidden_states)
+    output, *_ = block(hidden_states)
     (output * direction).sum().backward()
 
     x = hidden_states.detach().double().requires_grad_()

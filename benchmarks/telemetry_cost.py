@@ -1,0 +1,133 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""CPU time that recording the routing adds to a training step of the `tiny` preset.
+
+    OMP_NUM_THREADS=1 python benchmarks/telemetry_cost.py
+
+One step is forward, backward and AdamW, as in train_step.py: 16 images with 10 questions each, as
+in the demo, and, where a fixed cost weighs more, 1 image with 4. Two figures each:
+- paired: process CPU time of single steps with and without, taken in turn, on two equal models
+- profiler: share of a step's CPU time that torch's profiler finds in the hooks
+Beside them, what reading the counters costs, once per logged loss.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import train_step
+from measure import alternate, paired_ratio, write_result
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from vlmoe.training import expert_load
+from vlmoe.training.expert_load import record_expert_load
+
+CASES = {"16 images, 10 questions each": (16, 10), "1 image, 4 questions": (1, 4)}
+HOOKS = ("_before_forward", "_after_router", "_after_forward")
+BUDGET = 0.02
+
+
+def make_step(images: int, questions: int) -> tuple[torch.nn.Module, Callable[[], None]]:
+    """The model and one training step of it."""
+    torch.manual_seed(0)
+    config = VLMoEConfig.from_preset("tiny")
+    model = VLMoEForConditionalGeneration(config).train()
+    model.set_experts_implementation("grouped_mm")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with mock.patch.multiple(train_step, IMAGES=images, QUESTIONS=questions):
+        batch = train_step.make_batch(config, share=True)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def paired(case: tuple[int, int], runs: int, steps: int) -> dict[str, list[float]]:
+    """CPU seconds of steps with and without, see `measure.alternate`, and of `reading`."""
+    model, step = make_step(*case)
+    _, peer = make_step(*case)
+    with record_expert_load(model, training_only=True) as load:
+        seconds = alternate({"with": step, "without": peer}, runs, steps)
+        reading = [_seconds(lambda: load.summed_over_ranks().as_dict()) for _ in range(runs)]
+    return seconds | {"reading": reading}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Process CPU seconds of one call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+@contextmanager
+def named_hooks() -> Iterator[None]:
+    """The recorder's hooks under the name `telemetry` in the profiler."""
+    recorder = expert_load._LoadRecorder
+
+    def named(hook: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            with record_function("telemetry"):
+                return hook(*args, **kwargs)
+
+        return call
+
+    with mock.patch.multiple(recorder, **{name: named(getattr(recorder, name)) for name in HOOKS}):
+        yield
+
+
+def profiled_share(model: torch.nn.Module, step: Callable[[], None], steps: int) -> float:
+    """Share of a step's CPU time that is the hooks' and what they call, the median over steps."""
+    with named_hooks(), record_expert_load(model, training_only=True):
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(steps):
+                with record_function("step"):
+                    step()
+    hooks, whole = (
+        [event.cpu_time_total for event in profiler.events() if event.name == name]
+        for name in ("telemetry", "step")
+    )
+    per_step = len(hooks) // len(whole)
+    shares = [sum(hooks[i * per_step :][:per_step]) / total for i, total in enumerate(whole)]
+    return statistics.median(shares)
+
+
+def main() -> None:
+    """Measure each case, print the table, write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=10, choices=(10, 20, 30))
+    parser.add_argument("--steps", type=int, default=10, help="steps per run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict = {"budget": BUDGET, "runs": options.runs, "steps": options.steps, "cases": {}}
+    print(f"{'case':30} {'ms/step':>8} {'with / without [95%]':>26} {'profiler':>9} {'read ms':>8}")
+    for case, size in CASES.items():
+        seconds = paired(size, options.runs, options.steps)
+        ratio = paired_ratio(seconds["with"], seconds["without"])
+        share = round(profiled_share(*make_step(*size), options.steps), 5)
+        reading = 1000 * statistics.median(seconds["reading"])
+        milliseconds = 1000 * sum(seconds["without"]) / options.runs
+        result["cases"][case] = {
+            "step_cpu_ms": round(milliseconds, 2),
+            "ratio_with_without": ratio,
+            "profiled_share": share,
+            "reading_cpu_ms": round(reading, 3),
+        }
+        interval = f"{ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
+        print(
+            f"{case:30} {milliseconds:8.1f} {interval:>26} {share:9.2%} {reading:8.2f}", flush=True
+        )
+    write_result("telemetry_cost", result)
+
+
+if __name__ == "__main__":
+    main()
