@@ -21,7 +21,6 @@ from .options import (
     require,
 )
 
-RESULTS_FILE = "evaluate_results.json"
 EPILOG = """\
 examples:
   vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
@@ -59,7 +58,8 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.data import load_rows
     from vlmoe.training.evaluation import evaluate_model
-    from vlmoe.training.expert_load import record_expert_load
+    from vlmoe.training.expert_load import record_expert_load, sparse_routers
+    from vlmoe.training.model_card import EVALUATION_FILE
     from vlmoe.training.training_stages import dataset_name
 
     from .loading import model_for_answers
@@ -68,9 +68,7 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
         dataset, options.split, limit=options.max_rows, with_images=not options.without_images
     )
     model, processor = model_for_answers(source, runtime)
-    text_config = model.config.text_config
-    is_sparse = any(map(text_config.is_sparse_layer, range(text_config.num_hidden_layers)))
-    with record_expert_load(model) if is_sparse else nullcontext() as load:
+    with record_expert_load(model) if sparse_routers(model) else nullcontext() as load:
         results = evaluate_model(
             model,
             processor,
@@ -89,7 +87,7 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
     if options.save_predictions:
         write_json(options.save_predictions, predictions)
     folder = Path(source).expanduser()
-    if folder.is_dir() and results_path(options).resolve() == (folder / RESULTS_FILE).resolve():
+    if folder.is_dir() and results_path(options).resolve() == (folder / EVALUATION_FILE).resolve():
         complete_card(folder, results["expert_load"])
     return results | {"predictions": predictions}
 
@@ -107,10 +105,12 @@ def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
 
 def results_path(options: EvaluateOptions) -> Path:
     """Where the results are written."""
+    from vlmoe.training.model_card import EVALUATION_FILE
+
     if options.output:
         return Path(options.output)
     folder = Path(options.model or "").expanduser()
-    return (folder if folder.is_dir() else Path()) / RESULTS_FILE
+    return (folder if folder.is_dir() else Path()) / EVALUATION_FILE
 
 
 if __name__ == "__main__":

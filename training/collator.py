@@ -17,6 +17,7 @@ first: it must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.Data
 `share_images=False` there. Each data loader worker has caches of its own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class TokenRow:
     images: list[EncodedImage]
 
 
-class RowCollator:
+class RowCollator(ABC):
     """What the two collators share.
 
     Arguments:
@@ -111,9 +112,9 @@ class RowCollator:
         images_end = row.length - len(ids[-1]) if images else 0
         return self._shorten(row, images_end, self.max_length, name)
 
+    @abstractmethod
     def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
         """Cut a row that is longer than `max_length`, or raise `ValueError` naming it."""
-        raise NotImplementedError
 
     def _pad(self, rows: list[TokenRow], side: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Text inputs (batch, length), and the assistant mask (batch, length)."""

@@ -21,6 +21,7 @@
   image is an error that names the sample.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,9 +63,14 @@ def recorded_router_logits(backbone: VLMoEModel) -> Iterator[list[tuple[torch.Te
             handle.remove()
 
 
-class RouterLossTrainer(ModelCardMixin):
-    """Adds the router losses, and our model card, to a TRL trainer, the next class in line."""
+class RouterLossTrainer(ModelCardMixin, ABC):
+    """Adds the router losses, and our model card, to a TRL trainer, the next class in line.
 
+    `own_collator` takes the place of `trl_collator`, TRL's choice for rows with `images`.
+    """
+
+    trl_collator: type
+    own_collator: type[VLMoECollator]
     data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -79,6 +85,14 @@ class RouterLossTrainer(ModelCardMixin):
         text_config = self._vlmoe().config.text_config
         text_config.router_aux_loss_coef = self.router_aux_loss_coef
         text_config.output_router_logits = False  # SFTTrainer sets it, and it would be saved
+        is_default = isinstance(self.data_collator, self.trl_collator)
+        # Our collators have labels on assistant turns only; in DPOTrainer there is no choice.
+        if is_default and getattr(self.args, "assistant_only_loss", True):
+            self.data_collator = self.own_collator(
+                self.processing_class,
+                self.args.max_length,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+            )
 
     def compute_loss(
         self,
@@ -106,11 +120,11 @@ class RouterLossTrainer(ModelCardMixin):
                 loss = loss + coefficient * value.to(loss.device)
         return (loss, *outputs) if return_outputs else loss
 
+    @abstractmethod
     def row_weights(
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """(batch,): the share of each row in TRL's loss, and so in the router losses."""
-        raise NotImplementedError
 
     def _vlmoe(self) -> VLMoEForConditionalGeneration:
         """The model itself, where need be inside PEFT's."""
@@ -132,16 +146,8 @@ class VLMoESFTTrainer(RouterLossTrainer, SFTTrainer):
     cross-entropy, so that gradient accumulation changes nothing.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `RouterLossTrainer`."""
-        super().__init__(*args, **kwargs)
-        is_default = isinstance(self.data_collator, DataCollatorForVisionLanguageModeling)
-        if is_default and self.args.assistant_only_loss:
-            self.data_collator = VLMoECollator(
-                self.processing_class,
-                self.args.max_length,
-                pad_to_multiple_of=self.args.pad_to_multiple_of,
-            )
+    trl_collator = DataCollatorForVisionLanguageModeling
+    own_collator = VLMoECollator
 
     def row_weights(
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
@@ -165,15 +171,8 @@ class VLMoEDPOTrainer(RouterLossTrainer, DPOTrainer):
     the micro-batches of an optimizer step. Only the policy has router losses, not the reference.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `RouterLossTrainer`."""
-        super().__init__(*args, **kwargs)
-        if isinstance(self.data_collator, DataCollatorForVisionPreference):
-            self.data_collator = VLMoEPreferenceCollator(
-                self.processing_class,
-                self.args.max_length,
-                pad_to_multiple_of=self.args.pad_to_multiple_of,
-            )
+    trl_collator = DataCollatorForVisionPreference
+    own_collator = VLMoEPreferenceCollator
 
     def row_weights(
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None

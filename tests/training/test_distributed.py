@@ -71,9 +71,9 @@ def train(model: torch.nn.Module, steps: list[dict[str, torch.Tensor]], scale: i
     return gradients
 
 
-def rank_gradients(folder: Path, steps: list[Rows]) -> dict[str, list[Gradients]]:
+def rank_gradients(model_folder: Path, steps: list[Rows]) -> dict[str, list[Gradients]]:
     """What each wrapper gives on this rank, which sees its own rows of every step."""
-    rank, collate = dist.get_rank(), VLMoECollator(VLMoEProcessor.from_pretrained(folder))
+    rank, collate = dist.get_rank(), VLMoECollator(VLMoEProcessor.from_pretrained(model_folder))
     own = slice(rank * ROWS_PER_RANK, (rank + 1) * ROWS_PER_RANK)
     batches = []
     for rows in steps:
@@ -82,7 +82,7 @@ def rank_gradients(folder: Path, steps: list[Rows]) -> dict[str, list[Gradients]
         assert ("pixel_values" in batches[-1]) == (rank == 0)
     gradients = {}
     for name, wrap in WRAPPERS.items():
-        model = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+        model = VLMoEForConditionalGeneration.from_pretrained(model_folder).train()
         gradients[name] = train(wrap(model), batches, scale=WORLD_SIZE)
     return gradients
 
@@ -106,32 +106,18 @@ def steps(make_image: Callable[..., Image.Image]) -> list[Rows]:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., VLMoEForConditionalGeneration],
-    processor: VLMoEProcessor,
-) -> Path:
-    """A model with both router losses, and its processor."""
-    folder = tmp_path_factory.mktemp("model")
-    text = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
-    tiny_model(text=text | {"vocab_size": len(processor.tokenizer)}).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def on_two_ranks(
-    folder: Path, steps: list[Rows], tmp_path_factory: pytest.TempPathFactory
+    model_folder: Path, steps: list[Rows], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, list[Gradients]]]:
     """The gradients of each rank, by wrapper and step."""
-    return on_ranks(rank_gradients, folder, steps, folder=tmp_path_factory.mktemp("ranks"))
+    return on_ranks(rank_gradients, model_folder, steps, folder=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
-def in_one_process(folder: Path, steps: list[Rows]) -> list[Gradients]:
+def in_one_process(model_folder: Path, steps: list[Rows]) -> list[Gradients]:
     """The gradients of one process that sees all rows."""
-    collate = VLMoECollator(VLMoEProcessor.from_pretrained(folder))
-    model = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+    collate = VLMoECollator(VLMoEProcessor.from_pretrained(model_folder))
+    model = VLMoEForConditionalGeneration.from_pretrained(model_folder).train()
     return train(model, [collate(rows) for rows in steps], scale=1)
 
 

@@ -65,13 +65,13 @@ class Recorder(TrainerCallback):
             torch.testing.assert_close(model.get_parameter(name).detach(), expected)
 
 
-def collator(folder: Path) -> VLMoECollator:
+def collator(model_folder: Path) -> VLMoECollator:
     """The collator of the model saved in `folder`."""
-    return FirstTokenLabelled(VLMoEProcessor.from_pretrained(folder))
+    return FirstTokenLabelled(VLMoEProcessor.from_pretrained(model_folder))
 
 
 def trained(
-    folder: Path,
+    model_folder: Path,
     rows: Rows,
     accumulate: int,
     checkpointing: bool,
@@ -79,7 +79,7 @@ def trained(
 ) -> Gradients:
     """The gradients of one step of Trainer, in as many processes as it finds."""
     arguments = TrainingArguments(
-        output_dir=str(folder / "output"),
+        output_dir=str(model_folder / "output"),
         gradient_accumulation_steps=accumulate,
         activation_checkpointing=checkpointing,
         max_steps=1,
@@ -97,18 +97,20 @@ def trained(
     )
     splits = accumulate * arguments.world_size
     arguments.per_device_train_batch_size = len(rows) // splits
-    model, recorder = model_class.from_pretrained(folder), Recorder()
-    trainer = Trainer(model, arguments, collator(folder), train_dataset=rows, callbacks=[recorder])
+    model, recorder = model_class.from_pretrained(model_folder), Recorder()
+    trainer = Trainer(
+        model, arguments, collator(model_folder), train_dataset=rows, callbacks=[recorder]
+    )
     trainer.train()
     assert model.is_activation_checkpointing == checkpointing
     assert isinstance(trainer.model_wrapped, DistributedDataParallel) == dist.is_initialized()
     return recorder.gradients
 
 
-def trained_on_a_rank(folder: Path, rows: Rows) -> dict[tuple[int, bool], Gradients]:
+def trained_on_a_rank(model_folder: Path, rows: Rows) -> dict[tuple[int, bool], Gradients]:
     """`trained` for each way to split the rows over two ranks."""
     ways = [(accumulate, again) for accumulate in (1, 2, 4) for again in (False, True)]
-    return {way: trained(folder, rows, *way) for way in ways}
+    return {way: trained(model_folder, rows, *way) for way in ways}
 
 
 def distances(ours: Gradients, reference: Gradients) -> dict[str, float]:
@@ -145,28 +147,14 @@ def rows(make_image: Callable[..., Image.Image]) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., VLMoEForConditionalGeneration],
-    processor: VLMoEProcessor,
-) -> Path:
-    """A model with both router losses, and its processor."""
-    folder = tmp_path_factory.mktemp("model")
-    text = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
-    tiny_model(text=text | {"vocab_size": len(processor.tokenizer)}).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path, rows: Rows) -> Gradients:
+def reference(model_folder: Path, rows: Rows) -> Gradients:
     """One backward pass over the whole batch."""
-    batch = collator(folder)(rows)
+    batch = collator(model_folder)(rows)
     assert len(rows) == 8 and not batch["attention_mask"].all(), "no row is padded"
     assert ((batch["labels"][:, 1:] != -100).sum(-1) == 0).tolist() == [n == 5 for n in range(8)]
     tiles = batch["pixel_attention_mask"].flatten(2).any(-1).sum(-1)
     assert sorted(set(tiles.tolist())) == [0, 1, 2]
-    model = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+    model = VLMoEForConditionalGeneration.from_pretrained(model_folder).train()
     model(**batch).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -174,18 +162,18 @@ def reference(folder: Path, rows: Rows) -> Gradients:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2, 4, 8])
 def test_the_gradient_does_not_depend_on_accumulation_or_checkpointing(
-    accumulate: int, checkpointing: bool, folder: Path, rows: Rows, reference: Gradients
+    accumulate: int, checkpointing: bool, model_folder: Path, rows: Rows, reference: Gradients
 ) -> None:
-    far = distances(trained(folder, rows, accumulate, checkpointing), reference)
+    far = distances(trained(model_folder, rows, accumulate, checkpointing), reference)
     assert any("router" in name for name in far)
     assert max(far.values()) <= TOLERANCE, max(far.items(), key=lambda item: item[1])
 
 
 @pytest.mark.slow
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(
-    folder: Path, rows: Rows, reference: Gradients, tmp_path: Path
+    model_folder: Path, rows: Rows, reference: Gradients, tmp_path: Path
 ) -> None:
-    ranks = on_ranks(trained_on_a_rank, folder, rows, folder=tmp_path)
+    ranks = on_ranks(trained_on_a_rank, model_folder, rows, folder=tmp_path)
     assert len(ranks) == WORLD_SIZE and len(ranks[0]) == 6
     for of_rank in ranks:
         for way, gradients in of_rank.items():
@@ -193,7 +181,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(
             assert max(far.values()) <= TOLERANCE, (way, max(far.items(), key=lambda item: item[1]))
 
 
-def test_losses_pooled_over_the_micro_batch_would_not_pass(folder: Path, rows: Rows) -> None:
-    whole, split = (trained(folder, rows, n, False, PooledOverRows) for n in (1, 4))
+def test_losses_pooled_over_the_micro_batch_would_not_pass(model_folder: Path, rows: Rows) -> None:
+    whole, split = (trained(model_folder, rows, n, False, PooledOverRows) for n in (1, 4))
     far = distances(split, whole)
     assert min(value for name, value in far.items() if "router" in name) > 1000 * TOLERANCE
