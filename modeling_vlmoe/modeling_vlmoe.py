@@ -33,6 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging, to
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
+from .active_parameters import active_parameters
 from .connector import (
     VLMoEConnector,
     blank_image,
@@ -42,8 +43,7 @@ from .connector import (
     vision_features,
 )
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
-from .router_losses import load_balancing_loss, router_z_loss
-from .sparse_moe import VLMoEExperts
+from .router_losses import RouterLosses, router_losses
 
 logger = logging.get_logger(__name__)
 
@@ -62,10 +62,10 @@ class VLMoECausalLMOutputWithPast(ModelOutput):
     Attributes:
         loss: cross-entropy plus the router losses times their coefficients, a scalar; only with
             `labels`.
-        aux_loss: load balancing loss before its coefficient, a scalar; only with `labels` and a
-            coefficient.
-        z_loss: router z-loss before its coefficient, a scalar; only with `labels` and a
-            coefficient.
+        aux_loss, z_loss: load balancing loss and router z-loss before their coefficients, scalars;
+            only with `labels` and a coefficient.
+        entropy_loss: the entropy terms of the modalities, with their coefficients, a scalar; only
+            with `labels` and a coefficient.
         logits: (batch, length, vocab).
         past_key_values: the cache, if one is in use.
         hidden_states: (batch, length, hidden) for the embeddings and each layer, if asked for.
@@ -77,6 +77,7 @@ class VLMoECausalLMOutputWithPast(ModelOutput):
     loss: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -173,13 +174,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             ValueError: the number of placeholders is not the number of image features (image
                 tokens, hidden).
         """
-        if input_ids is None:
-            token = torch.full(
-                (), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device
-            )
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self._is_image_token(input_ids, inputs_embeds)
         if (
             not is_torchdynamo_compiling()
         ):  # while compiling, padding tiles are still among the features
@@ -194,6 +189,34 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 ),
             )
         return mask.unsqueeze(-1)
+
+    def _is_image_token(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, length): True for the image token, or for its embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.full(
+            (), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device
+        )
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def token_types(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: Any,  # a tensor where there are no ids
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it.
+
+        Taken from `input_ids`, which cannot be wrong; without them from `mm_token_type_ids`, or
+        else found by the image token's embedding. A token decoded with a cache is text.
+        """
+        if not self.config.text_config.needs_token_types:
+            return None
+        if input_ids is None and mm_token_type_ids is not None:
+            return mm_token_type_ids
+        return self._is_image_token(input_ids, inputs_embeds).long()
 
     @can_return_tuple
     def forward(
@@ -215,10 +238,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
         For the image inputs see `get_image_features`.
 
-        `mm_token_type_ids` (batch, length) is accepted so that a processor's output can be passed
-        whole; routing does not depend on it. `mm_encoder_outputs={"image": ...}` holds image
-        features that were computed before. `router_losses_follow`: the caller adds the router
-        losses to its loss; training without them is warned of once.
+        `mm_token_type_ids` (batch, length): see `token_types`. `mm_encoder_outputs={"image": ...}`
+        holds image features that were computed before. `router_losses_follow`: the caller adds the
+        router losses to its loss; training without them is warned of once.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -233,6 +255,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        mm_token_type_ids = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
 
         image_features = None
         if encoded is not None:
@@ -254,6 +277,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
         return VLMoEModelOutputWithPast(**outputs, image_hidden_states=image_features)
@@ -261,17 +285,17 @@ class VLMoEModel(VLMoEPreTrainedModel):
     def _warn_of_missing_router_losses(self) -> None:
         """Say once that a foreign loss has no router losses; nothing is said while compiling."""
         text_config = self.config.text_config
-        aux_coef, z_coef = text_config.router_aux_loss_coef, text_config.router_z_loss_coef
-        if (aux_coef != 0 or z_coef != 0) and not is_torchdynamo_compiling():
+        if text_config.has_router_losses and not is_torchdynamo_compiling():
             logger.warning_once(
-                f"Training without VLMoE's router losses, in spite of router_aux_loss_coef="
-                f"{aux_coef} and router_z_loss_coef={z_coef}: only the loss of "
+                "Training without VLMoE's router losses, in spite of router_aux_loss_coef="
+                f"{text_config.router_aux_loss_coef} and router_z_loss_coef="
+                f"{text_config.router_z_loss_coef}: only the loss of "
                 "VLMoEForConditionalGeneration, called with `labels`, has them. The loss really "
                 "used is the caller's: with `label_smoothing_factor` (for which Trainer does not "
                 "shift the labels of image-text models) or `compute_loss_func` that function "
                 "alone; in TRL's SFTTrainer and DPOTrainer their loss and, times "
                 "router_aux_loss_coef, Mixtral's balance loss, pooled over layers and rows, no "
-                "z-loss. Use vlmoe.training.trl_trainers, or set both coefficients to 0."
+                "z-loss. Use vlmoe.training.trl_trainers, or set their coefficients to 0."
             )
 
     def _dummy_image_term(self) -> torch.Tensor:
@@ -335,10 +359,9 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         For the other arguments see `VLMoEModel`. A batch without any label token has loss 0.
         """
         text_config = self.config.text_config
-        aux_coef, z_coef = text_config.router_aux_loss_coef, text_config.router_z_loss_coef
         if output_router_logits is None:
             output_router_logits = text_config.output_router_logits
-        with_router_losses = labels is not None and (aux_coef != 0 or z_coef != 0)
+        with_router_losses = labels is not None and text_config.has_router_losses
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a loss needs no cache
         outputs = self.model(
@@ -360,16 +383,22 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         if text_config.logits_scaling != 1:
             logits = logits / text_config.logits_scaling
 
-        loss = aux_loss = z_loss = None
+        loss, losses = None, RouterLosses()
         if labels is not None:
-            router_logits = outputs.router_logits if with_router_losses else None
-            loss, aux_loss, z_loss = self._losses(
-                logits, labels, attention_mask, router_logits, num_items_in_batch, **kwargs
+            loss, losses = self._losses(
+                logits,
+                labels,
+                attention_mask,
+                outputs.router_logits if with_router_losses else None,
+                self.model.token_types(input_ids, inputs_embeds, mm_token_type_ids),
+                num_items_in_batch,
+                **kwargs,
             )
         return VLMoECausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
+            aux_loss=losses.aux_loss,
+            z_loss=losses.z_loss,
+            entropy_loss=losses.entropy_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -384,11 +413,11 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         router_logits: tuple[torch.Tensor, ...] | None,
+        mm_token_type_ids: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The total loss, and of it the load balancing loss and the z-loss without coefficients."""
-        text_config = self.config.text_config
+    ) -> tuple[torch.Tensor, RouterLosses]:
+        """The total loss, and the router losses in it."""
         labels_per_row = (labels[..., 1:] != -100).sum(-1)  # (batch,)
         if num_items_in_batch is None:
             num_items_in_batch = labels_per_row.sum()
@@ -396,50 +425,36 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         loss = self.loss_function(
             logits,
             labels,
-            vocab_size=text_config.vocab_size,
+            vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items,
             **kwargs,
         )
         if not router_logits:
-            return loss, None, None
-        row_weights = labels_per_row.to(num_items.device) / num_items
-        token_mask = self._token_mask(attention_mask, labels)
-        aux_loss, z_loss = self.router_losses(router_logits, token_mask, row_weights)
-        if aux_loss is not None:
-            loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
-        if z_loss is not None:
-            loss = loss + text_config.router_z_loss_coef * z_loss.to(loss.device)
-        return loss, aux_loss, z_loss
-
-    @staticmethod
-    def _token_mask(attention_mask: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-        """(batch, length): True for real tokens; without a 2-D mask all are."""
+            return loss, RouterLosses()
+        token_mask = torch.ones_like(labels, dtype=torch.bool)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            return attention_mask[:, -labels.shape[1] :].bool()
-        return torch.ones_like(labels, dtype=torch.bool)
+            token_mask = attention_mask[:, -labels.shape[1] :].bool()
+        row_weights = labels_per_row.to(num_items.device) / num_items
+        losses = self.router_losses(router_logits, token_mask, row_weights, mm_token_type_ids)
+        return loss + losses.total.to(loss.device), losses
 
     def router_losses(
         self,
         router_logits: tuple[torch.Tensor, ...],
         token_mask: torch.Tensor,
         row_weights: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Load balancing loss and z-loss without coefficients, each None where switched off.
-
-        For the arguments see router_losses.py.
-        """
-        text_config = self.config.text_config
-        device = router_logits[0].device
-        token_mask, row_weights = token_mask.to(device), row_weights.to(device)
-        aux_loss = z_loss = None
-        if text_config.router_aux_loss_coef != 0:
-            top_k, scoring_func = text_config.num_experts_per_tok, text_config.scoring_func
-            aux_loss = load_balancing_loss(
-                router_logits, top_k, token_mask, row_weights, scoring_func
-            )
-        if text_config.router_z_loss_coef != 0:
-            z_loss = router_z_loss(router_logits, token_mask, row_weights)
-        return aux_loss, z_loss
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> RouterLosses:
+        """The router losses that the config asks for; see router_losses.py for the arguments."""
+        training = self.training and torch.is_grad_enabled()
+        return router_losses(
+            self.config.text_config,
+            router_logits,
+            token_mask,
+            row_weights,
+            mm_token_type_ids,
+            training,
+        )
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Continuous batching as in transformers, which hands on token ids and no images.
@@ -456,43 +471,8 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         return super().generate_batch(inputs, *args, **kwargs)
 
     def active_parameters(self) -> dict[str, int]:
-        """Parameter counts: `total`, and those one `image_token`, one `text_token` passes through.
-
-        An image token passes through the vision tower (less what its features do not depend on),
-        the connector and the decoder, a text token through its row of the embedding and the
-        decoder. Of a sparse layer's routed experts k count.
-        """
-        model, text_config = self.model, self.config.text_config
-        experts = sum(
-            parameter.numel()
-            for module in self.modules()
-            if isinstance(module, VLMoEExperts)
-            for parameter in module.parameters(recurse=False)
-        )
-        idle_experts = (
-            experts - experts * text_config.num_experts_per_tok // text_config.num_experts
-        )
-        embedding = model.language_model.embed_tokens.weight.numel()
-        decoder = (
-            model.language_model.num_parameters()
-            - embedding
-            - idle_experts
-            + self.lm_head.weight.numel()
-        )
-        vision = sum(
-            p.numel()
-            for p in (*model.vision_tower.parameters(), *model.multi_modal_projector.parameters())
-        )
-        vision -= sum(
-            model.vision_tower.get_parameter(name).numel()
-            for name in model.unused_vision_parameters
-        )
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return {
-            "total": total,
-            "image_token": vision + decoder,
-            "text_token": text_config.hidden_size + decoder,
-        }
+        """See active_parameters.py."""
+        return active_parameters(self)
 
 
 __all__ = ["VLMoEForConditionalGeneration", "VLMoEModel"]

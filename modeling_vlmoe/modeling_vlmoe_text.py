@@ -37,7 +37,8 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_vlmoe import VLMoEConfig, VLMoETextConfig
+from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..configuration.configuration_vlmoe_text import VLMoETextConfig
 from .quantization import (
     check_experts_implementation,
     check_quantization_config,
@@ -148,27 +149,31 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.self_attn = VLMoEAttention(config, layer_idx)
-        self.mlp = (
-            VLMoESparseMoeBlock(config) if config.is_sparse_layer(layer_idx) else VLMoEMLP(config)
-        )
+        self.is_sparse = config.is_sparse_layer(layer_idx)
+        self.mlp = VLMoESparseMoeBlock(config) if self.is_sparse else VLMoEMLP(config)
         self.input_layernorm = VLMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = VLMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(batch, length, hidden) -> the same, router logits (batch * length, experts) or None, and
         the chosen experts (batch * length, k) or None.
 
         The logits are returned, as only what a layer returns has a gradient under re-entrant
-        checkpointing.
+        checkpointing. `mm_token_type_ids` (batch, length) is for the router.
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self._scaled(attended)
-        output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
-        top_k_index = None
-        if isinstance(output, tuple):
-            output, router_logits, top_k_index = output
+        normalised = self.post_attention_layernorm(hidden_states)
+        router_logits = top_k_index = None
+        if self.is_sparse:
+            output, router_logits, top_k_index = self.mlp(normalised, mm_token_type_ids)
+        else:
+            output = self.mlp(normalised)
         return hidden_states + self._scaled(output), router_logits, top_k_index
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
@@ -257,8 +262,11 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, VLMoERouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
+            for bias in (module.e_score_correction_bias, module.modality_bias):
+                if bias is not None:
+                    init.zeros_(bias)
+            if module.allowed_experts is not None:  # not saved
+                init.copy_(module.allowed_experts, module.modality_mask())
 
 
 def _damaged_file(source: Any, error: Exception) -> str:
@@ -315,9 +323,13 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """(batch, length) ids or (batch, length, hidden) embeddings -> (batch, length, hidden).
+
+        `mm_token_type_ids` (batch, length): 1 for image tokens, for routers that tell modalities
+        apart; without it all tokens are text.
 
         With `output_router_logits`, also `router_logits`: one (batch * length, experts) fp32 tensor
             per sparse layer.
@@ -348,6 +360,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                mm_token_type_ids=mm_token_type_ids,
                 **kwargs,
             )
             # A layer that a pipeline stage left to another stage passes its input on.

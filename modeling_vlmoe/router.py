@@ -2,17 +2,24 @@
 """The router: which k experts each token is sent to, and with what weights.
 
 Its parameters have the model's dtype, its arithmetic is fp32 in bf16 models and under autocast too:
-a rounding error here does not change a value a little, it sends the token to another expert. It
-draws no random numbers, so that gradient checkpointing recomputes the same routing.
+a rounding error here does not change a value a little, it sends the token to another expert.
 
-With `router_bias_update_rate` it has a bias for each expert, which is added to the scores where the
-experts are chosen, and nowhere else (https://arxiv.org/abs/2408.15664; DeepSeek-V3,
-https://arxiv.org/abs/2412.19437, section 2.1.2). No gradient moves it: training/router_bias.py
-does, once per optimizer step. It is a buffer, and DistributedDataParallel writes rank 0's buffers
-over those of the others: harmless, as all ranks compute the same bias.
+There is no router noise (Shazeer et al., https://arxiv.org/abs/1701.06538, section 4). It spreads
+tokens over experts, which the balancing losses and the selection bias do, too; and random numbers
+drawn here would be drawn anew where gradient checkpointing recomputes a layer: unless torch saves
+and restores the generator's state, the backward pass would be that of another routing.
+
+- Selection bias (`router_bias_update_rate`): a number for each expert, added to the scores where
+  the experts are chosen, and nowhere else (https://arxiv.org/abs/2408.15664; DeepSeek-V3,
+  https://arxiv.org/abs/2412.19437, section 2.1.2). No gradient moves it: training/router_bias.py
+  does, once per optimizer step. It is a buffer, and DistributedDataParallel writes rank 0's buffers
+  over those of the others: harmless, as all ranks compute the same bias.
+- Groups (`n_group`, `topk_group`): only the best groups of neighbouring experts are chosen from.
+- Modality (`modality_experts`, `router_modality_bias`): what image and text tokens may use is a
+  mask over one bank of experts, never a branch, so that every batch does the same work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,25 +27,97 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-from ..configuration.configuration_vlmoe import VLMoETextConfig
+from ..configuration.configuration_vlmoe_text import MODALITIES, VLMoETextConfig
+
+IMAGE = MODALITIES.index("image")  # in `mm_token_type_ids`
+
+
+def choose_experts(
+    scores: torch.Tensor, top_k: int, n_group: int = 1, topk_group: int = 1
+) -> torch.Tensor:
+    """(..., experts) -> the indices of the k best, (..., k).
+
+    With more than one group, among the experts of the best `topk_group` groups only. A group is as
+    good as the sum of its two best scores, as in transformers' DeepSeek-V3
+    (https://arxiv.org/abs/2412.19437, section 2.1.2).
+    """
+    if n_group > 1:
+        groups = scores.unflatten(-1, (n_group, -1))  # (..., groups, experts of a group)
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)  # (..., groups)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter(
+            -1, best.topk(topk_group, dim=-1).indices, True
+        )
+        scores = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+    return scores.topk(top_k, dim=-1).indices
 
 
 class VLMoERouter(nn.Module):
-    """Top-k router with softmax or sigmoid scores."""
+    """Top-k router with softmax or sigmoid scores.
+
+    Args:
+        hidden_size, num_experts, top_k: its shape.
+        scoring_func, norm_topk_prob, routed_scaling_factor, n_group, topk_group, modality_experts:
+            see `VLMoETextConfig`.
+        has_selection_bias, has_modality_bias: whether it has such biases; both start at zero.
+    """
 
     e_score_correction_bias: torch.Tensor | None  # (experts,) fp32; the name DeepSeek-V3 gave it
+    allowed_experts: torch.Tensor | None  # (modalities, experts)
 
-    def __init__(self, config: VLMoETextConfig):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        scoring_func: str = "softmax",
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        has_selection_bias: bool = False,
+        has_modality_bias: bool = False,
+        modality_experts: Mapping[str, Sequence[int]] | None = None,
+    ):
         super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scoring_func = config.scoring_func
-        self.routed_scaling_factor = config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        bias = None
-        if config.router_bias_update_rate != 0:
-            bias = torch.zeros(config.num_experts, dtype=torch.float32)
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
+        self.scoring_func = scoring_func
+        self.routed_scaling_factor = routed_scaling_factor
+        self.n_group, self.topk_group = n_group, topk_group
+        self.modality_experts = modality_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.modality_bias = None
+        if has_modality_bias:
+            self.modality_bias = nn.Parameter(torch.zeros(len(MODALITIES), num_experts))
+        bias = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
+        allowed = None if modality_experts is None else self.modality_mask()
+        self.register_buffer("allowed_experts", allowed, persistent=False)
+
+    @classmethod
+    def from_config(cls, config: VLMoETextConfig) -> "VLMoERouter":
+        """The router of a decoder layer."""
+        return cls(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            scoring_func=config.scoring_func,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            has_selection_bias=config.router_bias_update_rate != 0,
+            has_modality_bias=config.router_modality_bias,
+            modality_experts=config.modality_experts,
+        )
+
+    def modality_mask(self) -> torch.Tensor:
+        """(modalities, experts): True where tokens of the modality may use the expert."""
+        mask = torch.zeros(len(MODALITIES), self.weight.shape[0], dtype=torch.bool)
+        for modality, experts in (self.modality_experts or {}).items():
+            mask[MODALITIES.index(modality), list(experts)] = True
+        return mask
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Moves the bias with the router, but keeps it in fp32: `.to(torch.bfloat16)` would round
@@ -51,25 +130,41 @@ class VLMoERouter(nn.Module):
         return self
 
     def forward(
-        self, hidden_states: torch.Tensor
+        self, hidden_states: torch.Tensor, mm_token_type_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens, hidden) -> logits (tokens, experts), weights and indices (tokens, k)."""
+        """(tokens, hidden) -> logits (tokens, experts), weights and indices (tokens, k).
+
+        `mm_token_type_ids` (tokens,): 1 for image tokens; by default all are text. Logits of
+        experts that a token may not use are the lowest finite number: their scores are 0.
+        """
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            router_logits = F.linear(
-                hidden_states.float(), self.weight.float()
-            )  # (tokens, experts)
-            scores = (
-                router_logits.softmax(-1)
-                if self.scoring_func == "softmax"
-                else router_logits.sigmoid()
-            )
-            if self.e_score_correction_bias is None:
-                top_k_weights, top_k_index = scores.topk(self.top_k, dim=-1)  # (tokens, k) each
-            else:
-                choice = scores + self.e_score_correction_bias
-                top_k_index = choice.topk(self.top_k, dim=-1).indices  # (tokens, k)
-                top_k_weights = scores.gather(-1, top_k_index)  # (tokens, k)
+            logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
+            allowed = None
+            if self.modality_bias is not None:
+                logits = logits + _by_modality(self.modality_bias.float(), mm_token_type_ids)
+            if self.allowed_experts is not None:
+                allowed = _by_modality(self.allowed_experts, mm_token_type_ids)
+                logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+            scores = logits.softmax(-1) if self.scoring_func == "softmax" else logits.sigmoid()
+            choice = scores
+            if self.e_score_correction_bias is not None:
+                choice = choice + self.e_score_correction_bias
+            if allowed is not None:  # an allowed score can be 0, too, or less with the bias
+                choice = choice.masked_fill(~allowed, float("-inf"))
+            top_k_index = choose_experts(choice, self.top_k, self.n_group, self.topk_group)
+            top_k_weights = scores.gather(-1, top_k_index)  # (tokens, k)
             if self.norm_topk_prob:
                 total = top_k_weights.sum(-1, keepdim=True)  # 0 where all sigmoids underflow
                 top_k_weights = top_k_weights / total.clamp(min=torch.finfo(total.dtype).tiny)
-            return router_logits, top_k_weights * self.routed_scaling_factor, top_k_index
+            return logits, top_k_weights * self.routed_scaling_factor, top_k_index
+
+
+def _by_modality(rows: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
+    """(modalities, experts) -> the row of each token, (tokens, experts), or that of text.
+
+    Not by indexing, whose gradient is summed in no fixed order on a GPU.
+    """
+    text, image = rows[1 - IMAGE], rows[IMAGE]
+    if mm_token_type_ids is None:
+        return text
+    return torch.where((mm_token_type_ids == IMAGE)[:, None], image, text)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
-from ..configuration.configuration_vlmoe import VLMoETextConfig
+from ..configuration.configuration_vlmoe_text import VLMoETextConfig
 from .router import VLMoERouter
 
 
@@ -34,33 +34,14 @@ class VLMoEExperts(Qwen3MoeExperts):
     """
 
 
-class VLMoESparseMoeBlock(nn.Module):
-    """Routed experts plus, if configured, shared experts that every token passes through."""
+class VLMoERoutingNotes(nn.Module):
+    """What a sparse layer notes of its routing in training; the base of sparse blocks."""
 
-    def __init__(self, config: VLMoETextConfig):
+    def __init__(self, router_bias_update_rate: float):
         super().__init__()
-        self.router = VLMoERouter(config)
-        self.experts = VLMoEExperts(config)
-        self.shared_experts = None
-        if config.num_shared_experts:
-            self.shared_experts = VLMoEMLP(
-                config, config.moe_intermediate_size * config.num_shared_experts
-            )
-        self.router_bias_update_rate = config.router_bias_update_rate
+        self.router_bias_update_rate = router_bias_update_rate
         self.expert_load: torch.Tensor | None = None  # (experts,) int64
         self.non_finite: torch.Tensor | None = None  # () bool
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(batch, length, hidden) -> the same, router logits (batch * length, experts), choice.
-
-        The choice, (batch * length, k), holds the indices of the chosen experts.
-        """
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
-        router_logits, top_k_weights, top_k_index = self.router(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
-        return output, router_logits, top_k_index
 
     @torch.no_grad()
     def take_notes(
@@ -88,8 +69,43 @@ class VLMoESparseMoeBlock(nn.Module):
             self.expert_load.add_(load)
 
 
+class VLMoESparseMoeBlock(VLMoERoutingNotes):
+    """Routed experts plus, if configured, shared experts that every token passes through."""
+
+    def __init__(self, config: VLMoETextConfig):
+        super().__init__(config.router_bias_update_rate)
+        self.router = VLMoERouter.from_config(config)
+        self.experts = VLMoEExperts(config)
+        self.shared_experts = self.shared_expert_gate = None
+        if config.num_shared_experts:
+            self.shared_experts = VLMoEMLP(
+                config, config.moe_intermediate_size * config.num_shared_experts
+            )
+        if config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, mm_token_type_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """(batch, length, hidden) -> the same, router logits (batch * length, experts), choice.
+
+        The choice, (batch * length, k), holds the indices of the chosen experts.
+        `mm_token_type_ids` (batch, length) is for the router.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
+        types = None if mm_token_type_ids is None else mm_token_type_ids.flatten()
+        router_logits, top_k_weights, top_k_index = self.router(tokens, types)
+        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(hidden_states)
+            if self.shared_expert_gate is not None:
+                shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
+            output = output + shared
+        return output, router_logits, top_k_index
+
+
 def sparse_layers(model: nn.Module) -> dict[str, Any]:
-    """The `VLMoESparseMoeBlock` of each sparse layer by name, in order.
+    """The sparse block of each layer that has one, by name, in order.
 
     Found by the class's name, so that those of a model with code from the Hub and those that FSDP2
     has given a class of its own are among them.
@@ -97,5 +113,5 @@ def sparse_layers(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("VLMoESparseMoeBlock")
+        if "VLMoE" in type(module).__name__ and type(module).__name__.endswith("SparseMoeBlock")
     }

@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-IGNORED_OUTPUTS = ["aux_loss", "z_loss", "past_key_values", "router_logits", "image_hidden_states"]
+IGNORED_OUTPUTS = [
+    *("aux_loss", "z_loss", "entropy_loss"),
+    *("past_key_values", "router_logits", "image_hidden_states"),
+]
 """Outputs that `Trainer` must not gather: only the logits are needed."""
 
 

@@ -31,20 +31,23 @@ DEAD_BELOW = 0.1  # of a fair share
 class ExpertLoad:
     """Counters of the routing, and the figures that follow from them.
 
-    A fair share of a layer's assignments is `1 / E`. In a layer that saw no token of a modality the
-    shares are 0 and what follows from them is None.
+    A fair share of a layer's assignments is `1 / E`, or where modalities have experts of their own
+    what an expert gets if each modality is spread evenly over those that it may use. In a layer
+    that saw no token of a modality the shares are 0 and what follows from them is None.
 
     Attributes:
         layers: the decoder's index of each sparse layer.
         top_k: experts per token.
         assignments: (L, 2, E) long: how often image and text tokens were sent to each expert.
         entropy_sums: (L, 2): entropies of the routing distributions, in nats, summed over tokens.
+        allowed: (2, E) bool: which experts image and text tokens may use.
     """
 
     layers: tuple[int, ...]
     top_k: int
     assignments: torch.Tensor
     entropy_sums: torch.Tensor
+    allowed: torch.Tensor
 
     @property
     def image_counts(self) -> torch.Tensor:
@@ -74,7 +77,7 @@ class ExpertLoad:
         assignments, entropy_sums = self.assignments.clone(), self.entropy_sums.clone()
         distributed.all_reduce(assignments)
         distributed.all_reduce(entropy_sums)
-        return ExpertLoad(self.layers, self.top_k, assignments, entropy_sums)
+        return ExpertLoad(self.layers, self.top_k, assignments, entropy_sums, self.allowed)
 
     def as_dict(self) -> dict[str, Any]:
         """Figures for a JSON file.
@@ -86,9 +89,9 @@ class ExpertLoad:
           softmax, or the sigmoid scores over their sum; without selection bias), in nats: 0 if
           sure, log(E) if undecided
         - `load_entropy`: entropy of the shares, in nats: log(E) if even, log(k) if collapsed
-        - `max_violation`: largest share over mean share, less 1
+        - `max_violation`: largest share over fair share, less 1
           (https://arxiv.org/abs/2408.15664, section 2): 0 if even, E / k - 1 if collapsed
-        - `dead_experts`: experts with less than a tenth of a fair share
+        - `dead_experts`: experts with less than a tenth of their fair share
 
         Shares are `(L, E)`. `overlap` is the part of the load that image and text tokens have in
         common, the sum over experts of the smaller share: 1 if they use the experts alike, 0 if
@@ -99,12 +102,13 @@ class ExpertLoad:
         entropies = self.entropy_sums.double().cpu()
         entropies = torch.cat([entropies, entropies.sum(1, keepdim=True)], 1)  # (L, 3)
         experts, tokens = counts.shape[-1], counts.sum(-1) / self.top_k
-        shares = load_shares(counts)
+        shares, fair = load_shares(counts), self._fair_shares(tokens)
+        over_fair = torch.where(fair > 0, shares / fair, 0.0)
         figures = {
             "router_entropy": entropies / tokens,
             "load_entropy": torch.special.entr(shares).sum(-1),
-            "max_violation": shares.amax(-1) * experts - 1,
-            "dead_experts": (shares < DEAD_BELOW / experts).sum(-1),
+            "max_violation": over_fair.amax(-1) - 1,
+            "dead_experts": ((fair > 0) & (over_fair < DEAD_BELOW)).sum(-1),
         }
         overlap = torch.minimum(shares[:, 0], shares[:, 1]).sum(-1)
         kinds = (*MODALITIES, "all")
@@ -112,7 +116,7 @@ class ExpertLoad:
             "layers": list(self.layers),
             "fair_share": 1 / experts,
             **{f"{kind}_share": shares[:, i].tolist() for i, kind in enumerate(kinds)},
-            "max_over_mean": (shares[:, 2].amax(-1) * experts).tolist(),
+            "max_over_mean": over_fair[:, 2].amax(-1).tolist(),
             "unused_experts": (counts[:, 2] == 0).sum(-1).tolist(),
             "tokens": {kind: tokens[:, i].long().tolist() for i, kind in enumerate(kinds)},
             **{
@@ -121,6 +125,13 @@ class ExpertLoad:
             },
             "overlap": _known(overlap, tokens[:, :2].amin(-1)),
         }
+
+    def _fair_shares(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(L, 3) numbers of tokens -> (L, 3, E), each modality evenly over what it may use."""
+        allowed = self.allowed.double().cpu()
+        even = (allowed / allowed.sum(-1, keepdim=True)).expand(len(tokens), -1, -1)  # (L, 2, E)
+        mix = load_shares(tokens[:, :2])[..., None]  # (L, 2, 1)
+        return torch.cat([even, (even * mix).sum(1, keepdim=True)], 1)
 
 
 def load_shares(counts: torch.Tensor) -> torch.Tensor:
@@ -201,6 +212,7 @@ class _LoadRecorder:
             top_k=router.top_k,
             assignments=self._counts[:, :-1],
             entropy_sums=self._sums[:, :-1],
+            allowed=_allowed_experts(router),
         )
         self._training_only = training_only
         self._is_softmax = router.scoring_func == "softmax"
@@ -257,6 +269,14 @@ class _LoadRecorder:
         self._sums.view(-1).scatter_add_(
             0, bins.flatten(), entropies.to(self._sums.dtype).flatten()
         )
+
+
+def _allowed_experts(router: Any) -> torch.Tensor:
+    """(2, E) bool: which experts image and text tokens may use."""
+    allowed = getattr(router, "allowed_experts", None)  # by number of the type: text, image
+    if allowed is None:
+        return torch.ones(len(MODALITIES), router.weight.shape[0], dtype=torch.bool)
+    return allowed.flip(0).cpu()
 
 
 def _text_tokens(inputs: dict[str, Any], tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:

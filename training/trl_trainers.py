@@ -103,21 +103,18 @@ class RouterLossTrainer(ModelCardMixin, ABC):
     ) -> Any:
         """TRL's loss plus the router losses times their coefficients."""
         vlmoe = self._vlmoe()
-        text_config = vlmoe.config.text_config
-        aux_coef, z_coef = text_config.router_aux_loss_coef, text_config.router_z_loss_coef
-        if aux_coef == 0 and z_coef == 0:
+        if not vlmoe.config.text_config.has_router_losses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with recorded_router_logits(vlmoe.model) as recorded:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
-        row_weights = self.row_weights(inputs, num_items_in_batch)
-        router_logits = recorded[0]  # later calls: the reference, or logits for metrics
-        aux_loss, z_loss = vlmoe.router_losses(
-            router_logits, inputs["attention_mask"].bool(), row_weights
+        losses = vlmoe.router_losses(
+            recorded[0],  # later calls: the reference, or logits for metrics
+            inputs["attention_mask"].bool(),
+            self.row_weights(inputs, num_items_in_batch),
+            vlmoe.model.token_types(inputs["input_ids"], None),
         )
-        for coefficient, value in ((aux_coef, aux_loss), (z_coef, z_loss)):
-            if value is not None:
-                loss = loss + coefficient * value.to(loss.device)
+        loss = loss + losses.total.to(loss.device)
         return (loss, *outputs) if return_outputs else loss
 
     @abstractmethod

@@ -7,7 +7,8 @@ Importing the package registers its classes with `AutoConfig`, `AutoModel`,
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration.configuration_vlmoe import VLMoEConfig, VLMoETextConfig
+from .configuration.configuration_vlmoe import VLMoEConfig
+from .configuration.configuration_vlmoe_text import VLMoETextConfig
 from .modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
 from .modeling_vlmoe.quantization import expert_int8_config

@@ -133,7 +133,7 @@ def test_each_part_saved_alone_brings_all_that_it_needs(
     assert code_in(tmp_path / "processor") == PROCESSOR_FILES
     text_map = auto_map_of(tmp_path / "text" / "config.json")
     assert text_map == {
-        "AutoConfig": "configuration_vlmoe.VLMoETextConfig",
+        "AutoConfig": "configuration_vlmoe_text.VLMoETextConfig",
         "AutoModel": "modeling_vlmoe_text.VLMoETextModel",
     }
     assert code_in(tmp_path / "text") == files_of(VLMoETextConfig, VLMoETextModel) < MODEL_FILES

@@ -22,7 +22,7 @@ def make_router(tiny_config: Callable[..., Any]) -> Callable[..., VLMoERouter]:
 
     def make(**fields: Any) -> VLMoERouter:
         sizes = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
-        router = VLMoERouter(tiny_config(text=sizes | fields).text_config)
+        router = VLMoERouter.from_config(tiny_config(text=sizes | fields).text_config)
         torch.manual_seed(0)
         router.weight.data = torch.randn(EXPERTS, HIDDEN).mul(0.2).bfloat16().float()
         return router
@@ -93,9 +93,9 @@ Record = tuple[VLMoERouter, torch.Tensor, torch.Tensor, torch.Tensor]
 class NoisyRouter(VLMoERouter):
     """The control: jitter on what the router sees."""
 
-    def forward(self, hidden_states: torch.Tensor) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *args: Any) -> Any:
         """As in `VLMoERouter`."""
-        return super().forward(hidden_states + torch.randn_like(hidden_states))
+        return super().forward(hidden_states + torch.randn_like(hidden_states), *args)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_noise_in_the_router_would_change_recomputed_routing(
 ) -> None:
     model = tiny_model()
     for layer in model.model.language_model.layers:
-        noisy = NoisyRouter(model.config.text_config)
+        noisy = NoisyRouter.from_config(model.config.text_config)
         noisy.load_state_dict(layer.mlp.router.state_dict())
         layer.mlp.router = noisy
     with pytest.raises(AssertionError, match="routing changed"):

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.training.expert_load import load_shares, record_expert_load
+from vlmoe.training.expert_load import ExpertLoad, load_shares, record_expert_load
 
 IMAGE, K, EXPERTS = 5, 2, 4
 KINDS = {"image": ("i",), "text": ("t",), "all": ("i", "t")}
@@ -284,3 +284,32 @@ def test_a_model_without_experts_and_an_unknown_mask_are_refused(
     model, ids = tiny_model(), torch.full((1, 3), 9)
     with record_expert_load(model), pytest.raises(ValueError, match="attention mask"):
         model(input_ids=ids, attention_mask=torch.zeros(1, 1, 3, 3))
+
+
+def test_experts_of_one_modality_are_measured_by_what_it_could_send_them() -> None:
+    image, text = [0, 0, 60, 40, 0], [6, 1, 0, 0, 193]  # the middle one is of both
+    load = ExpertLoad(
+        layers=(0,),
+        top_k=2,
+        assignments=torch.tensor([[image, text]]),
+        entropy_sums=torch.zeros(1, 2),
+        allowed=torch.tensor([[False, False, True, True, False], [True, True, True, False, True]]),
+    )
+    figures = load.as_dict()
+    assert figures["max_violation"]["image"] == [pytest.approx(0.6 * 2 - 1)]
+    assert figures["max_violation"]["text"] == [pytest.approx(193 / 200 * 4 - 1)]
+    assert figures["dead_experts"] == {"image": [0], "text": [2], "all": [1]}
+    shares = torch.tensor(image) / 300 + torch.tensor(text) / 300
+    fair = torch.tensor([1 / 6, 1 / 6, 1 / 6 + 1 / 6, 1 / 6, 1 / 6])
+    assert figures["max_over_mean"] == [pytest.approx((shares / fair).max().item())]
+
+
+def test_the_experts_of_each_modality_are_read_from_the_model(
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+) -> None:
+    model = tiny_model(text={"modality_experts": {"text": [0, 2], "image": [1, 2, 3]}})
+    with record_expert_load(model) as load, torch.no_grad():
+        model(**batch())
+    assert load.allowed.tolist() == [[False, True, True, True], [True, False, True, False]]
+    assert not load.image_counts[:, 0].any() and not load.text_counts[:, [1, 3]].any()
+    assert load.image_counts.any() and load.as_dict()["dead_experts"]["text"] == [0, 0, 0]

@@ -117,7 +117,7 @@ def test_the_bias_counts_in_the_choice_and_not_in_the_weights(
     tiny_config: Callable[..., Any], scoring_func: str
 ) -> None:
     fields = {"scoring_func": scoring_func, "router_bias_update_rate": RATE}
-    router = VLMoERouter(tiny_config(text=fields).text_config)
+    router = VLMoERouter.from_config(tiny_config(text=fields).text_config)
     torch.manual_seed(0)
     torch.nn.init.normal_(router.weight, std=0.2)
     router.e_score_correction_bias.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1]))

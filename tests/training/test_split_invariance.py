@@ -28,17 +28,6 @@ ANSWERS = ("blue", "two", "yes, it is a red circle, and what a shape", "no")
 LEARNING_RATE = 0.5
 
 
-class PooledOverRows(VLMoEForConditionalGeneration):
-    """The control: router losses over all rows of a micro-batch at once, weighted by its labels."""
-
-    def router_losses(
-        self, router_logits: Any, token_mask: torch.Tensor, row_weights: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The micro-batch as one long row."""
-        one_row, whole_weight = token_mask.reshape(1, -1), row_weights.sum()[None]
-        return super().router_losses(router_logits, one_row, whole_weight, **kwargs)
-
-
 class FirstTokenLabelled(VLMoECollator):
     """The first token of every row is labelled: no token predicts it, and it must count nowhere."""
 
@@ -75,7 +64,7 @@ def trained(
     rows: Rows,
     accumulate: int,
     checkpointing: bool,
-    model_class: type[VLMoEForConditionalGeneration] = VLMoEForConditionalGeneration,
+    scope: str = "sequence",
 ) -> Gradients:
     """The gradients of one step of Trainer, in as many processes as it finds."""
     arguments = TrainingArguments(
@@ -97,7 +86,8 @@ def trained(
     )
     splits = accumulate * arguments.world_size
     arguments.per_device_train_batch_size = len(rows) // splits
-    model, recorder = model_class.from_pretrained(model_folder), Recorder()
+    model, recorder = VLMoEForConditionalGeneration.from_pretrained(model_folder), Recorder()
+    model.config.text_config.router_aux_loss_scope = scope
     trainer = Trainer(
         model, arguments, collator(model_folder), train_dataset=rows, callbacks=[recorder]
     )
@@ -107,9 +97,10 @@ def trained(
     return recorder.gradients
 
 
-def trained_on_a_rank(model_folder: Path, rows: Rows) -> dict[tuple[int, bool], Gradients]:
-    """`trained` for each way to split the rows over two ranks."""
-    ways = [(accumulate, again) for accumulate in (1, 2, 4) for again in (False, True)]
+def trained_on_a_rank(model_folder: Path, rows: Rows) -> dict[tuple[Any, ...], Gradients]:
+    """`trained` for each way to split the rows over two ranks, and for scope `"global"`."""
+    ways: list[tuple[Any, ...]] = [(n, again) for n in (1, 2, 4) for again in (False, True)]
+    ways += [(1, again, "global") for again in (False, True)]
     return {way: trained(model_folder, rows, *way) for way in ways}
 
 
@@ -173,15 +164,18 @@ def test_the_gradient_does_not_depend_on_accumulation_or_checkpointing(
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(
     model_folder: Path, rows: Rows, reference: Gradients, tmp_path: Path
 ) -> None:
+    pooled = trained(model_folder, rows, 1, False, "batch")
+    assert max(distances(pooled, reference).values()) > 1000 * TOLERANCE
     ranks = on_ranks(trained_on_a_rank, model_folder, rows, folder=tmp_path)
-    assert len(ranks) == WORLD_SIZE and len(ranks[0]) == 6
+    assert len(ranks) == WORLD_SIZE and len(ranks[0]) == 8
     for of_rank in ranks:
         for way, gradients in of_rank.items():
-            far = distances(gradients, reference)
+            far = distances(gradients, pooled if "global" in way else reference)
             assert max(far.values()) <= TOLERANCE, (way, max(far.items(), key=lambda item: item[1]))
 
 
-def test_losses_pooled_over_the_micro_batch_would_not_pass(model_folder: Path, rows: Rows) -> None:
-    whole, split = (trained(model_folder, rows, n, False, PooledOverRows) for n in (1, 4))
+@pytest.mark.parametrize("scope", ["batch", "global"])
+def test_the_other_scopes_depend_on_the_split(scope: str, model_folder: Path, rows: Rows) -> None:
+    whole, split = (trained(model_folder, rows, n, False, scope) for n in (1, 4))
     far = distances(split, whole)
     assert min(value for name, value in far.items() if "router" in name) > 1000 * TOLERANCE
