@@ -7,7 +7,8 @@ The same eight rows (unequal lengths and label counts, one without a label, text
 go through Trainer as it is: whole, by accumulation, on two gloo ranks, with gradient checkpointing.
 Each gradient, before clipping, is compared with the model's own for the whole batch.
 "cross-entropy" has no router loss, "balanced" the load balancing loss (in VLMoE the z-loss too)
-with coefficient 1. The text model gets the same token ids without the images.
+with coefficient 1. VLMoE is measured with each scope of its balance loss. The text model gets the
+same token ids without the images.
 """
 
 import argparse
@@ -48,7 +49,8 @@ SHAPE = {
     "vocab_size": VOCABULARY,
     "initializer_range": 0.1,
 }
-MODELS = ("vlmoe", "qwen3_vl_moe", "qwen3_moe")
+SCOPES = {"vlmoe": "sequence", "vlmoe_batch": "batch", "vlmoe_global": "global"}
+MODELS = (*SCOPES, "qwen3_vl_moe", "qwen3_moe")
 COEFFICIENTS = {"cross-entropy": 0.0, "balanced": 1.0}
 ROWS = ((1, 9, 3), (2, 6, 1), (0, 20, 15), (1, 12, 2), (1, 7, 0), (0, 9, 8), (1, 25, 20), (1, 5, 1))
 """(images, text tokens, of these at the end with a label) of each row."""
@@ -84,6 +86,7 @@ def build(name: str, coefficient: float) -> torch.nn.Module:
     vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": 2, "patch_size": 4}
     vision |= {"num_attention_heads": 4, "image_size": 16, "vision_use_head": False}
     text |= {"qk_norm": True, "pad_token_id": 0, "router_z_loss_coef": coefficient}
+    text |= {"router_aux_loss_scope": SCOPES[name]}
     top = {"text_config": text, "vision_config": vision}
     top |= {"image_token_id": IMAGE_TOKEN, "pixel_shuffle_factor": 2}
     return VLMoEForConditionalGeneration(VLMoEConfig(**top))
@@ -126,7 +129,7 @@ class Collator:
         pixels = torch.cat([row["pixels"] for row in rows])  # (images, 3, 16, 16)
         if not len(pixels):
             return batch
-        if self.name == "vlmoe":
+        if self.name in SCOPES:
             return batch | {"pixel_values": pixels}
         patches = torch.nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2).flatten(0, 1)
         patches = torch.cat([patches, patches], 1)  # (images * 16, 3 * 2 frames * 16)

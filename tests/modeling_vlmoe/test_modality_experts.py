@@ -76,15 +76,23 @@ def routed(model: VLMoEForConditionalGeneration, **inputs: Any) -> torch.Tensor:
     return torch.stack(chosen).view(len(chosen), *logits.shape[:2], -1)
 
 
-@pytest.mark.parametrize("given", ["ids", "ids only", "embeddings and types", "embeddings"])
+@pytest.mark.parametrize("given", ["ids", "ids only", "embeddings and types", "embeddings", "all"])
 def test_the_model_keeps_modalities_apart_however_they_are_told(
     given: str, batch: dict[str, torch.Tensor], tiny_model: Callable[..., Any]
 ) -> None:
     model = tiny_model(text=EXPERTS | {"modality_experts": SEPARATE})
     types = batch["mm_token_type_ids"]
     del batch["labels"]
+    embedded: list[torch.Tensor] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: embedded.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     expected = model(**batch).logits
-    if given == "ids only":
+    handle.remove()
+    if given == "all":  # embeddings of text and images; only the types tell them apart
+        batch = {name: batch[name] for name in ("attention_mask", "mm_token_type_ids")}
+        batch["inputs_embeds"] = embedded[0].detach()
+    elif given == "ids only":
         del batch["mm_token_type_ids"]
     elif given != "ids":
         batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))

@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vlmoe import VLMoEForConditionalGeneration
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 from vlmoe.training.collator import VLMoECollator
+from vlmoe.training.router_bias import update_router_bias
 
 pytestmark = pytest.mark.slow
 
@@ -45,11 +46,26 @@ def fully_sharded(model: VLMoEForConditionalGeneration) -> torch.nn.Module:
     return model
 
 
+STEERED = {
+    "modality_experts": {"text": [0, 1, 2], "image": [1, 2, 3]},
+    "router_modality_bias": True,
+    "router_bias_update_rate": 0.02,
+    "router_global_entropy_coef": {"image": 0.5, "text": 0.5},
+}
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "steered": STEERED}  # fields of the text config
 WRAPPERS = {"DDP": distributed_data_parallel, "FSDP2": fully_sharded}
 
 
+def load(model_folder: Path, kind: str) -> VLMoEForConditionalGeneration:
+    """The saved model in training mode, its experts of one of `KINDS`."""
+    config = VLMoEConfig.from_pretrained(model_folder)
+    for field, value in KINDS[kind].items():
+        setattr(config.text_config, field, value)
+    return VLMoEForConditionalGeneration.from_pretrained(model_folder, config=config).train()
+
+
 def train(model: torch.nn.Module, steps: list[dict[str, torch.Tensor]], scale: int) -> Any:
-    """SGD; the gradients of each step, whole.
+    """SGD; the gradients of each step, whole, and with them the biases of the routers.
 
     Args:
         model: in training mode.
@@ -68,11 +84,15 @@ def train(model: torch.nn.Module, steps: list[dict[str, torch.Tensor]], scale: i
         }
         gradients.append({name: grad.clone() for name, grad in whole.items()})
         optimizer.step()
+        biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+        if biases:
+            update_router_bias(model)
+        gradients[-1] |= {n.removeprefix("module."): b.clone() for n, b in biases.items()}
     return gradients
 
 
-def rank_gradients(model_folder: Path, steps: list[Rows]) -> dict[str, list[Gradients]]:
-    """What each wrapper gives on this rank, which sees its own rows of every step."""
+def rank_gradients(model_folder: Path, steps: list[Rows]) -> dict[tuple[str, str], list[Gradients]]:
+    """What each wrapper and kind gives on this rank, which sees its own rows of every step."""
     rank, collate = dist.get_rank(), VLMoECollator(VLMoEProcessor.from_pretrained(model_folder))
     own = slice(rank * ROWS_PER_RANK, (rank + 1) * ROWS_PER_RANK)
     batches = []
@@ -82,8 +102,9 @@ def rank_gradients(model_folder: Path, steps: list[Rows]) -> dict[str, list[Grad
         assert ("pixel_values" in batches[-1]) == (rank == 0)
     gradients = {}
     for name, wrap in WRAPPERS.items():
-        model = VLMoEForConditionalGeneration.from_pretrained(model_folder).train()
-        gradients[name] = train(wrap(model), batches, scale=WORLD_SIZE)
+        for kind in KINDS:
+            model = wrap(load(model_folder, kind))
+            gradients[name, kind] = train(model, batches, scale=WORLD_SIZE)
     return gradients
 
 
@@ -108,28 +129,30 @@ def steps(make_image: Callable[..., Image.Image]) -> list[Rows]:
 @pytest.fixture(scope="module")
 def on_two_ranks(
     model_folder: Path, steps: list[Rows], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, list[Gradients]]]:
-    """The gradients of each rank, by wrapper and step."""
+) -> list[dict[tuple[str, str], list[Gradients]]]:
+    """The gradients of each rank, by wrapper and kind, and step."""
     return on_ranks(rank_gradients, model_folder, steps, folder=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
-def in_one_process(model_folder: Path, steps: list[Rows]) -> list[Gradients]:
-    """The gradients of one process that sees all rows."""
+def in_one_process(model_folder: Path, steps: list[Rows]) -> dict[str, list[Gradients]]:
+    """The gradients of one process that sees all rows, by kind."""
     collate = VLMoECollator(VLMoEProcessor.from_pretrained(model_folder))
-    model = VLMoEForConditionalGeneration.from_pretrained(model_folder).train()
-    return train(model, [collate(rows) for rows in steps], scale=1)
+    batches = [collate(rows) for rows in steps]
+    return {kind: train(load(model_folder, kind), batches, scale=1) for kind in KINDS}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_rank_without_images_changes_no_gradient(
     wrapper: str,
-    on_two_ranks: list[dict[str, list[Gradients]]],
-    in_one_process: list[Gradients],
+    kind: str,
+    on_two_ranks: list[dict[tuple[str, str], list[Gradients]]],
+    in_one_process: dict[str, list[Gradients]],
 ) -> None:
     for of_rank in on_two_ranks:
-        assert len(of_rank[wrapper]) == len(in_one_process) == STEPS
-        for ours, reference in zip(of_rank[wrapper], in_one_process, strict=True):
+        assert len(of_rank[wrapper, kind]) == len(in_one_process[kind]) == STEPS
+        for ours, reference in zip(of_rank[wrapper, kind], in_one_process[kind], strict=True):
             assert ours.keys() == reference.keys()
             for name, gradient in reference.items():
                 # Key biases: zero in exact arithmetic, compared on the scale of the query biases.
