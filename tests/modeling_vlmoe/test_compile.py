@@ -24,6 +24,24 @@ PROMPTS = {  # rows, spelled as in conftest.py, and the form of their images
     "images": (["..ab...", "....c"], "padded"),
     "images, shared": (["..ab...", "....a"], "indexed"),
 }
+ROUTINGS: dict[str, dict[str, Any]] = {  # fields of the text config
+    "plain": {},
+    "modalities": {
+        "modality_experts": {"text": [0, 1], "image": [1, 2, 3]},
+        "router_modality_bias": True,
+        "router_global_entropy_coef": {"image": 1.0},
+        "router_local_entropy_coef": {"text": 1.0},
+        "router_aux_loss_scope": "global",
+    },
+    "groups": {
+        "n_group": 2,
+        "topk_group": 1,
+        "scoring_func": "sigmoid",
+        "router_bias_update_rate": 0.1,
+        "num_shared_experts": 1,
+        "shared_expert_gate": True,
+    },
+}
 
 
 @pytest.fixture
@@ -71,10 +89,11 @@ def test_the_forward_compiles_into_one_graph_and_not_again_at_the_same_shape(
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_loss_and_its_gradients_compile_into_one_graph(
-    tiny_model: Callable[..., Model], tiny_batch: Batch
+    tiny_model: Callable[..., Model], tiny_batch: Batch, routing: str
 ) -> None:
-    model = tiny_model(text={"num_hidden_layers": 1}).train()
+    model = tiny_model(text={"num_hidden_layers": 1} | ROUTINGS[routing]).train()
     inputs = tiny_batch(model.config, PROMPTS["images"][0])
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     gradients = []

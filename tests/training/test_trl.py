@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.modeling_vlmoe.router_losses import global_entropy_loss
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 from vlmoe.training.collator import IGNORE_INDEX, VLMoECollator
 from vlmoe.training.model_card import MARKER
@@ -238,6 +239,29 @@ def test_the_logged_dpo_loss_is_the_preference_loss_and_the_router_losses(
     expected = router_losses(make_model(), batch, [1 / 8] * 8)
     # The policy is the reference still: each pair has the loss log 2.
     assert logged(trainer)[0] == pytest.approx(math.log(2) + expected, rel=1e-5)
+
+
+def test_the_terms_of_the_modalities_are_in_trls_loss(
+    make_trainer: Make, make_model: Model, rows: Dataset, processor: VLMoEProcessor
+) -> None:
+    losses = []
+    for coefficient in ({"image": 2.0, "text": 0.5}, None):
+        model = make_model(0, 0)
+        model.config.text_config.router_global_entropy_coef = coefficient
+        trainer = make_trainer(VLMoESFTTrainer, model, per_device_train_batch_size=4)
+        trainer.train()
+        losses += logged(trainer)
+    batch, model = VLMoECollator(processor)(list(rows)), make_model(0, 0)
+    with torch.no_grad():
+        logits = model(**batch, output_router_logits=True).router_logits
+    counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
+    is_image = batch["input_ids"] == model.config.image_token_id
+    real = batch["attention_mask"].bool()
+    image, text = (
+        global_entropy_loss(logits, real & of, counts / counts.sum(), spread_over=4).item()
+        for of in (is_image, ~is_image)
+    )
+    assert losses[0] - losses[1] == pytest.approx(2 * image + 0.5 * text, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [VLMoESFTTrainer, VLMoEDPOTrainer])
