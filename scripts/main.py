@@ -18,17 +18,22 @@ COMMANDS = {
     "train": "Train a model from a preset, or go on with a saved one.",
     "evaluate": "Let a model answer the questions of a dataset and count the right answers.",
     "generate": "Ask a model a question about images, or a question alone.",
+    "inspect": "Show on one page which experts the tokens of data or of a question are sent to.",
     "card": "Write the card of a saved model from the files in its folder.",
     "push": "Push the folder of a trained model to the Hugging Face Hub.",
     "demo": "Train, evaluate and ask the tiny model on real data, start to end.",
 }
-MODULES = {"push": "push_to_hub"}  # where it is not the command's name
+MODULES = {
+    "inspect": "inspect_experts",
+    "push": "push_to_hub",
+}  # where it is not the command's name
 
 EXAMPLES = """\
 examples:
   vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
   vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
   vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
+  vlmoe inspect --model outputs/tiny --dataset easy_vqa --output_dir outputs/inspect
   vlmoe push outputs/tiny --repo_id user/tiny-vlmoe
 
 `vlmoe COMMAND --help` lists the options of a command; --traceback shows an error's origin."""

@@ -135,6 +135,33 @@ class GenerateOptions:
 
 
 @dataclasses.dataclass
+class InspectOptions:
+    """Whose routing to show, and on what."""
+
+    _argument_group_name = "inspection"
+
+    model: str | None = option("The model: a folder or a Hub id.")
+    dataset: str | None = option("Data as for `vlmoe train`: a Hub id, file, folder, or easy_vqa.")
+    split: str = option("Split of the dataset.", "test")
+    max_rows: int = option("Run the first so many rows.", 200)
+    batch_size: int = option("Questions that are run at the same time.", 32)
+    image: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "An image file for the question; repeat the option for several images.",
+            "action": "append",
+        },
+    )
+    max_new_tokens: int = option("The longest answer in tokens.", 32)
+    before: str | None = option(
+        "An older state of the model, such as before training, to compare with."
+    )
+    output_dir: str = option(
+        "Folder for the page, its pictures and the numbers.", "outputs/inspect"
+    )
+
+
+@dataclasses.dataclass
 class PushOptions:
     """Where to push a model, and how."""
 
@@ -259,6 +286,7 @@ def command_options(
     description: str,
     epilog: str,
     argument: tuple[str, str] | None = None,
+    argument_required: bool = True,
 ) -> tuple[Any, ...] | None:
     """Options of a command as `parse_options` gives them, or None after printing its --help.
 
@@ -268,7 +296,8 @@ def command_options(
         usage: how it is called, beginning with `vlmoe COMMAND`.
         description: what it does, in a sentence.
         epilog: examples.
-        argument: name and help text of the one argument without a flag, which must be given.
+        argument: name and help text of the one argument without a flag.
+        argument_required: whether it must be given.
 
     Raises:
         ValueError: as `parse_options`, or the argument is missing.
@@ -285,7 +314,7 @@ def command_options(
         print(parser.format_help())
         return None
     parsed = parse_options(parser, argv, option_classes)
-    if argument and not getattr(parsed[-1], argument[0]):
+    if argument and argument_required and not getattr(parsed[-1], argument[0]):
         raise ValueError(f"The {argument[0]} is missing: {usage}.")
     return parsed
 

@@ -183,6 +183,22 @@ def sparse_routers(model: nn.Module) -> dict[int, nn.Module]:
     }
 
 
+def backbone_and_routers(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """The module whose forward is that of tower, connector and decoder, and `sparse_routers`.
+
+    Raises:
+        ValueError: the model has no sparse layer.
+    """
+    backbone = next((m for m in model.modules() if type(m).__name__ == BACKBONE_CLASS), None)
+    routers = sparse_routers(model)
+    if backbone is None or not routers:
+        raise ValueError(
+            f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS}: "
+            "it has no experts."
+        )
+    return backbone, routers
+
+
 class _LoadRecorder:
     """Hooks on the backbone, which tell what each position holds and count when all layers have
     run, and on the routers, which hand over their choices.
@@ -191,14 +207,7 @@ class _LoadRecorder:
     """
 
     def __init__(self, model: nn.Module, training_only: bool):
-        modules = model.modules()
-        backbone = next((m for m in modules if type(m).__name__ == BACKBONE_CLASS), None)
-        routers = sparse_routers(model)
-        if backbone is None or not routers:
-            raise ValueError(
-                f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS}: "
-                "it has no experts."
-            )
+        backbone, routers = backbone_and_routers(model)
         router: Any = next(iter(routers.values()))
         device, bins = router.weight.device, len(MODALITIES) + 1  # one for padding, never read
         sums_dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -234,13 +243,7 @@ class _LoadRecorder:
         if self._training_only and not (backbone.training and torch.is_grad_enabled()):
             return
         inputs = {"input_ids": args[0]} | kwargs if args else kwargs
-        tokens = inputs.get("input_ids")
-        if tokens is None:
-            tokens = inputs["inputs_embeds"][..., 0]
-        is_text = _text_tokens(inputs, tokens, backbone.config.image_token_id)
-        padding = _padding(inputs, tokens)
-        kinds = is_text.long() if padding is None else torch.where(padding, 2, is_text)
-        self._kinds = kinds.flatten()
+        self._kinds = token_kinds(inputs, backbone.config.image_token_id).flatten()
 
     @torch.no_grad()  # else recomputing, which skips this, would save fewer tensors
     def _after_router(self, router: nn.Module, args: tuple, output: tuple) -> None:
@@ -277,6 +280,17 @@ def _allowed_experts(router: Any) -> torch.Tensor:
     if allowed is None:
         return torch.ones(len(MODALITIES), router.weight.shape[0], dtype=torch.bool)
     return allowed.flip(0).cpu()
+
+
+def token_kinds(inputs: dict[str, Any], image_token_id: int) -> torch.Tensor:
+    """(batch, length): 0 image, 1 text, 2 padding, from the keyword arguments of a forward of the
+    backbone."""
+    tokens = inputs.get("input_ids")
+    if tokens is None:
+        tokens = inputs["inputs_embeds"][..., 0]
+    is_text = _text_tokens(inputs, tokens, image_token_id)
+    padding = _padding(inputs, tokens)
+    return is_text.long() if padding is None else torch.where(padding, 2, is_text)
 
 
 def _text_tokens(inputs: dict[str, Any], tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ and wrong.
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from PIL import Image
 from .atomic_files import atomic_path
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2a78d6", "#d9731a", "#1a7f37", "#c62828", "#6b6b6b"
+DOTS_PER_INCH = 150
+MOST_EXPERTS_SIDE_BY_SIDE = 10
 
 
 @dataclass
@@ -51,7 +53,7 @@ def plot_answers(
         raise ValueError("There are no answered questions to draw.")
     columns = min(columns, len(answers))
     rows = -(-len(answers) // columns)
-    figure = _figure(2.7 * columns, 3.2 * rows + 0.6)
+    figure = new_figure(2.7 * columns, 3.2 * rows + 0.6)
     figure.get_layout_engine().set(h_pad=0.12)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(answers) :]:
@@ -67,7 +69,7 @@ def plot_answers(
         axis.set_xlabel(_wrapped(verdict, 28), color=color, fontsize=10.5, fontweight="bold")
     right = sum(item.is_right for item in answers)
     figure.suptitle(title or f"{right} of these {len(answers)} answers are right", fontsize=13)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_training(
@@ -89,7 +91,7 @@ def plot_training(
     if not training[0] and not evaluation[0]:
         raise ValueError("The log history holds neither `loss` nor `eval_loss`.")
     panels = 2 if accuracy[0] else 1
-    figure = _figure(6.2 * panels, 4.2)
+    figure = new_figure(6.2 * panels, 4.2)
     axes = figure.subplots(1, panels, squeeze=False).flatten()
     axes[0].plot(*training, color=BLUE, linewidth=1.6, label="training")
     if evaluation[0]:
@@ -119,55 +121,88 @@ def plot_training(
     for axis in axes:
         axis.grid(alpha=0.25, which="both", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def plot_expert_load(image_shares: Any, text_shares: Any, path: str | Path) -> Path:
-    """Heatmaps of layers x experts, image tokens beside text tokens, on one colour scale.
-
-    White is the fair share (1 / experts), blue less and red more; cells that are large enough tell
-    their percentage.
+def plot_expert_load(
+    image_shares: Any, text_shares: Any, path: str | Path, layers: Sequence[int] | None = None
+) -> Path:
+    """Heatmaps of layers x experts, image tokens beside text tokens; see `plot_shares`.
 
     Args:
         image_shares: (layers, experts), the share of a layer's image tokens that each expert got.
         text_shares: the same of text tokens.
         path: the PNG file to write.
+        layers: names of the layers, by default their numbers from 0.
 
     Raises:
         ValueError: the two are not matrices of one shape.
     """
-    image, text = np.asarray(image_shares, dtype=float), np.asarray(text_shares, dtype=float)
-    if image.ndim != 2 or image.shape != text.shape:
+    panels = {"image tokens": image_shares, "text tokens": text_shares}
+    names = range(len(image_shares)) if layers is None else layers
+    return plot_shares(panels, path, row_names=names, row_label="sparse layer")
+
+
+def plot_shares(
+    panels: Mapping[str, Any],
+    path: str | Path,
+    *,
+    row_names: Sequence[Any],
+    row_label: str = "",
+    title: str = "Expert load",
+) -> Path:
+    """Heatmaps of rows x experts, on one colour scale; beside each other, if they are not wide.
+
+    White is the fair share (1 / experts), blue less and red more; cells that are large enough tell
+    their percentage.
+
+    Args:
+        panels: by their titles the shares, (rows, experts) each.
+        path: the PNG file to write.
+        row_names: what the rows are called.
+        row_label: what they are together.
+        title: above all panels.
+
+    Raises:
+        ValueError: the shares are not matrices of one shape.
+    """
+    matrices = {name: np.asarray(shares, dtype=float) for name, shares in panels.items()}
+    shapes = [matrix.shape for matrix in matrices.values()]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1:
         raise ValueError(
-            f"Shares must be two (layers, experts) matrices of one shape; got {image.shape} and "
-            f"{text.shape}."
+            "Shares must be (rows, experts) matrices of one shape; got "
+            f"{' and '.join(map(str, shapes))}."
         )
-    layers, experts = image.shape
-    fair = 1 / experts
-    width, height = min(max(3.4, 0.62 * experts), 11), min(max(2.6, 0.5 * layers + 1.9), 14)
-    figure = _figure(2 * width + 1.6, height)
+    rows, experts = shapes[0]
+    fair, largest = 100 / experts, 100 * max(matrix.max() for matrix in matrices.values())
+    columns = min(len(matrices), 2 if experts <= MOST_EXPERTS_SIDE_BY_SIDE else 1)
+    lines = -(-len(matrices) // columns)
+    width = min(max(3.6, 0.5 * experts), 9)
+    with_numbers = experts <= 18 and rows <= 26
+    height = min(max((0.42 if with_numbers else 0.25) * rows, 0.9) + 0.8, 14)
+    figure = new_figure(columns * width + 1.5, lines * height + 0.5)
     from matplotlib.colors import TwoSlopeNorm
 
-    norm = TwoSlopeNorm(
-        vcenter=100 * fair, vmin=0, vmax=100 * max(image.max(), text.max(), 2 * fair)
-    )
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, shares, name in zip(
-        axes, (image, text), ("image tokens", "text tokens"), strict=True
-    ):
-        mesh = axis.imshow(100 * shares, cmap="RdBu_r", norm=norm, aspect="auto")
-        every = math.ceil(experts / 32)
-        axis.set(title=name, xlabel="expert", xticks=range(0, experts, every), yticks=range(layers))
+    norm = TwoSlopeNorm(vcenter=fair, vmin=0, vmax=max(largest, 2 * fair))
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axis in axes.flatten()[len(matrices) :]:
+        axis.set_axis_off()
+    for axis, (name, matrix) in zip(axes.flatten(), matrices.items(), strict=False):
+        mesh = axis.imshow(100 * matrix, cmap="RdBu_r", norm=norm, aspect="auto")
+        xticks = range(0, experts, math.ceil(experts / 32))
+        axis.set(title=name, xlabel="expert", xticks=xticks, yticks=range(rows))
+        axis.set_yticklabels(row_names)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        if experts <= 18 and layers <= 26:
-            _write_cells(axis, 100 * shares, norm)
-    axes[0].set_ylabel("sparse layer")
-    bar = figure.colorbar(mesh, ax=list(axes), pad=0.02, fraction=0.05)
-    bar.set_label("% of the layer's assignments")
-    bar.ax.axhline(100 * fair, color="black", linewidth=1.2)
-    figure.suptitle(f"Expert load; the fair share is {100 * fair:.3g}% (white)", fontsize=12)
-    return _save(figure, path)
+        if with_numbers:
+            _write_cells(axis, 100 * matrix, norm)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(row_label)
+    bar = figure.colorbar(mesh, ax=list(axes.flatten()), pad=0.02, fraction=0.05)
+    bar.set_label("% of choices")
+    bar.ax.axhline(fair, color="black", linewidth=1.2)
+    figure.suptitle(f"{title}; the fair share is {fair:.3g}% (white)", fontsize=12)
+    return save_figure(figure, path)
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -184,7 +219,7 @@ def _write_cells(axis: Any, percent: np.ndarray, norm: Any) -> None:
             f"{value:.0f}",
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=9,
             color="w" if dark else "k",
         )
 
@@ -196,19 +231,20 @@ def _series(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[float
     return list(values), list(values.values())
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure that draws to memory, whatever backend the environment names."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "vlmoe[train]"') from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure as PNG, atomically."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white")
     return Path(path)

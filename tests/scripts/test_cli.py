@@ -16,6 +16,7 @@ from vlmoe_cli.options import (
     DataOptions,
     EvaluateOptions,
     GenerateOptions,
+    InspectOptions,
     ModelOptions,
     OptionParser,
     PushOptions,
@@ -30,6 +31,7 @@ OPTIONS = {
     "train": (ModelOptions, DataOptions),
     "evaluate": (EvaluateOptions, RuntimeOptions),
     "generate": (GenerateOptions, RuntimeOptions),
+    "inspect": (InspectOptions, RuntimeOptions),
     "card": (CardOptions,),
     "push": (PushOptions,),
 }
@@ -81,6 +83,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["evaluate", "--model", "x", "--batch_size", "many"], "invalid int value: 'many'"),
         (["generate", "--model", "x"], "The question is missing"),
         (["generate", "question"], "--model is missing"),
+        (["inspect", "--dataset", "easy_vqa"], "vlmoe inspect: error: --model is missing"),
         (["push", "--repo_id", "user/name"], "The folder is missing"),
         (["push", "outputs"], "vlmoe push: error: --repo_id is missing"),
         (["push", "nowhere", "--repo_id", "user/name"], "There is no model folder nowhere"),

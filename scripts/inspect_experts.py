@@ -1,0 +1,237 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Show where a saved model sends its tokens, as one HTML page with pictures.
+
+    vlmoe inspect --model outputs/tiny --dataset easy_vqa --output_dir outputs/inspect
+
+The page holds the experts' load, questions token by token, images under their experts' colours,
+experts by type of question, and with --before what training changed. `inspection.json` keeps the
+numbers.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command_line import run_command
+from .generate import conversation
+from .options import InspectOptions, RuntimeOptions, command_options, require
+
+if TYPE_CHECKING:
+    from vlmoe.training.inspection_report import Inspection
+    from vlmoe.training.inspection_tokens import TracedPrompt
+
+PAGE_FILE, NUMBERS_FILE = "inspection.html", "inspection.json"
+PROMPTS_SHOWN = 3
+
+EPILOG = """\
+examples:
+  vlmoe inspect --model outputs/tiny --dataset easy_vqa --split test --max_rows 200
+  vlmoe inspect --model outputs/tiny --image picture.png "what shape is in the image?"
+  vlmoe inspect --model outputs/tiny --dataset easy_vqa --before outputs/untrained"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe inspect`."""
+    parsed = command_options(
+        argv,
+        [InspectOptions, RuntimeOptions],
+        usage='vlmoe inspect --model MODEL [--dataset DATASET] [options] ["QUESTION"]',
+        description="Show which experts the tokens of a dataset, or of a question, are sent to.",
+        epilog=EPILOG,
+        argument=("question", "What to ask; without it, questions of the dataset are shown."),
+        argument_required=False,
+    )
+    if parsed is None:
+        return
+    options, runtime, rest = parsed
+    inspection = inspect_experts(rest.question, options, runtime)
+    from vlmoe.training.inspection import inspection_table
+
+    if inspection.routing is not None:
+        print(f"\n{inspection_table(inspection.routing, inspection.types)}")
+    print(f"\nWritten to {Path(options.output_dir) / PAGE_FILE}: open it in a browser.")
+
+
+def inspect_experts(
+    question: str | None, options: InspectOptions, runtime: RuntimeOptions
+) -> "Inspection":
+    """Load, run, draw, and write the page, its pictures and the numbers.
+
+    Raises:
+        ValueError: an option, the model, an image or the data are not usable.
+        FileNotFoundError: a file or folder does not exist.
+    """
+    source = require(options.model, "model", "inspect")
+    _check(question, options)
+    from vlmoe.training.inspection import dataset_routing, specialisation
+    from vlmoe.training.inspection_report import Inspection
+    from vlmoe.training.training_stages import dataset_name
+
+    from .loading import check_model_source, model_for_answers
+
+    if options.before:
+        check_model_source(options.before)
+    rows = _rows(options)
+    model, processor = model_for_answers(source, runtime)
+    if question:
+        prompts = [_asked(model, processor, question, options)]
+    else:
+        prompts = _from_rows(model, processor, rows, options)
+    routing = prompts[0].routing
+    inspection = Inspection(
+        model=_short(source),
+        layers=routing.layers,
+        num_experts=routing.num_experts,
+        top_k=routing.experts.shape[-1],
+        prompts=prompts,
+    )
+    if rows is not None:
+        name = dataset_name(options.dataset)[0]
+        inspection.dataset = f"{name}, {options.split}, {len(rows):,} rows"
+        inspection.routing = dataset_routing(model, processor, rows, options.batch_size)
+        inspection.types = specialisation(
+            inspection.routing.counts, inspection.routing.question_types
+        )
+    del model
+    if options.before:
+        inspection.before = _before(inspection, rows, options, runtime)
+    write(inspection, Path(options.output_dir))
+    return inspection
+
+
+def write(inspection: "Inspection", folder: Path) -> None:
+    """Draw the pictures, and write the page and the numbers."""
+    from vlmoe.training.atomic_files import write_json
+    from vlmoe.training.inspection_figures import plot_image_experts
+    from vlmoe.training.inspection_page import write_page
+    from vlmoe.training.inspection_report import draw_figures, numbers
+
+    for number, prompt in enumerate(inspection.prompts, start=1):
+        prompt.image_figures = [
+            plot_image_experts(
+                image,
+                inspection.layers,
+                inspection.num_experts,
+                folder / f"question_{number}_image_{position}.png",
+            )
+            for position, image in enumerate(prompt.images, start=1)
+        ]
+    draw_figures(inspection, folder)
+    write_json(folder / NUMBERS_FILE, numbers(inspection))
+    write_page(inspection, folder / PAGE_FILE)
+
+
+def _check(question: str | None, options: InspectOptions) -> None:
+    """Refuse options that do not go together, before anything is loaded."""
+    if not question and not options.dataset:
+        raise ValueError("Nothing to inspect: give --dataset, or a question (with --image).")
+    if options.image and not question:
+        raise ValueError("--image goes with a question: what to ask about the image is missing.")
+    if options.before and not options.dataset:
+        raise ValueError("--before compares the models on data: give --dataset.")
+    for path in options.image or []:
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(f"There is no image file {path}.")
+    for name in ("batch_size", "max_new_tokens", "max_rows"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
+    folder = Path(options.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; name a folder.")
+
+
+def _rows(options: InspectOptions) -> Any:
+    """The dataset's rows, or None without one."""
+    if not options.dataset:
+        return None
+    from vlmoe.training.data import load_rows
+
+    return load_rows(options.dataset, options.split, limit=options.max_rows)
+
+
+def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -> "TracedPrompt":
+    """The user's question about the user's images."""
+    from vlmoe.training.images import open_image
+    from vlmoe.training.inspection_tokens import trace_prompt
+
+    images = [open_image(Path(path).expanduser(), path) for path in options.image or []]
+    inputs = processor.apply_chat_template(
+        conversation(question, images, None),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    return trace_prompt(model, processor, inputs, images, question, options.max_new_tokens)
+
+
+def _from_rows(
+    model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], options: InspectOptions
+) -> list["TracedPrompt"]:
+    """Some questions of a dataset; see `_chosen_questions`."""
+    from vlmoe.training.collator import VLMoEPromptCollator
+    from vlmoe.training.conversations import parse_row
+    from vlmoe.training.images import open_image
+    from vlmoe.training.inspection_tokens import trace_prompt
+
+    collator = VLMoEPromptCollator(processor, share_images=False)
+    prompts = []
+    for row in _chosen_questions(rows):
+        parsed, batch = parse_row(row, 0), collator([row])
+        asked = [turn.text() for turn in parsed.conversations[0] if turn.role == "user"][-1]
+        prompt = trace_prompt(
+            model,
+            processor,
+            batch.inputs,
+            [open_image(image, parsed.name) for image in parsed.images],
+            asked,
+            options.max_new_tokens,
+            question_type=batch.question_types[0],
+            reference=batch.references[0],
+        )
+        prompts.append(prompt)
+    return prompts
+
+
+def _chosen_questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first questions, each of another row and, where the data have types, of another type."""
+    from vlmoe.training.conversation_rows import ConversationRows
+    from vlmoe.training.conversations import parse_row
+
+    chosen: list[dict[str, Any]] = []
+    types: set[str] = set()
+    for position, row in enumerate(rows):
+        for number, kind in enumerate(parse_row(row, position).question_types):
+            if not kind or kind not in types:
+                types.add(kind)
+                chosen.append(ConversationRows([row])[number])
+                break
+        if len(chosen) == PROMPTS_SHOWN:
+            break
+    return chosen
+
+
+def _before(
+    inspection: "Inspection", rows: Any, options: InspectOptions, runtime: RuntimeOptions
+) -> Any:
+    """The older model on the same rows."""
+    from vlmoe.training.inspection import change, dataset_routing
+    from vlmoe.training.inspection_report import BeforeTraining
+
+    from .loading import model_for_answers
+
+    model, processor = model_for_answers(options.before or "", runtime)
+    old = dataset_routing(model, processor, rows, options.batch_size)
+    assert inspection.routing is not None
+    return BeforeTraining(_short(options.before or ""), old, change(old, inspection.routing))
+
+
+def _short(source: str) -> str:
+    """A model's name for a page that may be passed on: of a path its last two parts."""
+    path = Path(source).expanduser()
+    return "/".join(path.parts[-2:]) if path.is_absolute() else source
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe inspect", main))
