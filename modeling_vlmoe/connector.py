@@ -4,6 +4,7 @@
 Shapes: tiles, patches (of one tile), channels (of the tower), hidden (of the decoder).
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -15,12 +16,20 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
+from .model_outputs import VLMoEImageFeatures
+from .vision_experts import SPARSE_TOWERS, VLMoEConnectorExperts, VLMoEVisionSparseMoeBlock
 
 logger = logging.get_logger(__name__)
 
 
 def make_vision_tower(config: VLMoEConfig) -> PreTrainedModel:
-    """The tower, with its own default experts: what is chosen for the decoder's may not fit it."""
+    """The tower; with experts of ours where the config says so.
+
+    Experts of its own keep their default implementation: what is chosen for ours may not fit them.
+    """
+    if config.vision_num_experts:
+        tower = SPARSE_TOWERS[config.vision_config.model_type]
+        return tower._from_config(config.vision_config, whole=config)
     return AutoModel.from_config(config.vision_config, experts_implementation=None)
 
 
@@ -43,6 +52,38 @@ def vision_features(
     if config.vision_feature_select_strategy == "default":
         features = [feature[:, 1:] for feature in features]
     return torch.cat(features, dim=-1), outputs
+
+
+def encode_tiles(
+    tower: Any, connector: nn.Module, tiles: torch.Tensor, config: VLMoEConfig, **kwargs: Any
+) -> VLMoEImageFeatures:
+    """(tiles, 3, height, width) -> (tiles, image tokens, hidden), as `pooler_output`.
+
+    With `output_router_logits` the routing of tower and connector comes along.
+    """
+    record = kwargs.pop("output_router_logits", False)
+    if record and config.vision_num_experts:
+        kwargs |= {"output_router_logits": True, "output_chosen_experts": True}
+    features, outputs = vision_features(tower, tiles.to(tower.dtype), config, **kwargs)
+    projected, *routing = _as_tuple(connector(features))
+    if record and (config.vision_num_experts or config.projector_num_experts):
+        logits, chosen = outputs.get("router_logits", ()), outputs.get("chosen_experts", ())
+        if routing:
+            logits, chosen = (*logits, routing[0]), (*chosen, routing[1])
+    else:
+        logits = chosen = None
+    return VLMoEImageFeatures(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=projected,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        router_logits=logits,
+        chosen_experts=chosen,
+    )
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
 def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:
@@ -80,6 +121,9 @@ def unused_vision_parameters(config: VLMoEConfig) -> list[str]:
         ValueError: the tower cannot be run on pixel values alone.
     """
     vision = config.vision_config
+    if config.vision_num_experts:  # the one implementation that has no step on real values only
+        config = copy.deepcopy(config)
+        config.vision_config._experts_implementation = "batched_mm"
     with torch.device("meta"), torch.enable_grad(), _MetaValuesAreTrue():
         tower = make_vision_tower(config)
         try:
@@ -127,7 +171,11 @@ def pixel_shuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 class VLMoEConnector(nn.Module):
-    """Optional pixel shuffle and LayerNorm, then one linear (SmolVLM) or two (LLaVA, InternVL)."""
+    """Optional pixel shuffle and LayerNorm, then one linear (SmolVLM) or two (LLaVA, InternVL).
+
+    With `projector_num_experts` a router and experts of two linears each take the place of the two
+    (CuMo).
+    """
 
     def __init__(self, config: VLMoEConfig):
         super().__init__()
@@ -139,15 +187,34 @@ class VLMoEConnector(nn.Module):
             * self.pixel_shuffle_factor**2
         )
         self.layer_norm = nn.LayerNorm(width) if config.projector_layer_norm else nn.Identity()
+        self.mlp = self.linear_2 = None
+        if config.projector_num_experts:
+            experts = VLMoEConnectorExperts(
+                config,
+                config.projector_num_experts,
+                (width, hidden, hidden),
+                config.projector_hidden_act,
+            )
+            self.mlp = VLMoEVisionSparseMoeBlock(
+                experts,
+                config.projector_num_experts_per_tok,
+                config.text_config.router_bias_update_rate,
+            )
+            return
         self.linear_1 = nn.Linear(width, hidden, bias=bias)
-        self.linear_2 = None
         if config.projector_num_layers == 2:
             self.act = ACT2FN[config.projector_hidden_act]
             self.linear_2 = nn.Linear(hidden, hidden, bias=bias)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(tiles, patches, channels) -> (tiles, image tokens, hidden)."""
+    def forward(self, features: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(tiles, patches, channels) -> (tiles, image tokens, hidden).
+
+        With experts also router logits (tiles, image tokens, experts) and the chosen experts.
+        """
         if self.pixel_shuffle_factor > 1:
             features = pixel_shuffle(features, self.pixel_shuffle_factor)
-        features = self.linear_1(self.layer_norm(features))
+        features = self.layer_norm(features)
+        if self.mlp is not None:
+            return self.mlp(features)
+        features = self.linear_1(features)
         return features if self.linear_2 is None else self.linear_2(self.act(features))

@@ -9,13 +9,14 @@
 - The tower is any vision encoder of `AutoModel` (connector.py selects its features), the decoder is
   modeling_vlmoe_text.py, its experts are in sparse_moe.py and router.py, their losses in
   router_losses.py.
+- Tower and connector may have experts, too: vision_experts.py, and tile_routing.py for what
+  follows from them in training.
 - Experts dispatch through `@use_experts_implementation` (transformers looks for these words in this
   file).
 
 Shapes: batch, length, hidden, experts; tiles = images, or crops that the tower sees one by one.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,6 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
-    ModelOutput,
-    MoeModelOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -37,53 +36,22 @@ from .active_parameters import active_parameters
 from .connector import (
     VLMoEConnector,
     blank_image,
+    encode_tiles,
     make_vision_tower,
     unused_vision_modules,
     unused_vision_parameters,
-    vision_features,
+)
+from .model_outputs import (
+    VLMoECausalLMOutputWithPast,
+    VLMoEImageFeatures,
+    VLMoEModelOutputWithPast,
 )
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
-from .router_losses import RouterLosses, router_losses
+from .router_losses import RouterLosses, router_losses, sum_of_losses
+from .tile_routing import shown_tiles, take_vision_notes, vision_router_losses
+from .vision_experts import sparse_vision_blocks
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class VLMoEModelOutputWithPast(MoeModelOutputWithPast):
-    """Output of `VLMoEModel`; `image_hidden_states` is (image tokens of the batch, hidden)."""
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class VLMoECausalLMOutputWithPast(ModelOutput):
-    """Output of `VLMoEForConditionalGeneration`.
-
-    Attributes:
-        loss: cross-entropy plus the router losses times their coefficients, a scalar; only with
-            `labels`.
-        aux_loss, z_loss: load balancing loss and router z-loss before their coefficients, scalars;
-            only with `labels` and a coefficient.
-        entropy_loss: the entropy terms of the modalities, with their coefficients, a scalar; only
-            with `labels` and a coefficient.
-        logits: (batch, length, vocab).
-        past_key_values: the cache, if one is in use.
-        hidden_states: (batch, length, hidden) for the embeddings and each layer, if asked for.
-        attentions: (batch, heads, length, length) for each layer, if asked for.
-        router_logits: (batch * length, experts), fp32, for each sparse layer, if asked for.
-        image_hidden_states: (image tokens of the batch, hidden).
-    """
-
-    loss: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    z_loss: torch.Tensor | None = None
-    entropy_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
 
 
 def _select_real(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -123,7 +91,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> VLMoEImageFeatures:
         """Encode images and project them to image tokens.
 
         Args:
@@ -134,10 +102,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             image_index: (batch, tiles of a row): which tiles of flat `pixel_values` each row shows,
                 in order; -1 is padding. Rows that show the same image share one encoding of it.
 
-        Returns:
-            `pooler_output`: (tiles shown, image tokens, hidden), in row order. One tensor, as
-                a list would tie an exported graph to a number of tiles.
-            `last_hidden_state`, `hidden_states`, `attentions`: those of the tower, of real tiles.
+        See `VLMoEImageFeatures` for what is returned.
         """
         tiles = (
             pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
@@ -145,22 +110,16 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if pixel_attention_mask is not None:
             tiles = _select_real(tiles, pixel_attention_mask.flatten(0, 1).flatten(1).any(-1))
         if tiles.shape[0] == 0:  # rows without images, cut from a batch with images
-            return BaseModelOutputWithPooling(
+            return VLMoEImageFeatures(
                 pooler_output=tiles.new_empty(0, 0, self.config.text_config.hidden_size)
             )
-        features, outputs = vision_features(
-            self.vision_tower, tiles.to(self.vision_tower.dtype), self.config, **kwargs
+        encoded = encode_tiles(
+            self.vision_tower, self.multi_modal_projector, tiles, self.config, **kwargs
         )
-        features = self.multi_modal_projector(features)  # (tiles, image tokens, hidden)
         if image_index is not None:
             shown = image_index.flatten()
-            features = features[_select_real(shown, shown >= 0)]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=features,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+            encoded.pooler_output = encoded.pooler_output[_select_real(shown, shown >= 0)]
+        return encoded
 
     def get_placeholder_mask(
         self,
@@ -244,33 +203,33 @@ class VLMoEModel(VLMoEPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        learning = self.training and torch.is_grad_enabled()
         encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image']")
         if pixel_values is not None:
-            if encoded is not None:
-                raise ValueError(
-                    "You cannot specify both pixel_values and mm_encoder_outputs['image']"
-                )
+            images = pixel_values, pixel_attention_mask, image_index
+            record = learning or kwargs.get("output_router_logits", False)
             encoded = self.get_image_features(
-                pixel_values, pixel_attention_mask, image_index, return_dict=True
+                *images, output_router_logits=record, return_dict=True
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mm_token_type_ids = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
 
-        image_features = None
+        image_features = image_tokens = None
         if encoded is not None:
-            image_features = encoded.pooler_output.flatten(0, 1).to(
-                inputs_embeds.device, inputs_embeds.dtype
-            )
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        learning = self.training and torch.is_grad_enabled()
+            image_features = encoded.pooler_output.flatten(0, 1).to(inputs_embeds)
+            image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(image_tokens, image_features)
         if learning and not router_losses_follow:
             self._warn_of_missing_router_losses()
         if learning and (image_features is None or not len(image_features)):
-            inputs_embeds = inputs_embeds + self._dummy_image_term().to(
-                inputs_embeds.device, inputs_embeds.dtype
-            )
+            encoded, image_index = self._encode_blank_image(), None
+            inputs_embeds = inputs_embeds + (encoded.pooler_output.mean() * 0.0).to(inputs_embeds)
+        vision_router_logits, shown = self._vision_routing(
+            encoded, image_index, image_tokens, inputs_embeds.shape[0]
+        )
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -280,7 +239,32 @@ class VLMoEModel(VLMoEPreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
-        return VLMoEModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        return VLMoEModelOutputWithPast(
+            **outputs,
+            image_hidden_states=image_features,
+            vision_router_logits=vision_router_logits,
+            shown_tiles=shown,
+        )
+
+    def _vision_routing(
+        self,
+        encoded: VLMoEImageFeatures | None,
+        image_index: torch.Tensor | None,
+        image_tokens: torch.Tensor | None,
+        batch: int,
+    ) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]:
+        """Router logits of tower and connector, if recorded, and `shown_tiles`; takes notes."""
+        router_logits = getattr(encoded, "router_logits", None)
+        if encoded is None or router_logits is None or encoded.chosen_experts is None:
+            return None, None
+        if image_tokens is None:
+            image_tokens = router_logits[0].new_zeros(batch, 1, 1, dtype=torch.bool)
+        tiles, tokens_per_tile = router_logits[0].shape[0], encoded.pooler_output.shape[1]
+        shown = shown_tiles(tiles, tokens_per_tile, image_tokens[..., 0], image_index)
+        if self.training and torch.is_grad_enabled():
+            blocks = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
+            take_vision_notes(blocks, router_logits, encoded.chosen_experts, shown)
+        return router_logits, shown
 
     def _warn_of_missing_router_losses(self) -> None:
         """Say once that a foreign loss has no router losses; nothing is said while compiling."""
@@ -298,14 +282,14 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 "z-loss. Use vlmoe.training.trl_trainers, or set their coefficients to 0."
             )
 
-    def _dummy_image_term(self) -> torch.Tensor:
-        """Zero, by way of the tower and the connector: without images a rank does the same work.
+    def _encode_blank_image(self) -> VLMoEImageFeatures:
+        """An image that no row shows: without images a rank does the same work.
 
-        Each vision parameter gets a zero gradient, so that DistributedDataParallel and FSDP do not
-        wait for it.
+        The decoder's input takes its features times zero, so that each vision parameter gets a zero
+        gradient, and DistributedDataParallel and FSDP do not wait for it.
         """
         image = blank_image(self.config, self.vision_tower)
-        return self.get_image_features(image, return_dict=True).pooler_output.mean() * 0.0
+        return self.get_image_features(image, output_router_logits=True, return_dict=True)
 
 
 class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
@@ -389,7 +373,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
                 logits,
                 labels,
                 attention_mask,
-                outputs.router_logits if with_router_losses else None,
+                outputs if with_router_losses else None,
                 self.model.token_types(input_ids, inputs_embeds, mm_token_type_ids),
                 num_items_in_batch,
                 **kwargs,
@@ -405,6 +389,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
             image_hidden_states=outputs.image_hidden_states,
+            vision_router_logits=outputs.vision_router_logits if output_router_logits else None,
         )
 
     def _losses(
@@ -412,7 +397,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         logits: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        router_logits: tuple[torch.Tensor, ...] | None,
+        routed: VLMoEModelOutputWithPast | None,
         mm_token_type_ids: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         **kwargs: Unpack[TransformersKwargs],
@@ -429,13 +414,20 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items,
             **kwargs,
         )
-        if not router_logits:
+        if routed is None or not (routed.router_logits or routed.vision_router_logits):
             return loss, RouterLosses()
         token_mask = torch.ones_like(labels, dtype=torch.bool)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -labels.shape[1] :].bool()
         row_weights = labels_per_row.to(num_items.device) / num_items
-        losses = self.router_losses(router_logits, token_mask, row_weights, mm_token_type_ids)
+        losses = self.router_losses(
+            routed.router_logits,
+            token_mask,
+            row_weights,
+            mm_token_type_ids=mm_token_type_ids,
+            vision_router_logits=routed.vision_router_logits,
+            shown_tiles=routed.shown_tiles,
+        )
         return loss + losses.total.to(loss.device), losses
 
     def router_losses(
@@ -444,17 +436,22 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         token_mask: torch.Tensor,
         row_weights: torch.Tensor,
         mm_token_type_ids: torch.Tensor | None = None,
+        vision_router_logits: tuple[torch.Tensor, ...] | None = None,
+        shown_tiles: torch.Tensor | None = None,
     ) -> RouterLosses:
-        """The router losses that the config asks for; see router_losses.py for the arguments."""
-        training = self.training and torch.is_grad_enabled()
-        return router_losses(
-            self.config.text_config,
-            router_logits,
-            token_mask,
-            row_weights,
-            mm_token_type_ids,
-            training,
-        )
+        """The router losses that the config asks for: those of decoder, tower and connector, added.
+
+        For the arguments see router_losses.py, and tile_routing.py for the last two.
+        """
+        config, training = self.config, self.training and torch.is_grad_enabled()
+        places = []
+        if router_logits:
+            args = router_logits, token_mask, row_weights, mm_token_type_ids, training
+            places.append(router_losses(config.text_config, *args))
+        if vision_router_logits and shown_tiles is not None:
+            vision = config, vision_router_logits, shown_tiles, row_weights, training
+            places += vision_router_losses(*vision)
+        return sum_of_losses(places)
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Continuous batching as in transformers, which hands on token ids and no images.

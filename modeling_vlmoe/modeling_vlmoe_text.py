@@ -47,6 +47,7 @@ from .quantization import (
 )
 from .router import VLMoERouter
 from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock, sparse_layers
+from .vision_experts import VLMoEBiasedExperts, init_biased_experts
 
 logger = logging.get_logger(__name__)
 
@@ -267,6 +268,8 @@ class VLMoEPreTrainedModel(PreTrainedModel):
                     init.zeros_(bias)
             if module.allowed_experts is not None:  # not saved
                 init.copy_(module.allowed_experts, module.modality_mask())
+        elif isinstance(module, VLMoEBiasedExperts):
+            init_biased_experts(module)
 
 
 def _damaged_file(source: Any, error: Exception) -> str:

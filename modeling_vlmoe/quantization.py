@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TorchAoConfig
 
 from .sparse_moe import VLMoEExperts
+from .vision_experts import VLMoEBiasedExperts
 
-EXPERT_PARAMETERS = r"re:(.*\.)?experts\.(gate_up_proj|down_proj)"
+EXPERT_PARAMETERS = r"re:(.*\.)?experts\.(gate_up_proj|up_proj|down_proj)"
 LINEAR_LAYERS_ONLY = ("bitsandbytes", "quanto", "hqq", "eetq")
 REMEDY = (
     "Load with `quantization_config=TorchAoConfig(FqnToConfig({"
@@ -87,9 +88,11 @@ def check_experts_implementation(model: nn.Module, implementation: str | dict | 
 
 
 def _expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and weights, without biases: of decoder, vision tower and connector."""
     return [
         (f"{name}.{parameter_name}", parameter)
         for name, module in model.named_modules()
-        if isinstance(module, VLMoEExperts)
+        if isinstance(module, (VLMoEExperts, VLMoEBiasedExperts))
         for parameter_name, parameter in module.named_parameters(recurse=False)
+        if not parameter_name.endswith("_bias")
     ]

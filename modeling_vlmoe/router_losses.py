@@ -60,6 +60,19 @@ class RouterLosses:
     entropy_loss: torch.Tensor | None = None
 
 
+def sum_of_losses(places: Sequence[RouterLosses]) -> RouterLosses:
+    """The losses of several places (decoder, tower, connector), added; a loss that is off is 0."""
+    if len(places) == 1:
+        return places[0]
+    device = places[0].total.device
+    sums = RouterLosses()
+    for name in vars(sums):
+        values = [getattr(each, name) for each in places if getattr(each, name) is not None]
+        if values:
+            setattr(sums, name, torch.stack([value.to(device) for value in values]).sum())
+    return sums
+
+
 def _stack(router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor) -> torch.Tensor:
     device = router_logits[0].device
     layers = torch.stack([logits.to(device).float() for logits in router_logits])
@@ -204,7 +217,7 @@ def global_entropy_loss(
 
 
 @dataclass
-class _Tokens:
+class Tokens:
     """The tokens that losses compare: one row each, or all in one row.
 
     mask, is_image: (rows, length); row_weights: (rows,); summed: over ranks, if they are one row.
@@ -219,7 +232,7 @@ class _Tokens:
         """(rows, length): True for real tokens of the modality."""
         return self.mask & (self.is_image if modality == "image" else ~self.is_image)
 
-    def in_scope(self, scope: str, training: bool) -> "_Tokens":
+    def in_scope(self, scope: str, training: bool) -> "Tokens":
         """The tokens that `router_aux_loss_scope` compares."""
         if scope == "sequence":
             return self
@@ -227,7 +240,7 @@ class _Tokens:
         if scope == "global" and training and torch.distributed.is_available():
             summed = _sum_over_ranks if torch.distributed.is_initialized() else None
         one_row = self.mask.reshape(1, -1), self.is_image.reshape(1, -1)
-        return _Tokens(*one_row, self.row_weights.sum()[None], summed)
+        return Tokens(*one_row, self.row_weights.sum()[None], summed)
 
 
 def router_losses(
@@ -252,7 +265,7 @@ def router_losses(
     is_image = torch.zeros_like(token_mask)
     if mm_token_type_ids is not None:
         is_image = mm_token_type_ids.to(device) == MODALITIES.index("image")
-    rows = _Tokens(token_mask, is_image, row_weights)
+    rows = Tokens(token_mask, is_image, row_weights)
     compared = rows.in_scope(config.router_aux_loss_scope, training)
     losses, total = RouterLosses(), row_weights.new_zeros((), dtype=torch.float32)
     if config.router_z_loss_coef != 0:
@@ -269,7 +282,7 @@ def router_losses(
 
 
 def _aux_loss(
-    config: VLMoETextConfig, router_logits: tuple[torch.Tensor, ...], tokens: _Tokens
+    config: VLMoETextConfig, router_logits: tuple[torch.Tensor, ...], tokens: Tokens
 ) -> torch.Tensor:
     banks = [(tokens.of(name), len(config.experts_of(name))) for name in MODALITIES]
     return load_balancing_loss(
@@ -288,8 +301,8 @@ def _aux_loss(
 def _entropy_loss(
     config: VLMoETextConfig,
     router_logits: tuple[torch.Tensor, ...],
-    rows: _Tokens,
-    compared: _Tokens,
+    rows: Tokens,
+    compared: Tokens,
 ) -> torch.Tensor:
     total = torch.zeros((), device=rows.mask.device)
     scoring_func = config.scoring_func

@@ -45,25 +45,26 @@ class VLMoERoutingNotes(nn.Module):
 
     @torch.no_grad()
     def take_notes(
-        self, router_logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor
+        self, router_logits: torch.Tensor, top_k_index: torch.Tensor, token_counts: torch.Tensor
     ) -> None:
         """Add one forward pass of training to `non_finite` and, with a bias, to `expert_load`.
 
-        The text model calls it outside of checkpointed layers, which run twice. Padding counts in
+        To be called outside of checkpointed layers, which run twice. Padding counts in
         `non_finite`, since 0 * NaN would reach the gradients, and not in `expert_load`.
 
         Args:
-            router_logits, top_k_index: what `forward` returned.
-            token_mask: (batch * length,): True for real tokens.
+            router_logits, top_k_index: (tokens, experts), (tokens, k): as `forward` returned them.
+            token_counts: (tokens,): 0 or False for padding; otherwise 1, True or, of a tile that
+                several rows show, how many times it is shown.
         """
         non_finite = router_logits.isfinite().all().logical_not()
         if self.non_finite is None or self.non_finite.device != non_finite.device:
             self.non_finite = torch.zeros_like(non_finite)
         self.non_finite.logical_or_(non_finite)
         if self.router_bias_update_rate:
-            chosen = torch.zeros_like(router_logits, dtype=torch.bool)  # (tokens, experts)
-            chosen = chosen.scatter(-1, top_k_index, True)
-            load = (chosen & token_mask.to(chosen.device)[:, None]).sum(0)  # (experts,)
+            chosen = torch.zeros_like(router_logits, dtype=torch.long)  # (tokens, experts)
+            chosen = chosen.scatter(-1, top_k_index, 1)
+            load = (chosen * token_counts.to(chosen.device)[:, None]).sum(0)  # (experts,)
             if self.expert_load is None or self.expert_load.device != load.device:
                 self.expert_load = torch.zeros_like(load)
             self.expert_load.add_(load)

@@ -21,7 +21,7 @@ from reader_without_vlmoe import ask, read, read_text_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 
 READER = Path(__file__).parent / "reader_without_vlmoe.py"
 QUESTION = "what color is the shape?"
@@ -117,9 +117,22 @@ def text_model(saved_model: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def with_vision_experts(saved_model: Path, folder: Path) -> Path:
+    """A model with experts in tower and connector, too."""
+    processor = VLMoEProcessor.from_pretrained(saved_model)
+    config = VLMoEConfig.from_pretrained(saved_model)
+    config.vision_num_experts, config.projector_num_experts = 5, 3
+    torch.manual_seed(0)
+    for part in (VLMoEForConditionalGeneration(config), processor):
+        part.save_pretrained(folder / "vision_experts")
+    return folder / "vision_experts"
+
+
+@pytest.fixture(scope="module")
 def second(
     without_vlmoe: Run,
     saved_model: Path,
+    with_vision_experts: Path,
     trained: Path,
     text_model: Path,
     folder: Path,
@@ -132,6 +145,10 @@ def second(
         "refused": ("refusals", {"folder": str(saved_model)}),
         "saved": ("read", {"folder": str(saved_model), "image": image, "text": TEXT}),
         "checkpoint": ("read", {"folder": checkpoint, "image": image, "text": TEXT}),
+        "vision experts": (
+            "read",
+            {"folder": str(with_vision_experts), "image": image, "text": TEXT},
+        ),
         "asked saved": ("ask", {"folder": str(saved_model), **question}),
         "asked checkpoint": ("ask", {"folder": checkpoint, **question}),
         "text": ("read_text_model", {"folder": str(text_model)}),
@@ -155,11 +172,20 @@ def test_without_trust_remote_code_nothing_is_loaded_or_run(second: dict[str, An
         assert "trust_remote_code=True" in text, (way, text)
 
 
-@pytest.mark.parametrize("source", ["saved", "checkpoint"])
+@pytest.mark.parametrize("source", ["saved", "checkpoint", "vision experts"])
 def test_a_folder_loads_with_its_code_and_gives_the_same_logits(
-    second: dict[str, Any], saved_model: Path, trained: Path, image: str, source: str
+    second: dict[str, Any],
+    saved_model: Path,
+    trained: Path,
+    with_vision_experts: Path,
+    image: str,
+    source: str,
 ) -> None:
-    folder = {"saved": saved_model, "checkpoint": trained / "checkpoint-2"}[source]
+    folder = {
+        "saved": saved_model,
+        "checkpoint": trained / "checkpoint-2",
+        "vision experts": with_vision_experts,
+    }[source]
     reference = read(str(folder), image, TEXT)
     assert all(module.startswith("vlmoe.") for module in reference["modules"])
     assert all(module.startswith("transformers_mod") for module in second[source]["modules"])

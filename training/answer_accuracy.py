@@ -19,6 +19,7 @@ import torch
 IGNORED_OUTPUTS = [
     *("aux_loss", "z_loss", "entropy_loss"),
     *("past_key_values", "router_logits", "image_hidden_states"),
+    "vision_router_logits",
 ]
 """Outputs that `Trainer` must not gather: only the logits are needed."""
 

@@ -8,15 +8,21 @@ end of the backbone's forward, so that what checkpointing computes again in the 
 re-entrant or not, counts once. The counters belong to no module: DistributedDataParallel would
 overwrite buffers with those of rank 0.
 
+Experts of the vision tower and of the connector are counted, too: the tiles of images that rows
+show, each once for each time it is encoded, also where `generate` encodes them before the
+backbone's forward. What checkpointing computes again has a gradient; there nothing counts that has.
+
 Under torch.compile the hooks that are there when the model is first traced become part of its one
 graph; hooks placed on a model that is compiled already are not called, as with any hook.
 
 Shapes: L sparse layers, E experts, k experts per token, T tokens (batch * length).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +30,11 @@ from torch import nn
 
 BACKBONE_CLASS, ROUTER_CLASS = "VLMoEModel", "VLMoERouter"  # by name: also those of Hub code
 MODALITIES = ("image", "text")
+PLACES = {  # where the name of a router has the index of its layer
+    "decoder": re.compile(r"\blanguage_model\.layers\.(\d+)\."),
+    "tower": re.compile(r"\bvision_tower\..*\blayers\.(\d+)\."),
+    "connector": re.compile(r"\bmulti_modal_projector\.()"),
+}
 DEAD_BELOW = 0.1  # of a fair share
 
 
@@ -36,11 +47,12 @@ class ExpertLoad:
     that saw no token of a modality the shares are 0 and what follows from them is None.
 
     Attributes:
-        layers: the decoder's index of each sparse layer.
+        layers: the index of each sparse layer, of the decoder or of the tower; 0 for the connector.
         top_k: experts per token.
         assignments: (L, 2, E) long: how often image and text tokens were sent to each expert.
         entropy_sums: (L, 2): entropies of the routing distributions, in nats, summed over tokens.
         allowed: (2, E) bool: which experts image and text tokens may use.
+        vision: the same of `"tower"` and `"connector"`, for those with experts; no tokens of text.
     """
 
     layers: tuple[int, ...]
@@ -48,6 +60,7 @@ class ExpertLoad:
     assignments: torch.Tensor
     entropy_sums: torch.Tensor
     allowed: torch.Tensor
+    vision: dict[str, "ExpertLoad"] = field(default_factory=dict)
 
     @property
     def image_counts(self) -> torch.Tensor:
@@ -68,6 +81,8 @@ class ExpertLoad:
         """Start again from zero."""
         self.assignments.zero_()
         self.entropy_sums.zero_()
+        for load in self.vision.values():
+            load.reset()
 
     def summed_over_ranks(self) -> "ExpertLoad":
         """The counters of all processes together, the same on each; all of them must call this."""
@@ -77,7 +92,9 @@ class ExpertLoad:
         assignments, entropy_sums = self.assignments.clone(), self.entropy_sums.clone()
         distributed.all_reduce(assignments)
         distributed.all_reduce(entropy_sums)
-        return ExpertLoad(self.layers, self.top_k, assignments, entropy_sums, self.allowed)
+        vision = {place: load.summed_over_ranks() for place, load in self.vision.items()}
+        counted = assignments, entropy_sums
+        return ExpertLoad(self.layers, self.top_k, *counted, self.allowed, vision)
 
     def as_dict(self) -> dict[str, Any]:
         """Figures for a JSON file.
@@ -96,6 +113,8 @@ class ExpertLoad:
         Shares are `(L, E)`. `overlap` is the part of the load that image and text tokens have in
         common, the sum over experts of the smaller share: 1 if they use the experts alike, 0 if
         they share none.
+
+        `vision` holds the same figures of `tower` and `connector`, for those with experts.
         """
         by_modality = self.assignments.double().cpu()
         counts = torch.cat([by_modality, by_modality.sum(1, keepdim=True)], 1)  # (L, 3, E)
@@ -112,6 +131,7 @@ class ExpertLoad:
         }
         overlap = torch.minimum(shares[:, 0], shares[:, 1]).sum(-1)
         kinds = (*MODALITIES, "all")
+        vision = {place: load.as_dict() for place, load in self.vision.items()}
         return {
             "layers": list(self.layers),
             "fair_share": 1 / experts,
@@ -124,6 +144,7 @@ class ExpertLoad:
                 for name, of in figures.items()
             },
             "overlap": _known(overlap, tokens[:, :2].amin(-1)),
+            **({"vision": vision} if vision else {}),
         }
 
     def _fair_shares(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -159,7 +180,7 @@ def record_expert_load(model: nn.Module, training_only: bool = False) -> Iterato
         An `ExpertLoad` that grows with each forward.
 
     Raises:
-        ValueError: the model has no sparse layer.
+        ValueError: the decoder has no sparse layer.
 
     Example:
         >>> with record_expert_load(model) as load:
@@ -174,12 +195,18 @@ def record_expert_load(model: nn.Module, training_only: bool = False) -> Iterato
         recorder.remove()
 
 
-def sparse_routers(model: nn.Module) -> dict[int, nn.Module]:
-    """The router of each sparse layer of the decoder, by the layer's index."""
+def sparse_routers(model: nn.Module, place: str = "decoder") -> dict[int, nn.Module]:
+    """The router of each sparse layer by the layer's index.
+
+    Args:
+        model: as in `record_expert_load`.
+        place: `"decoder"`, `"tower"` or `"connector"`, whose only layer is 0.
+    """
+    path = PLACES[place]
     return {
-        int(name.split(".layers.")[1].split(".")[0]): module
+        int(match[1] or 0): module
         for name, module in model.named_modules()
-        if type(module).__name__ == ROUTER_CLASS
+        if type(module).__name__ == ROUTER_CLASS and (match := path.search(name))
     }
 
 
@@ -187,28 +214,24 @@ def backbone_and_routers(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Modu
     """The module whose forward is that of tower, connector and decoder, and `sparse_routers`.
 
     Raises:
-        ValueError: the model has no sparse layer.
+        ValueError: the decoder has no sparse layer.
     """
     backbone = next((m for m in model.modules() if type(m).__name__ == BACKBONE_CLASS), None)
     routers = sparse_routers(model)
     if backbone is None or not routers:
         raise ValueError(
-            f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS}: "
-            "it has no experts."
+            f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS} in its decoder: "
+            "it has no experts there."
         )
     return backbone, routers
 
 
-class _LoadRecorder:
-    """Hooks on the backbone, which tell what each position holds and count when all layers have
-    run, and on the routers, which hand over their choices.
+class _PlaceRecorder:
+    """The routers of one place: what they chose in the forward so far, and the counters."""
 
-    The backbone, since PEFT calls its base model's `forward` past all hooks.
-    """
-
-    def __init__(self, model: nn.Module, training_only: bool):
-        backbone, routers = backbone_and_routers(model)
+    def __init__(self, routers: dict[int, nn.Module]):
         router: Any = next(iter(routers.values()))
+        self.routers = routers
         device, bins = router.weight.device, len(MODALITIES) + 1  # one for padding, never read
         sums_dtype = torch.float32 if device.type == "mps" else torch.float64
         self._counts = torch.zeros(
@@ -223,14 +246,66 @@ class _LoadRecorder:
             entropy_sums=self._sums[:, :-1],
             allowed=_allowed_experts(router),
         )
-        self._training_only = training_only
         self._is_softmax = router.scoring_func == "softmax"
-        self._kinds: torch.Tensor | None = None  # (T,): 0 image, 1 text, 2 padding; in a forward
-        self._chosen: list[torch.Tensor] = []  # of each layer so far, (T, k)
+        self.chosen: list[torch.Tensor] = []  # of each layer so far, (T, k)
         self._entropies: list[torch.Tensor] = []  # of each layer so far, (T,)
+
+    def forget(self) -> None:
+        """Nothing was chosen yet."""
+        self.chosen, self._entropies = [], []
+
+    @torch.no_grad()  # else recomputing, which skips this, would save fewer tensors
+    def note(self, output: tuple) -> None:
+        """Keep what a router returned."""
+        logits, _, chosen = output  # (T, E), (T, k), (T, k)
+        if self._is_softmax:  # over few experts several times faster than `softmax`
+            scores = (logits - logits.amax(-1, keepdim=True)).exp()
+        else:
+            scores = logits.sigmoid()
+        probabilities = scores / scores.sum(-1, keepdim=True)
+        self._entropies.append(torch.special.entr(probabilities).sum(-1))
+        self.chosen.append(chosen)
+
+    @torch.no_grad()
+    def count(self, kinds: torch.Tensor) -> None:
+        """Count what was kept; `kinds` (T,) is 0 for image tokens, 1 for text, 2 for padding."""
+        device = self._counts.device
+        bins = self._first_bins + kinds.to(device)  # (L, T)
+        chosen = torch.stack([of_layer.to(device) for of_layer in self.chosen])  # (L, T, k)
+        entropies = torch.stack([of_layer.to(device) for of_layer in self._entropies])  # (L, T)
+        self.forget()
+        cells = (chosen + bins[..., None] * self._counts.shape[-1]).flatten()
+        self._counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+        self._sums.view(-1).scatter_add_(
+            0, bins.flatten(), entropies.to(self._sums.dtype).flatten()
+        )
+
+
+class _LoadRecorder:
+    """Hooks on the backbone, which tell what each position holds and count when all layers have
+    run, and on the routers, which hand over their choices.
+
+    The backbone, since PEFT calls its base model's `forward` past all hooks.
+    """
+
+    def __init__(self, model: nn.Module, training_only: bool):
+        backbone, _ = backbone_and_routers(model)
+        routers = {place: sparse_routers(model, place) for place in PLACES}
+        self._places = {place: _PlaceRecorder(of) for place, of in routers.items() if of}
+        self.load = self._places["decoder"].load
+        self.load.vision = {
+            name: place.load for name, place in self._places.items() if name != "decoder"
+        }
+        self._training_only = training_only
+        self._kinds: torch.Tensor | None = None  # (T,): 0 image, 1 text, 2 padding; in a forward
+        self._in_forward = False
         self._handles = [
             backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            *(module.register_forward_hook(self._after_router) for module in routers.values()),
+            *(
+                router.register_forward_hook(partial(self._after_router, name))
+                for name, place in self._places.items()
+                for router in place.routers.values()
+            ),
             backbone.register_forward_hook(self._after_forward),
         ]
 
@@ -239,39 +314,33 @@ class _LoadRecorder:
             handle.remove()
 
     def _before_forward(self, backbone: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._chosen, self._entropies, self._kinds = [], [], None
+        self._kinds, self._in_forward = None, True
+        for place in self._places.values():
+            place.forget()
         if self._training_only and not (backbone.training and torch.is_grad_enabled()):
             return
         inputs = {"input_ids": args[0]} | kwargs if args else kwargs
         self._kinds = token_kinds(inputs, backbone.config.image_token_id).flatten()
 
-    @torch.no_grad()  # else recomputing, which skips this, would save fewer tensors
-    def _after_router(self, router: nn.Module, args: tuple, output: tuple) -> None:
-        if self._kinds is None:
-            return
-        logits, _, chosen = output  # (T, E), (T, k), (T, k)
-        if self._is_softmax:  # over few experts several times faster than `softmax`
-            scores = (logits - logits.amax(-1, keepdim=True)).exp()
-        else:
-            scores = logits.sigmoid()
-        probabilities = scores / scores.sum(-1, keepdim=True)
-        self._entropies.append(torch.special.entr(probabilities).sum(-1))
-        self._chosen.append(chosen)
+    def _after_router(self, name: str, router: nn.Module, args: tuple, output: tuple) -> None:
+        place = self._places[name]
+        if self._in_forward:
+            if self._kinds is not None:
+                place.note(output)
+        elif not (self._training_only or torch.is_grad_enabled() or name == "decoder"):
+            place.note(output)  # images encoded before the forward
+            if len(place.chosen) == len(place.routers):
+                place.count(torch.zeros(len(place.chosen[0]), dtype=torch.long))
 
-    @torch.no_grad()
     def _after_forward(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        if self._kinds is None:
+        kinds, self._kinds, self._in_forward = self._kinds, None, False
+        if kinds is None:
             return
-        device = self._counts.device
-        bins = self._first_bins + self._kinds.to(device)  # (L, T)
-        chosen = torch.stack([of_layer.to(device) for of_layer in self._chosen])  # (L, T, k)
-        entropies = torch.stack([of_layer.to(device) for of_layer in self._entropies])  # (L, T)
-        self._kinds, self._chosen, self._entropies = None, [], []
-        cells = (chosen + bins[..., None] * self._counts.shape[-1]).flatten()
-        self._counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
-        self._sums.view(-1).scatter_add_(
-            0, bins.flatten(), entropies.to(self._sums.dtype).flatten()
-        )
+        for name, place in self._places.items():
+            if name == "decoder":
+                place.count(kinds)
+            elif place.chosen:
+                place.count(_tile_kinds(len(place.chosen[0]), output))
 
 
 def _allowed_experts(router: Any) -> torch.Tensor:
@@ -301,6 +370,19 @@ def _text_tokens(inputs: dict[str, Any], tokens: torch.Tensor, image_token_id: i
     if types is not None and types.shape == tokens.shape:
         return types != 1
     return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _tile_kinds(tokens: int, output: Any) -> torch.Tensor:
+    """(tokens,): 2 for tokens of tiles that no row shows, 0 for others.
+
+    In evaluation there are no such tiles.
+    """
+    if output.shown_tiles is None:
+        return torch.zeros(tokens, dtype=torch.long)
+    (tile, row), tiles = output.shown_tiles, len(output.vision_router_logits[0])
+    kinds = torch.full((tiles,), 2, device=tile.device)
+    kinds = kinds.scatter_reduce(0, tile, torch.where(row >= 0, 0, 2), "amin")
+    return kinds.repeat_interleave(tokens // tiles)
 
 
 def _padding(inputs: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:

@@ -23,6 +23,8 @@ layer becomes a little easier to choose, one with more a little harder,
 - The bias is in the state dict, and a checkpoint is taken after the update: a resumed run goes on
   with the same numbers. PEFT saves it with an adapter only if `modules_to_save` names the router:
   train other adapters without the callback.
+- Experts of the vision tower and the connector have biases, too. Their load is that of the tiles,
+  each as often as rows show it.
 - The load balancing loss sees the scores without bias, as equation 18 of DeepSeek-V3 has it. To
   balance by the bias alone set `router_aux_loss_coef` to 0.
 """
@@ -50,12 +52,11 @@ def update_router_bias(model: nn.Module) -> None:
         ValueError: the model has no router bias.
     """
     layers = _layers_with_bias(model)
-    shape = (_bias(layers[0]).shape[0],)
-    load = over_ranks([layer.expert_load for layer in layers], model, shape)  # (layers, experts)
-    direction = (load.sum(-1, keepdim=True) - load * load.shape[-1]).sign()
-    for layer, each in zip(layers, direction, strict=True):
-        bias = _bias(layer)
-        bias.add_(each.to(bias), alpha=layer.router_bias_update_rate)
+    shapes = [tuple(_bias(layer).shape) for layer in layers]  # tower and decoder may differ
+    loads = over_ranks([layer.expert_load for layer in layers], model, shapes)
+    for layer, load in zip(layers, loads, strict=True):
+        bias, direction = _bias(layer), (load.sum() - load * len(load)).sign()  # (experts,) each
+        bias.add_(direction.to(bias), alpha=layer.router_bias_update_rate)
     forget_load(model)
 
 

@@ -30,7 +30,8 @@ class RouterTelemetry(TrainerCallback):
 
     With every logged training loss, what was recorded since the one before goes to
     - the loggers, as `router/layer_<index>/max_violation`, `dead_experts`, `router_entropy` (of all
-      tokens) and `overlap` (of image and text tokens)
+      tokens) and `overlap` (of image and text tokens); of experts in the vision tower and in the
+      connector as `router/vision_layer_<index>/...` and `router/connector/...`
     - `router_telemetry.json` in the output folder: a list with an entry per logged loss, with
       `step`, `epoch` and all that `ExpertLoad.as_dict` tells. Written atomically: with every saved
       checkpoint, at the end, and in between as often as costs no time; a resumed run goes on with
@@ -116,10 +117,17 @@ def read_telemetry(path: str | Path) -> list[dict[str, Any]]:
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:
     """What loggers get of `ExpertLoad.as_dict`: four numbers per layer, less the unknown."""
+    scalars = _scalars(figures, "layer_{}")
+    for place, of_place in figures.get("vision", {}).items():
+        scalars |= _scalars(of_place, "vision_layer_{}" if place == "tower" else place)
+    return scalars
+
+
+def _scalars(figures: dict[str, Any], layer_name: str) -> dict[str, float]:
     names = ("max_violation", "dead_experts", "router_entropy")
     columns = {name: figures[name]["all"] for name in names} | {"overlap": figures["overlap"]}
     return {
-        f"router/layer_{layer}/{name}": float(column[i])
+        f"router/{layer_name.format(layer)}/{name}": float(column[i])
         for i, layer in enumerate(figures["layers"])
         for name, column in columns.items()
         if column[i] is not None

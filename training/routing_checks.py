@@ -13,6 +13,7 @@ flag on its device (sparse_moe.py), which costs the forward pass no wait and no 
 graph; here all flags are read at once, once per optimizer step.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ def check_routing(model: nn.Module, step: int | None = None) -> None:
     layers = sparse_layers(model)
     if not layers:
         return
-    flags = over_ranks([layer.non_finite for layer in layers.values()], model, ())  # (layers,)
-    bad = [name for name, flag in zip(layers, flags.tolist(), strict=True) if flag]
+    flags = over_ranks([layer.non_finite for layer in layers.values()], model, [()] * len(layers))
+    # One look at the device.
+    bad = [name for name, flag in zip(layers, torch.stack(flags).tolist(), strict=True) if flag]
     if not bad:
         return
     for layer in layers.values():
@@ -54,18 +56,24 @@ def check_routing(model: nn.Module, step: int | None = None) -> None:
 
 
 def over_ranks(
-    notes: list[torch.Tensor | None], model: nn.Module, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """The sum over ranks of the sparse layers' notes: (layers, *shape) int64, zeros for None.
+    notes: list[torch.Tensor | None], model: nn.Module, shapes: list[tuple[int, ...]]
+) -> list[torch.Tensor]:
+    """The sum over ranks of each sparse layer's note: int64 of its shape, zeros for None.
 
     On the device of the first note, or where no layer has any of the model's first parameter.
     """
     device = next((n.device for n in notes if n is not None), next(model.parameters()).device)
-    zeros = torch.zeros(shape, dtype=torch.long, device=device)
-    total = torch.stack([zeros if n is None else n.to(device, torch.long) for n in notes])
+    flat = [
+        torch.zeros(math.prod(shape), dtype=torch.long, device=device)
+        if note is None
+        else note.to(device, torch.long).flatten()
+        for note, shape in zip(notes, shapes, strict=True)
+    ]
+    total = torch.cat(flat)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-    return total
+    parts = total.split([len(each) for each in flat])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class StopOnNonFiniteRouting(TrainerCallback):

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .card_trainer import ModelCardMixin
 from .collator import IGNORE_INDEX, VLMoECollator
@@ -42,15 +43,15 @@ except ImportError as error:
 
 
 @contextmanager
-def recorded_router_logits(backbone: VLMoEModel) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """A list that gets the router logits of every call of `backbone` in the context, in order."""
-    recorded: list[tuple[torch.Tensor, ...]] = []
+def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWithPast]]:
+    """A list that gets the output, with router logits, of every call of `backbone` in order."""
+    recorded: list[VLMoEModelOutputWithPast] = []
 
     def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "output_router_logits": True, "router_losses_follow": True}
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        recorded.append(output.router_logits)
+        recorded.append(output)
 
     handles = [
         backbone.register_forward_pre_hook(ask, with_kwargs=True),
@@ -105,14 +106,17 @@ class RouterLossTrainer(ModelCardMixin, ABC):
         vlmoe = self._vlmoe()
         if not vlmoe.config.text_config.has_router_losses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with recorded_router_logits(vlmoe.model) as recorded:
+        with recorded_outputs(vlmoe.model) as recorded:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
+        routed = recorded[0]  # later calls: the reference, or logits for metrics
         losses = vlmoe.router_losses(
-            recorded[0],  # later calls: the reference, or logits for metrics
+            routed.router_logits,
             inputs["attention_mask"].bool(),
             self.row_weights(inputs, num_items_in_batch),
             vlmoe.model.token_types(inputs["input_ids"], None),
+            routed.vision_router_logits,
+            routed.shown_tiles,
         )
         loss = loss + losses.total.to(loss.device)
         return (loss, *outputs) if return_outputs else loss

@@ -32,6 +32,24 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("memory", [None, 30_000], ids=["all in memory", "connector on disk"])
+def test_experts_of_tower_and_connector_give_the_same_features_wherever_they_are(
+    tiny_model: Callable[..., Model], tmp_path: Path, memory: int | None
+) -> None:
+    model = tiny_model(vision_num_experts=5, projector_num_experts=3)
+    model.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"device_map": "auto", "offload_folder": tmp_path / "offload"}
+    if memory:
+        options["max_memory"] = {"cpu": memory}
+    loaded = load(tmp_path / "model", **options)
+    experts = loaded.model.multi_modal_projector.mlp.experts
+    assert experts.up_proj.is_meta == bool(memory)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        features = [each.get_image_features(pixels).pooler_output for each in (loaded, model)]
+    assert torch.equal(*features)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_auto_is_the_dtype_of_the_saved_weights(
     tiny_model: Callable[..., Model], tmp_path: Path, dtype: torch.dtype

@@ -137,6 +137,33 @@ def test_the_decoder_alone_can_be_quantized(folder: Path, plain: Model, tmp_path
     assert expert_bytes(decoder) <= 0.55 * expert_bytes(plain)
 
 
+def test_experts_of_tower_and_connector_are_quantized_too(
+    tiny_model: Callable[..., Model], tiny_batch: Callable[..., Inputs], tmp_path: Path
+) -> None:
+    experts = {"vision_num_experts": 4, "projector_num_experts": 4, "projector_num_layers": 2}
+    model = tiny_model(VLMoEConfig.from_preset("tiny", **experts)).to(torch.bfloat16)
+    model.config.text_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "plain")
+    quantized = load(tmp_path / "plain", quantization_config=expert_int8_config())
+    for name, parameter in quantized.named_parameters():
+        is_weight = ".experts." in name and not name.endswith("_bias")
+        assert is_traceable_wrapper_subclass(parameter) == is_weight, name
+    quantized.save_pretrained(tmp_path / "int8")
+    reloaded, inputs = load(tmp_path / "int8"), tiny_batch(model.config, ["..a..", ".b..c."])
+    features, expected = (
+        each.get_image_features(inputs["pixel_values"].flatten(0, 1)).pooler_output.float()
+        for each in (reloaded, model)
+    )
+    difference = (features - expected).norm()
+    assert 0 < difference <= 0.05 * expected.norm()
+    assert torch.equal(logits_of(reloaded, inputs), logits_of(quantized, inputs))
+    with pytest.raises(ValueError, match="allowed: 'eager'"):
+        quantized.set_experts_implementation({"vision_config": "grouped_mm"})
+    only_decoder = FqnToConfig({r"re:.*language_model.*experts\..*": Int8WeightOnlyConfig()})
+    with pytest.raises(ValueError, match=r"left .*vision_tower.*experts\.up_proj unquantised"):
+        load(tmp_path / "plain", quantization_config=TorchAoConfig(only_decoder))
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -42,6 +42,8 @@ TOWERS = {
     "dinov2": {"vision": {"model_type": "dinov2"}, **NO_CLASS_TOKEN},
     "vit": {"vision": {"model_type": "vit"}, **NO_CLASS_TOKEN},
 }
+EXPERTS = {"vision_num_experts": 5, "vision_sparse_layers": [1], "projector_num_experts": 3}
+TOWERS |= {f"{tower} with experts": TOWERS[tower] | EXPERTS for tower in ("siglip", "clip")}
 SHARDS = {"one file": "5GB", "sharded": "40KB"}
 
 

@@ -20,6 +20,7 @@ NO_CLASS_TOKEN = {"vision_feature_select_strategy": "default"}
 LAYER = {"vision_use_last_hidden_state": False}
 CLIP = {"vision": {"model_type": "clip_vision_model"}, **NO_CLASS_TOKEN}
 DINOV2 = {"vision": {"model_type": "dinov2"}, **NO_CLASS_TOKEN}
+EXPERTS = {"vision_num_experts": 5, "projector_num_experts": 3}
 # config fields, and what the features do not pass through
 TOWERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "siglip": ({}, []),
@@ -49,6 +50,11 @@ TOWERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "vit": ({**NO_CLASS_TOKEN, "vision": {"model_type": "vit"}}, ["pooler"]),
     "idefics3": ({"vision": {"model_type": "idefics3_vision"}}, []),
+    "siglip with experts": (EXPERTS, []),
+    "clip layer -2 with experts": (
+        {**CLIP, **LAYER, **EXPERTS, "vision_feature_layer": -2},
+        ["encoder.layers.1", "post_layernorm"],
+    ),
 }
 towers = pytest.mark.parametrize(("fields", "unused"), TOWERS.values(), ids=TOWERS)
 BATCHES = {

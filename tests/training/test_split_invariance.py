@@ -4,6 +4,7 @@ Both router losses have coefficient 1, so that they show. The gradients are thos
 compared tensor by tensor with one backward pass over the whole batch, without Trainer.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,18 @@ from ranks import WORLD_SIZE, on_ranks
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vlmoe import VLMoEForConditionalGeneration
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 from vlmoe.training.collator import VLMoECollator
 
+KINDS: dict[str, dict[str, Any]] = {  # fields of the configuration
+    "experts in the decoder": {},
+    "experts everywhere": {
+        "vision_num_experts": 5,
+        "vision_sparse_layers": [1],
+        "projector_num_experts": 3,
+    },
+}
 Gradients = dict[str, torch.Tensor]
 Rows = list[dict[str, Any]]
 
@@ -120,9 +129,28 @@ def distances(ours: Gradients, reference: Gradients) -> dict[str, float]:
     }
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def model_folder(
+    request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The model with both router losses, its experts in one of `KINDS` of places."""
+    if not KINDS[request.param]:
+        return model_folder
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(model_folder, folder, dirs_exist_ok=True)
+    config = VLMoEConfig.from_pretrained(folder)
+    config = VLMoEConfig(**config.to_dict() | KINDS[request.param])
+    torch.manual_seed(0)
+    VLMoEForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def rows(make_image: Callable[..., Image.Image]) -> Rows:
-    """Eight rows, of 0, 1 and 2 images and of unlike lengths; the sixth has no answer."""
+    """Eight rows, of 0, 1 and 2 images and of unlike lengths; the sixth has no answer.
+
+    Two of them show the same image, which is encoded once where they are in one batch.
+    """
     rows = []
     for number, images in enumerate((1, 2, 0, 1, 1, 1, 0, 1)):
         question = [{"type": "image"}] * images + [
@@ -132,7 +160,7 @@ def rows(make_image: Callable[..., Image.Image]) -> Rows:
         if number != 5:
             answer = " and ".join(ANSWERS[: number % len(ANSWERS) + 1])
             messages.append({"role": "assistant", "content": answer})
-        shown = [make_image(10 * number + i) for i in range(images)]
+        shown = [make_image(10 * (number % 7) + i) for i in range(images)]
         rows.append({"messages": messages, "images": shown})
     return rows
 
@@ -143,8 +171,9 @@ def reference(model_folder: Path, rows: Rows) -> Gradients:
     batch = collator(model_folder)(rows)
     assert len(rows) == 8 and not batch["attention_mask"].all(), "no row is padded"
     assert ((batch["labels"][:, 1:] != -100).sum(-1) == 0).tolist() == [n == 5 for n in range(8)]
-    tiles = batch["pixel_attention_mask"].flatten(2).any(-1).sum(-1)
+    tiles = (batch["image_index"] >= 0).sum(-1)
     assert sorted(set(tiles.tolist())) == [0, 1, 2]
+    assert len(batch["pixel_values"]) == tiles.sum() - 1, "no image is shared"
     model = VLMoEForConditionalGeneration.from_pretrained(model_folder).train()
     model(**batch).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -84,9 +84,11 @@ def pairs(rows: Dataset) -> Dataset:
 def make_model(tiny_model: Model, processor: VLMoEProcessor) -> Model:
     """Always the same model; `make_model(z=0)` and the like change its coefficients."""
 
-    def make(aux: float = AUX_COEF, z: float = Z_COEF) -> VLMoEForConditionalGeneration:
+    def make(
+        aux: float = AUX_COEF, z: float = Z_COEF, **fields: Any
+    ) -> VLMoEForConditionalGeneration:
         text = {"router_aux_loss_coef": aux, "router_z_loss_coef": z, "num_hidden_layers": 2}
-        return tiny_model(text=text | {"vocab_size": len(processor.tokenizer)})
+        return tiny_model(text=text | {"vocab_size": len(processor.tokenizer)}, **fields)
 
     return make
 
@@ -206,6 +208,40 @@ def test_the_logged_sft_loss_is_cross_entropy_and_the_router_losses(
         ).evaluate()
         assert evaluated["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert evaluated["eval_vocabulary"] == len(processor.tokenizer)
+
+
+@pytest.mark.parametrize("kind", [VLMoESFTTrainer, VLMoEDPOTrainer])
+def test_the_losses_of_tower_and_connector_are_in_trls_loss(
+    kind: type[Trainer],
+    make_trainer: Make,
+    make_model: Model,
+    rows: Dataset,
+    pairs: Dataset,
+    processor: VLMoEProcessor,
+) -> None:
+    experts = {"vision_num_experts": 5, "projector_num_experts": 3}
+    trainer = make_trainer(kind, make_model(**experts), gradient_accumulation_steps=2)
+    trainer.train()
+    model = make_model(**experts).train()
+    if kind is VLMoESFTTrainer:
+        expected = model(**VLMoECollator(processor)(list(rows))).loss
+    else:
+        batch = VLMoEPreferenceCollator(processor)(list(pairs))
+        weights = torch.full((8,), 1 / 8)
+        del batch["completion_mask"]
+        output = model.model(**batch, output_router_logits=True)
+        assert len(output.vision_router_logits) == 3
+        expected = (
+            math.log(2)
+            + model.router_losses(
+                output.router_logits,
+                batch["attention_mask"].bool(),
+                weights,
+                vision_router_logits=output.vision_router_logits,
+                shown_tiles=output.shown_tiles,
+            ).total
+        )
+    assert logged(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}])

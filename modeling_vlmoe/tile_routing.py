@@ -1,0 +1,137 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Which row shows which tile, and what follows for the experts of tower and connector.
+
+A tile is their sequence, as a row is the decoder's. Their losses are the decoder's with a tile that
+a row shows in place of a row: each has an equal part of the row's weight, an image that several
+rows show one part for each of them. Rows without images add nothing.
+
+Shapes: batch, length; tiles, as they were encoded; shown, the tiles of all rows one after another.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..configuration.configuration_vlmoe import VLMoEConfig
+from .router_losses import RouterLosses, Tokens, load_balancing_loss, router_z_loss
+from .sparse_moe import VLMoERoutingNotes
+
+
+def shown_tiles(
+    tiles: int,
+    tokens_per_tile: int,
+    image_tokens: torch.Tensor,
+    image_index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(2, shown): the number of each tile shown, and the row that shows it; row -1 is none.
+
+    Args:
+        tiles: how many were encoded.
+        tokens_per_tile: image tokens of one tile.
+        image_tokens: (batch, length), True for image tokens.
+        image_index: (batch, tiles of a row), -1 for none; by default the rows show the encoded
+            tiles in order. Tiles that are left over then are padding.
+    """
+    device = image_tokens.device
+    if image_index is not None:
+        index = image_index.to(device)
+        rows = torch.arange(index.shape[0], device=device)[:, None].expand_as(index)
+        shown = torch.stack([index.clamp(min=0), torch.where(index >= 0, rows, -1)])
+        return shown.flatten(1)
+    ends = image_tokens.sum(-1).cumsum(0)  # (batch,): image tokens of the rows so far
+    tile = torch.arange(tiles, device=device)
+    row = torch.searchsorted(ends, tile * tokens_per_tile, right=True)
+    return torch.stack([tile, torch.where(row < ends.shape[0], row, -1)])
+
+
+def times_shown(shown: torch.Tensor, tiles: int) -> torch.Tensor:
+    """(2, shown) -> (tiles,): how many times each encoded tile is shown, long."""
+    tile, row = shown
+    return torch.zeros(tiles, dtype=torch.long, device=shown.device).index_add(
+        0, tile, (row >= 0).long()
+    )
+
+
+def take_vision_notes(
+    blocks: Sequence[VLMoERoutingNotes],
+    router_logits: Sequence[torch.Tensor],
+    chosen_experts: Sequence[torch.Tensor],
+    shown: torch.Tensor,
+) -> None:
+    """Notes of one forward pass of training, in each block; a tile counts as often as it is shown.
+
+    Args:
+        blocks: the sparse blocks of tower and connector, in order.
+        router_logits, chosen_experts: (tiles, patches, experts), (tiles, patches, k), of each.
+        shown: (2, shown), see `shown_tiles`.
+    """
+    times = times_shown(shown, router_logits[0].shape[0])
+    for block, logits, chosen in zip(blocks, router_logits, chosen_experts, strict=True):
+        counts = times[:, None].expand(-1, logits.shape[1]).flatten()
+        block.take_notes(logits.flatten(0, 1), chosen.flatten(0, 1), counts)
+
+
+def vision_router_losses(
+    config: VLMoEConfig,
+    router_logits: tuple[torch.Tensor, ...],
+    shown: torch.Tensor,
+    row_weights: torch.Tensor,
+    training: bool = False,
+) -> list[RouterLosses]:
+    """Load balancing loss and z-loss of the tower and of the connector, for those with experts.
+
+    The mean over the tower's layers and the connector's losses stand side by side, to be added to
+    the decoder's: experts here do not dilute the balance of those there. The entropy losses, which
+    tell modalities apart, are the decoder's only.
+
+    Args:
+        config: of the whole model.
+        router_logits: (tiles, patches, experts) for each sparse layer of the tower, then
+            (tiles, image tokens, experts) for the connector if it has experts.
+        shown: (2, shown), see `shown_tiles`.
+        row_weights, training: as in router_losses.py.
+    """
+    row, row_weights = shown[1], row_weights.to(shown.device)
+    rows = torch.arange(row_weights.shape[0], device=row.device)
+    tiles_of_row = (row[:, None] == rows).sum(0).clamp(min=1)  # (batch,)
+    weights = (row_weights / tiles_of_row)[row.clamp(min=0)] * (row >= 0)  # (shown,)
+    layers = len(router_logits) - bool(config.projector_num_experts)
+    places = (
+        (router_logits[:layers], config.vision_num_experts_per_tok),
+        (router_logits[layers:], config.projector_num_experts_per_tok),
+    )
+    return [
+        _losses(config, logits, top_k, shown, weights, training)
+        for logits, top_k in places
+        if logits
+    ]
+
+
+def _losses(
+    config: VLMoEConfig,
+    router_logits: tuple[torch.Tensor, ...],
+    top_k: int,
+    shown: torch.Tensor,
+    weights: torch.Tensor,
+    training: bool,
+) -> RouterLosses:
+    """The losses of one place; `shown` as in `shown_tiles`, `weights` (shown,)."""
+    text_config, device = config.text_config, router_logits[0].device
+    (tile, row), weights = shown.to(device), weights.to(device)
+    patches = router_logits[0].shape[1]
+    logits = tuple(
+        each.index_select(0, tile.to(each.device)).flatten(0, 1) for each in router_logits
+    )
+    real = (row >= 0)[:, None].expand(-1, patches)  # (shown, patches)
+    tokens = Tokens(real, real, weights)
+    losses = RouterLosses(total=weights.new_zeros((), dtype=torch.float32))
+    if text_config.router_z_loss_coef != 0:
+        losses.z_loss = router_z_loss(logits, tokens.mask, tokens.row_weights)
+        losses.total = losses.total + text_config.router_z_loss_coef * losses.z_loss
+    if text_config.router_aux_loss_coef != 0:
+        compared = tokens.in_scope(text_config.router_aux_loss_scope, training)
+        losses.aux_loss = load_balancing_loss(
+            logits, top_k, compared.mask, compared.row_weights, summed=compared.summed
+        )
+        losses.total = losses.total + text_config.router_aux_loss_coef * losses.aux_loss
+    return losses

@@ -1,0 +1,271 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Experts in the blocks of the vision tower and in the connector, as in CuMo and VL-MoE.
+
+CuMo (https://arxiv.org/abs/2405.05949), VL-MoE (https://arxiv.org/abs/2303.07226). Where the dense
+model has an MLP of two linears with biases, there is a router and a bank of such MLPs:
+`VLMoEBiasedExperts`, with the parameters
+- `up_proj` (experts, inner, in), `up_proj_bias` (experts, inner)
+- `down_proj` (experts, out, inner), `down_proj_bias` (experts, out)
+
+Routing is softmax, top-k, renormalise: with identical experts the dense model's function.
+
+The sparse towers are transformers' own, with other layers where the config says so. Like those of
+the decoder these return their routing: only what a layer returns has a gradient under re-entrant
+checkpointing, and what is recorded outside a layer is not recorded again when it is recomputed.
+
+Shapes: tiles, patches (of one tile), channels (of the tower), tokens = tiles * patches.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
+from transformers.utils.output_capturing import OutputRecorder
+
+from ..configuration.configuration_vlmoe import VLMoEConfig
+from .router import VLMoERouter
+from .sparse_moe import VLMoERoutingNotes
+
+_READ_BY_IMPLEMENTATIONS = (
+    *("config", "num_experts", "act_fn", "_is_expert_parallel"),
+    *("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"),
+    *("up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
+)
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class VLMoEBiasedExperts(nn.Module):
+    """Fused bank of MLPs without gate projection: linear, activation, linear.
+
+    (tokens, in), indices (tokens, k), weights (tokens, k) -> (tokens, out)
+
+    Args:
+        config: the one whose `_experts_implementation` counts.
+        num_experts, hidden_act: how many, and their activation.
+        sizes: in, inner, out.
+    """
+
+    config: Any
+
+    def __init__(
+        self, config: Any, num_experts: int, sizes: tuple[int, int, int], hidden_act: str
+    ) -> None:
+        super().__init__()
+        size_in, inner, size_out = sizes
+        self.num_experts = num_experts
+        self.act_fn = ACT2FN[hidden_act]
+        self.up_proj = nn.Parameter(torch.empty(num_experts, inner, size_in))
+        self.up_proj_bias = nn.Parameter(torch.empty(num_experts, inner))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, size_out, inner))
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, size_out))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What `eager` computes: one expert after the other, each on its tokens."""
+        output = hidden_states.new_zeros(hidden_states.shape[0], self.down_proj.shape[1])
+        expert_hit = top_k_index.unique().tolist()
+        for expert_idx in expert_hit:
+            token, choice = torch.where(top_k_index == expert_idx)
+            inner = F.linear(
+                hidden_states[token], self.up_proj[expert_idx], self.up_proj_bias[expert_idx]
+            )
+            result = F.linear(
+                self.act_fn(inner), self.down_proj[expert_idx], self.down_proj_bias[expert_idx]
+            )
+            result = result * top_k_weights[token, choice, None]
+            output.index_add_(0, token, result.to(output.dtype))
+        return output
+
+
+class _Bank:
+    """What implementations read of a bank, to be changed while the bank stays as it is."""
+
+    def __init__(self, experts: VLMoEBiasedExperts):
+        for name in _READ_BY_IMPLEMENTATIONS:
+            setattr(self, name, getattr(experts, name))
+
+
+class VLMoEConnectorExperts(VLMoEBiasedExperts):
+    """The same where the result is not as wide as the tokens.
+
+    The library's implementations take its width from the tokens. For all but `eager` the narrower
+    side, tokens or result, is widened with zeros, and the weights that meet it: at most twice the
+    multiplications, and zeros add nothing.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(tokens, in), indices (tokens, k), weights (tokens, k) -> (tokens, out)."""
+        size_in, size_out = hidden_states.shape[1], self.down_proj.shape[1]
+        if size_in == size_out or self.config._experts_implementation == "eager":
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        bank: Any = _Bank(self)
+        missing = abs(size_in - size_out)
+        if size_in < size_out:
+            hidden_states = F.pad(hidden_states, (0, missing))
+            bank.up_proj = F.pad(self.up_proj, (0, missing))
+        else:
+            bank.down_proj = F.pad(self.down_proj, (0, 0, 0, missing))
+            bank.down_proj_bias = F.pad(self.down_proj_bias, (0, missing))
+        output = VLMoEBiasedExperts.forward(bank, hidden_states, top_k_index, top_k_weights)
+        return output[:, :size_out]
+
+
+@torch.no_grad()
+def init_biased_experts(experts: VLMoEBiasedExperts) -> None:
+    """Xavier's deviation for each expert's weights, zeros for its biases."""
+    for weight in (experts.up_proj, experts.down_proj):
+        init.normal_(weight, mean=0.0, std=(2 / (weight.shape[1] + weight.shape[2])) ** 0.5)
+    for bias in (experts.up_proj_bias, experts.down_proj_bias):
+        init.zeros_(bias)
+
+
+class VLMoEVisionSparseMoeBlock(VLMoERoutingNotes):
+    """A router and its experts in place of an MLP of the tower or of the connector's linears."""
+
+    def __init__(self, experts: VLMoEBiasedExperts, top_k: int, router_bias_update_rate: float):
+        super().__init__(router_bias_update_rate)
+        size_in, has_bias = experts.up_proj.shape[2], router_bias_update_rate != 0
+        self.router = VLMoERouter(size_in, experts.num_experts, top_k, has_selection_bias=has_bias)
+        self.experts = experts
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(tiles, patches, in) -> (tiles, patches, out), router logits, choice.
+
+        Router logits are (tiles, patches, experts); the choice, (tiles, patches, k), holds the
+        indices of the chosen experts.
+        """
+        tokens = hidden_states.flatten(0, 1)
+        router_logits, top_k_weights, top_k_index = self.router(tokens)
+        output = self.experts(tokens, top_k_index, top_k_weights)
+        per_tile = hidden_states.shape[:2]
+        return tuple(each.unflatten(0, per_tile) for each in (output, router_logits, top_k_index))
+
+
+class VLMoEVisionLayer(GradientCheckpointingLayer):
+    """A SigLIP or CLIP block, which are alike, with experts in place of its MLP."""
+
+    def __init__(self, dense: SiglipEncoderLayer | CLIPEncoderLayer, config: VLMoEConfig):
+        super().__init__()
+        self.layer_norm1, self.self_attn = dense.layer_norm1, dense.self_attn
+        self.layer_norm2 = dense.layer_norm2
+        vision, rate = config.vision_config, config.text_config.router_bias_update_rate
+        sizes = (vision.hidden_size, vision.intermediate_size, vision.hidden_size)
+        experts = VLMoEBiasedExperts(vision, config.vision_num_experts, sizes, vision.hidden_act)
+        self.mlp = VLMoEVisionSparseMoeBlock(experts, config.vision_num_experts_per_tok, rate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """(tiles, patches, channels) -> the same, router logits and choice as its `mlp` returns."""
+        attended, _ = self.self_attn(
+            self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        output, router_logits, top_k_index = self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + output, router_logits, top_k_index
+
+
+class VLMoEVisionEncoder(nn.Module):
+    """The encoder of a SigLIP or CLIP tower, with some of its layers made sparse."""
+
+    def __init__(self, dense: Any, config: VLMoEConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            VLMoEVisionLayer(layer, config) if config.is_sparse_vision_layer(i) else layer
+            for i, layer in enumerate(dense.layers)
+        )
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """(tiles, patches, channels) -> the same."""
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            output = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = output[0] if isinstance(output, tuple) else output
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class _SparseTower(PreTrainedModel):
+    """What makes a tower of transformers sparse; `router_logits` and `chosen_experts` are among the
+    outputs that can be asked for, one for each sparse layer."""
+
+    encoder: Any
+
+    def __init__(self, config: Any, whole: VLMoEConfig):
+        super().__init__(config)
+        self.router_std = whole.text_config.initializer_range
+        self.encoder = VLMoEVisionEncoder(self.encoder, whole)
+        self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: of custom code transformers leaves some modules uninitialised."""
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """True: transformers caches its answer on the class, and the dense tower's is inherited."""
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VLMoEBiasedExperts):
+            init_biased_experts(module)
+        elif isinstance(module, VLMoERouter):
+            init.normal_(module.weight, mean=0.0, std=self.router_std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        else:
+            super()._init_weights(module)
+
+
+def _records(dense_layer: type[nn.Module], attention: type[nn.Module]) -> dict[str, Any]:
+    return {
+        "router_logits": OutputRecorder(VLMoEVisionLayer, index=1),
+        "chosen_experts": OutputRecorder(VLMoEVisionLayer, index=2),
+        "hidden_states": [OutputRecorder(dense_layer), OutputRecorder(VLMoEVisionLayer)],
+        "attentions": attention,
+    }
+
+
+class VLMoESiglipVisionModel(_SparseTower, SiglipVisionModel):
+    """SigLIP's tower with experts."""
+
+    _no_split_modules = (*SiglipVisionModel._no_split_modules, "VLMoEVisionLayer")
+    _can_record_outputs = _records(SiglipEncoderLayer, SiglipAttention)
+
+
+class VLMoECLIPVisionModel(_SparseTower, CLIPVisionModel):
+    """CLIP's tower with experts."""
+
+    _no_split_modules = (*CLIPVisionModel._no_split_modules, "VLMoEVisionLayer")
+    _can_record_outputs = _records(CLIPEncoderLayer, CLIPAttention)
+
+
+SPARSE_TOWERS = {
+    "siglip_vision_model": VLMoESiglipVisionModel,
+    "clip_vision_model": VLMoECLIPVisionModel,
+}
+
+
+def sparse_vision_blocks(tower: nn.Module, connector: Any) -> list[VLMoEVisionSparseMoeBlock]:
+    """The blocks with experts of the tower, then of the connector."""
+    blocks = []
+    if isinstance(tower, _SparseTower):
+        blocks = [
+            layer.mlp for layer in tower.encoder.layers if isinstance(layer, VLMoEVisionLayer)
+        ]
+    return blocks if connector.mlp is None else [*blocks, connector.mlp]
