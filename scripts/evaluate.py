@@ -58,7 +58,7 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.data import load_rows
     from vlmoe.training.evaluation import evaluate_model
-    from vlmoe.training.expert_load import record_expert_load, sparse_routers
+    from vlmoe.training.expert_load import has_experts, record_expert_load
     from vlmoe.training.model_card import EVALUATION_FILE
     from vlmoe.training.training_stages import dataset_name
 
@@ -68,7 +68,7 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
         dataset, options.split, limit=options.max_rows, with_images=not options.without_images
     )
     model, processor = model_for_answers(source, runtime)
-    with record_expert_load(model) if sparse_routers(model) else nullcontext() as load:
+    with record_expert_load(model) if has_experts(model) else nullcontext() as load:
         results = evaluate_model(
             model,
             processor,
@@ -97,7 +97,7 @@ def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
     from vlmoe.training.figures import plot_expert_load
     from vlmoe.training.model_card import PICTURE_FILE, write_model_card
 
-    if expert_load is not None:
+    if expert_load is not None and expert_load["layers"]:
         shares = expert_load["image_share"], expert_load["text_share"]
         plot_expert_load(*shares, folder / PICTURE_FILE)
     write_model_card(folder)

@@ -259,7 +259,7 @@ def build_trainer(
     from vlmoe.training.card_trainer import CardTrainer
     from vlmoe.training.collator import VLMoECollator, require_label_tokens
     from vlmoe.training.conversation_rows import ConversationRows
-    from vlmoe.training.expert_load import sparse_routers
+    from vlmoe.training.expert_load import has_experts
     from vlmoe.training.router_bias import RouterBiasCallback
     from vlmoe.training.router_telemetry import RouterTelemetry
     from vlmoe.training.routing_checks import StopOnNonFiniteRouting
@@ -285,7 +285,7 @@ def build_trainer(
         callbacks=callbacks,
         origin=origin,
     )
-    if sparse_routers(model):
+    if has_experts(model):
         trainer.add_callback(RouterTelemetry(trainer))
     return trainer
 

@@ -180,7 +180,7 @@ def record_expert_load(model: nn.Module, training_only: bool = False) -> Iterato
         An `ExpertLoad` that grows with each forward.
 
     Raises:
-        ValueError: the decoder has no sparse layer.
+        ValueError: the model has no sparse layer.
 
     Example:
         >>> with record_expert_load(model) as load:
@@ -210,20 +210,24 @@ def sparse_routers(model: nn.Module, place: str = "decoder") -> dict[int, nn.Mod
     }
 
 
-def backbone_and_routers(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """The module whose forward is that of tower, connector and decoder, and `sparse_routers`.
+def has_experts(model: nn.Module) -> bool:
+    """Whether any layer of decoder, tower or connector is sparse."""
+    return any(sparse_routers(model, place) for place in PLACES)
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The module whose forward is that of tower, connector and decoder.
 
     Raises:
-        ValueError: the decoder has no sparse layer.
+        ValueError: there is none, or it has no sparse layer.
     """
     backbone = next((m for m in model.modules() if type(m).__name__ == BACKBONE_CLASS), None)
-    routers = sparse_routers(model)
-    if backbone is None or not routers:
+    if backbone is None or not has_experts(backbone):
         raise ValueError(
-            f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS} in its decoder: "
-            "it has no experts there."
+            f"{type(model).__name__} has no {BACKBONE_CLASS} with a {ROUTER_CLASS}: "
+            "it has no experts."
         )
-    return backbone, routers
+    return backbone
 
 
 class _PlaceRecorder:
@@ -289,13 +293,12 @@ class _LoadRecorder:
     """
 
     def __init__(self, model: nn.Module, training_only: bool):
-        backbone, _ = backbone_and_routers(model)
+        backbone = find_backbone(model)
         routers = {place: sparse_routers(model, place) for place in PLACES}
         self._places = {place: _PlaceRecorder(of) for place, of in routers.items() if of}
-        self.load = self._places["decoder"].load
-        self.load.vision = {
-            name: place.load for name, place in self._places.items() if name != "decoder"
-        }
+        loads = {name: place.load for name, place in self._places.items()}
+        self.load = loads.pop("decoder", None) or _no_layers()
+        self.load.vision = loads
         self._training_only = training_only
         self._kinds: torch.Tensor | None = None  # (T,): 0 image, 1 text, 2 padding; in a forward
         self._in_forward = False
@@ -320,7 +323,7 @@ class _LoadRecorder:
         if self._training_only and not (backbone.training and torch.is_grad_enabled()):
             return
         inputs = {"input_ids": args[0]} | kwargs if args else kwargs
-        self._kinds = token_kinds(inputs, backbone.config.image_token_id).flatten()
+        self._kinds = token_kinds(inputs, backbone.config).flatten()
 
     def _after_router(self, name: str, router: nn.Module, args: tuple, output: tuple) -> None:
         place = self._places[name]
@@ -343,6 +346,13 @@ class _LoadRecorder:
                 place.count(_tile_kinds(len(place.chosen[0]), output))
 
 
+def _no_layers() -> ExpertLoad:
+    """The load of a decoder without experts."""
+    none = torch.zeros(0, len(MODALITIES), 1, dtype=torch.long)
+    allowed = torch.ones(len(MODALITIES), 1, dtype=torch.bool)
+    return ExpertLoad((), 1, none, none[..., 0].double(), allowed)
+
+
 def _allowed_experts(router: Any) -> torch.Tensor:
     """(2, E) bool: which experts image and text tokens may use."""
     allowed = getattr(router, "allowed_experts", None)  # by number of the type: text, image
@@ -351,14 +361,14 @@ def _allowed_experts(router: Any) -> torch.Tensor:
     return allowed.flip(0).cpu()
 
 
-def token_kinds(inputs: dict[str, Any], image_token_id: int) -> torch.Tensor:
+def token_kinds(inputs: dict[str, Any], config: Any) -> torch.Tensor:
     """(batch, length): 0 image, 1 text, 2 padding, from the keyword arguments of a forward of the
-    backbone."""
+    backbone and its config."""
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs["inputs_embeds"][..., 0]
-    is_text = _text_tokens(inputs, tokens, image_token_id)
-    padding = _padding(inputs, tokens)
+    is_text = _text_tokens(inputs, tokens, config.image_token_id)
+    padding = _padding(inputs, tokens, config.text_config.pad_token_id)
     return is_text.long() if padding is None else torch.where(padding, 2, is_text)
 
 
@@ -385,12 +395,20 @@ def _tile_kinds(tokens: int, output: Any) -> torch.Tensor:
     return kinds.repeat_interleave(tokens // tiles)
 
 
-def _padding(inputs: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
-    """(batch, length): True for padding; None if there is none."""
+def _padding(
+    inputs: dict[str, Any], tokens: torch.Tensor, pad_token_id: int | None
+) -> torch.Tensor | None:
+    """(batch, length): True for padding; None if there is none.
+
+    `generate` fills rows that have ended with the padding token, and its mask calls it real.
+    """
     mask = inputs.get("attention_mask")
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise ValueError("Expert load needs a (batch, length) attention mask to leave out padding.")
     seen = mask.shape[1] - tokens.shape[1]  # by the cache
-    return (mask[:, seen:] if seen else mask) == 0
+    padding = (mask[:, seen:] if seen else mask) == 0
+    if seen and tokens.shape[1] == 1 and inputs.get("input_ids") is not None:
+        padding = padding | (tokens == (-1 if pad_token_id is None else pad_token_id))
+    return padding

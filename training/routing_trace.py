@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .expert_load import backbone_and_routers, token_kinds
+from .expert_load import find_backbone, sparse_routers, token_kinds
 
 IMAGE_KIND, TEXT_KIND, PADDING_KIND = 0, 1, 2
 
@@ -121,7 +121,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
         A `RoutingTrace` that grows with each forward.
 
     Raises:
-        ValueError: the model has no sparse layer; in the block, it is given no `input_ids`.
+        ValueError: the decoder has no sparse layer; in the block, it is given no `input_ids`.
 
     Example:
         >>> with record_routing(model) as trace, torch.no_grad():
@@ -129,7 +129,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
         >>> trace.sequences()[0].experts.shape
         torch.Size([2, 23, 2])
     """
-    backbone, routers = backbone_and_routers(model)
+    backbone, routers = find_backbone(model), sparse_routers(model)
+    if not routers:
+        raise ValueError(f"The decoder of {type(model).__name__} has no sparse layer.")
     router: Any = next(iter(routers.values()))
     trace = RoutingTrace(tuple(routers), router.weight.shape[0])
     choices: list[tuple[torch.Tensor, torch.Tensor]] = []  # (B * T, k) each, of the layers so far
@@ -141,7 +143,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
             raise ValueError("Recording the routing of each token needs `input_ids`.")
         choices.clear()
         tokens["token_ids"] = inputs["input_ids"].cpu()
-        tokens["kinds"] = token_kinds(inputs, backbone.config.image_token_id).cpu()
+        tokens["kinds"] = token_kinds(inputs, backbone.config).cpu()
 
     def after_router(router: nn.Module, args: tuple, output: tuple) -> None:
         _, weights, experts = (tensor.detach() for tensor in output)

@@ -75,6 +75,22 @@ def test_each_decoded_token_counts_once_as_text(
     assert load.text_counts.sum(1).tolist() == [K * (prompt - image_tokens + decoded)] * 3
 
 
+def test_a_row_that_has_ended_counts_no_more(
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+) -> None:
+    model, inputs = tiny_model(), batch(side="left")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(**inputs, eos_token_id=None, **options)[:, -6:]
+    end = int(free[0, 1])  # the first row's second token
+    assert end != 0 and end not in free[1]
+    with record_expert_load(model) as load:
+        new = model.generate(**inputs, eos_token_id=end, **options)[:, -6:]
+    assert new[0, 2:].tolist() == [0] * 4 and new[1].ne(0).all()
+    prompt = int(inputs["attention_mask"].sum())
+    decoded = int((new[:, :-1] != 0).sum())  # the last new token is not fed back
+    assert load.counts.sum(1).tolist() == [K * (prompt + decoded)] * 3
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_counts_no_token_twice(
     tiny_model: Callable[..., VLMoEForConditionalGeneration], use_reentrant: bool

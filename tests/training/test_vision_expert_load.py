@@ -131,3 +131,15 @@ def test_the_counters_of_all_ranks_are_added(
     before, whole = counted(load), load.summed_over_ranks()
     assert counted(whole) == {place: [2 * n for n in of] for place, of in before.items()}
     assert counted(load) == before
+
+
+def test_experts_in_the_tower_are_recorded_beside_a_dense_decoder(
+    tiny_model: Model,
+) -> None:
+    model, inputs = tiny_model(text={"mlp_only_layers": [0, 1, 2]}, **EXPERTS), batch("repeated")
+    with record_expert_load(model) as load, torch.no_grad():
+        model(**inputs)
+    assert counted(load) == expected(model, inputs["pixel_values"])
+    figures = load.as_dict()
+    assert figures["layers"] == figures["max_over_mean"] == []
+    assert {name.split("/")[1] for name in scalars(figures)} == {"vision_layer_1", "connector"}
