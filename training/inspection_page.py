@@ -19,7 +19,7 @@ from PIL import Image
 from .atomic_files import atomic_path
 from .figures import DOTS_PER_INCH
 from .inspection_figures import expert_colors, text_color
-from .inspection_report import LAYERS_IN_FULL, BeforeTraining, Inspection
+from .inspection_report import LAYERS_IN_FULL, VISION_TOKENS, BeforeTraining, Inspection
 from .inspection_tokens import TracedPrompt, layer_strip, percent
 
 STYLE = """
@@ -237,7 +237,31 @@ def _load(inspection: Inspection) -> str:
     return f"""<h2>How the work is shared</h2>
 {_figure(inspection.figures["load"], caption, "share of each expert, by layer")}
 {_list(items)}
-{_load_table(inspection)}"""
+{_load_table(inspection)}
+{_vision_load(inspection)}"""
+
+
+def _vision_load(inspection: Inspection) -> str:
+    """The experts of vision tower and connector, where there are any."""
+    assert inspection.routing is not None
+    parts = []
+    for place, load in inspection.routing.load.get("vision", {}).items():
+        tokens = VISION_TOKENS[place]
+        shares, violations = load["image_share"], load["max_violation"]["image"]
+        told = [
+            f"In layer {layer} expert {of_layer.index(max(of_layer))} gets "
+            f"{percent(max(of_layer))} of what {tokens} choose (even would be "
+            f"{percent(max(of_layer) / (violation + 1))})."
+            for layer, of_layer, violation in zip(load["layers"], shares, violations, strict=True)
+            if violation is not None
+        ]
+        caption = (
+            f"The {place} has experts, too: every one of its {tokens} is sent to some of them."
+        )
+        figure = inspection.figures[f"load_{place}"]
+        alternative = f"share of each expert of the {place}, by layer"
+        parts.append(_figure(figure, caption, alternative) + _list(told))
+    return "".join(parts)
 
 
 def _load_table(inspection: Inspection) -> str:

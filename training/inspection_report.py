@@ -14,6 +14,7 @@ from .inspection_figures import plot_specialisation
 from .inspection_tokens import TracedPrompt
 
 LAYERS_IN_FULL = 6  # of deeper models the others are folded away, or not told of
+VISION_TOKENS = {"tower": "patches", "connector": "image tokens"}  # what passes through each
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Inspection:
         routing: of the dataset.
         types: `inspection.specialisation` of it; None where the data name fewer than two types.
         before: an older state of the model.
-        figures: PNG files by what they show: `load`, `types_text`, `types_image`, `information`,
-            `before`.
+        figures: PNG files by what they show: `load`, `load_tower`, `load_connector`, `types_text`,
+            `types_image`, `information`, `before`.
     """
 
     model: str
@@ -68,6 +69,14 @@ def draw_figures(inspection: Inspection, folder: Path) -> None:
     figures, layers = inspection.figures, inspection.layers
     shares = routing.load["image_share"], routing.load["text_share"]
     figures["load"] = plot_expert_load(*shares, folder / "load.png", layers)
+    for place, load in routing.load.get("vision", {}).items():
+        figures[f"load_{place}"] = plot_shares(
+            {VISION_TOKENS[place]: load["image_share"]},
+            folder / f"load_{place}.png",
+            row_names=load["layers"],
+            row_label="sparse layer",
+            title=f"Expert load of the {place}",
+        )
     if types is not None:
         for kind in ("text", "image") if any(types["image"]["is_above_chance"]) else ("text",):
             figures[f"types_{kind}"] = plot_shares(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe.training.inspection_tokens import percent
 from vlmoe_cli import main
 from vlmoe_cli.inspect_experts import _short
 
@@ -42,6 +43,29 @@ def test_a_dataset_gives_a_page_with_pictures_and_numbers(
     page = (output / "inspection.html").read_text()
     assert page.count("data:image/png;base64") == len(files) - 2
     assert str(tmp_path) not in page and str(data_folder) not in page, "paths are private"
+
+
+def test_experts_of_tower_and_connector_have_pictures_and_sentences(
+    tmp_path: Path,
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+    saved_model: Path,
+    data_folder: Path,
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "out"
+    processor = VLMoEProcessor.from_pretrained(saved_model)
+    text = {"vocab_size": len(processor.tokenizer)}
+    tiny_model(text=text, vision_num_experts=3, projector_num_experts=5).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    where = ["--model", str(folder), "--dataset", str(data_folder), "--output_dir", str(output)]
+    assert main.main(["inspect", *where, *FAST]) == 0
+    page, numbers = ((output / name).read_text() for name in ("inspection.html", "inspection.json"))
+    load = json.loads(numbers)["expert_load"]["vision"]
+    for place, experts, tokens in (("tower", 3, "patches"), ("connector", 5, "image tokens")):
+        shares = load[place]["image_share"][0]
+        assert len(shares) == experts and (output / f"load_{place}.png").exists()
+        busiest = shares.index(max(shares))
+        told = f"expert {busiest} gets {percent(max(shares))} of what {tokens} choose"
+        assert f"In layer 0 {told}" in page
 
 
 def test_a_question_about_an_image_in_tiles_and_one_without_an_image(
