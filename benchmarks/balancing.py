@@ -20,10 +20,9 @@ from measure import write_result
 import vlmoe.configuration as configuration
 from vlmoe_cli.demo import CAPTIONS, QUESTIONS, save_tokenizer
 
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, dict[str, float]] = {
     "off": {"router_aux_loss_coef": 0.0},
     "auxiliary loss": {},  # the preset's
-    "auxiliary loss, scope batch": {"router_aux_loss_scope": "batch"},
     "bias": {"router_aux_loss_coef": 0.0, "router_bias_update_rate": 0.001},
 }
 EVALUATION_BATCH = "256"
@@ -38,7 +37,7 @@ def train(recipe: str, model: str, folder: Path, seed: int, extra: list[str]) ->
     return folder
 
 
-def run_arm(fields: dict[str, Any], seed: int, folder: Path, tokenizer: str) -> dict[str, Any]:
+def run_arm(fields: dict[str, float], seed: int, folder: Path, tokenizer: str) -> dict[str, Any]:
     """What `vlmoe evaluate` finds on the whole test set."""
     results = folder / "evaluation.json"
     if not results.exists():
@@ -81,17 +80,17 @@ def main() -> None:
     runs: dict[str, dict[str, Any]] = {}
     for arm in options.arms:
         for seed in options.seeds:
-            folder = options.output_dir / arm.replace(",", "").replace(" ", "_") / str(seed)
+            folder = options.output_dir / arm.replace(" ", "_") / str(seed)
             runs.setdefault(arm, {})[str(seed)] = summary(
                 run_arm(ARMS[arm], seed, folder, str(tokenizer))
             )
-    print(f"{'':28}{'accuracy':>10}  {'max / mean load of the worst layer':>36}{'dead':>6}")
+    print(f"{'':16}{'accuracy':>10}  {'max / mean load of the worst layer':>36}{'dead':>6}")
     for arm, of_arm in runs.items():
         accuracy = statistics.mean(run["accuracy"] for run in of_arm.values())
         worst = [max(run["max / mean load by layer"]) for run in of_arm.values()]
         dead = max(sum(run["dead experts by layer"]) for run in of_arm.values())
         of_seeds = " ".join(f"{value:.2f}" for value in worst)
-        print(f"{arm:28}{accuracy:>10.2%}  {of_seeds:>36}{dead:>6}")
+        print(f"{arm:16}{accuracy:>10.2%}  {of_seeds:>36}{dead:>6}")
     write_result("balancing", {"arms": ARMS, "runs": runs})
 
 
