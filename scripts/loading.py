@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe import (
+    VLMoEConfig,
+    VLMoEForConditionalGeneration,
+    VLMoEProcessor,
+    enable_routed_lora,
+    expert_lora_config,
+)
 from vlmoe.configuration.configuration_vlmoe import PRESETS
 from vlmoe.training.checkpoints import model_problems
 from vlmoe.training.file_checks import tensor_shapes
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 
-from .options import ModelOptions, RuntimeOptions, close_matches
+from .options import LoraOptions, ModelOptions, RuntimeOptions, close_matches
 
 ModelAndProcessor = tuple[VLMoEForConditionalGeneration, VLMoEProcessor]
 
@@ -56,6 +62,28 @@ def model_for_training(
     _choose_implementations(model, options)
     if checkpoint is not None:
         require_same_model(model, checkpoint)
+    return model, processor
+
+
+def adapter_for_training(options: ModelOptions, lora: LoraOptions) -> tuple[Any, VLMoEProcessor]:
+    """A saved model with a new LoRA adapter of its experts, which alone is trained.
+
+    Raises:
+        ValueError: the model is a preset, or an option has a wrong value.
+        FileNotFoundError: there is no such folder.
+    """
+    if is_preset(options.model):
+        raise ValueError(
+            f"--lora adapts a saved model; the preset {options.model!r} would start from nothing. "
+            "Give --model a folder or Hub id."
+        )
+    from peft import get_peft_model
+
+    model, processor = model_for_training(options, tuple)
+    model = get_peft_model(
+        model, expert_lora_config(model, r=lora.lora_r, attention=lora.lora_attention)
+    )
+    enable_routed_lora(model, dropout=lora.lora_dropout)
     return model, processor
 
 

@@ -20,12 +20,15 @@ COMMANDS = {
     "generate": "Ask a model a question about images, or a question alone.",
     "inspect": "Show on one page which experts the tokens of data or of a question are sent to.",
     "card": "Write the card of a saved model from the files in its folder.",
+    "merge": "Add a LoRA adapter to its base model's weights and save the model.",
+    "export-lora": "Write a LoRA adapter of experts with one key per expert.",
     "push": "Push the folder of a trained model to the Hugging Face Hub.",
     "demo": "Train, evaluate and ask the tiny model on real data, start to end.",
 }
 MODULES = {
     "inspect": "inspect_experts",
     "push": "push_to_hub",
+    "export-lora": "export_lora",
 }  # where it is not the command's name
 
 EXAMPLES = """\
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The text of `vlmoe --help`."""
-    table = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    table = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
     return f"usage: vlmoe COMMAND [options]\n\ncommands:\n{table}\n\n{EXAMPLES}"
 
 

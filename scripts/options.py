@@ -52,6 +52,18 @@ class ModelOptions:
 
 
 @dataclasses.dataclass
+class LoraOptions:
+    """Whether to train an adapter of the experts in place of the model."""
+
+    _argument_group_name = "LoRA"
+
+    lora: bool = option("Train LoRA on the experts of a saved model; saves the adapter.", False)
+    lora_r: int = option("Rank.", 8)
+    lora_attention: bool = option("Adapt the attention of the text model too.", False)
+    lora_dropout: float = option("Dropout of the input of the experts' adapters.", 0.0)
+
+
+@dataclasses.dataclass
 class DataOptions:
     """What to train on, and what to evaluate on during training."""
 
@@ -186,6 +198,30 @@ class CardOptions:
     license: str | None = option("The licence, if it is not that of what was trained from.")
     output: str | None = option(
         "Folder for the card and the files it is rendered from (default: the model's own)."
+    )
+
+
+@dataclasses.dataclass
+class MergeOptions:
+    """What an adapter is merged into, and where the model goes."""
+
+    _argument_group_name = "merge"
+
+    output_dir: str | None = option("Folder for the merged model and its processor.")
+    model: str | None = option(
+        "The base model, a folder or Hub id (default: what the adapter's config names)."
+    )
+
+
+@dataclasses.dataclass
+class ExportLoraOptions:
+    """Where an adapter goes, and how its tensors are named."""
+
+    _argument_group_name = "export"
+
+    output_dir: str | None = option("Folder for the exported adapter.")
+    layout: str = option(
+        "per-expert: one pair of matrices per expert and projection.", "per-expert"
     )
 
 

@@ -3,6 +3,7 @@
 
     vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
     vlmoe train --config train.yaml --resume_from_checkpoint last
+    vlmoe train --model outputs/tiny --lora --dataset my_data.parquet --output_dir outputs/adapter
     accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa
 
 - `--resume_from_checkpoint last` goes on from the newest complete checkpoint in the output folder,
@@ -12,6 +13,8 @@
 - The routing is logged beside the loss, and in full in router_telemetry.json.
 - Training stops before a step whose router logits are not finite; with `router_bias_update_rate`
   in the model's config the routers' biases are updated after each step.
+- `--lora` trains an adapter of the experts by the routed path and saves only that, in PEFT's files;
+  `vlmoe merge` makes a model of it.
 - The final model, its processor and its model card are saved in the output folder beside the
   checkpoints, and the results in train_results.json.
 - `--push_to_hub --hub_model_id user/name` pushes every save, as `Trainer` does, and the finished
@@ -30,6 +33,7 @@ from .command_line import run_command
 from .options import (
     TRAINING_DEFAULTS,
     DataOptions,
+    LoraOptions,
     ModelOptions,
     OptionParser,
     PushOptions,
@@ -87,8 +91,8 @@ def main(argv: list[str]) -> None:
     if "--help-all" in argv:
         print(training_parser().format_help())
         return
-    model_options, data_options, arguments = parse_training(argv)
-    result = train(model_options, data_options, arguments)
+    parsed = parse_training(argv)
+    arguments, result = parsed[2], train(*parsed)
     if arguments.process_index == 0:
         print(f"\n{results_table(result.metrics)}\n\nSaved to {result.output_dir}.")
 
@@ -106,13 +110,16 @@ def help_parser() -> OptionParser:
     parser.add_argument(
         "--config", metavar="FILE", help="A YAML file of options; those given as flags win."
     )
-    for options in (ModelOptions, DataOptions):
+    for options in (ModelOptions, DataOptions, LoraOptions):
         add_options(parser, options)
     return parser
 
 
 def train(
-    model_options: ModelOptions, data_options: DataOptions, arguments: "TrainingArguments"
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    arguments: "TrainingArguments",
+    lora_options: LoraOptions | None = None,
 ) -> TrainResult:
     """Train, evaluate, save, and return the result.
 
@@ -121,6 +128,7 @@ def train(
         data_options: which data.
         arguments: see `training_arguments.training_arguments` for ones with our defaults;
             `resume_from_checkpoint` is honoured.
+        lora_options: whether to train an adapter.
 
     Raises:
         ValueError: options, data or checkpoint are not usable; the message names the culprit.
@@ -132,7 +140,7 @@ def train(
 
     from vlmoe.training.checkpoints import find_checkpoint, set_aside_newer
 
-    from .loading import model_for_training
+    from .loading import adapter_for_training, model_for_training
     from .push_to_hub import ensure_repo
 
     check_arguments(arguments)
@@ -145,7 +153,12 @@ def train(
     checkpoint = find_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
     train_rows, eval_rows = load_data(data_options, arguments)
-    model, processor = model_for_training(model_options, lambda: texts_of(train_rows), checkpoint)
+    if lora_options is not None and lora_options.lora:
+        model, processor = adapter_for_training(model_options, lora_options)
+    else:
+        model, processor = model_for_training(
+            model_options, lambda: texts_of(train_rows), checkpoint
+        )
     trainer = build_trainer(
         model,
         processor,
@@ -271,7 +284,8 @@ def build_trainer(
         arguments = copy.copy(arguments)
         arguments.eval_strategy = IntervalStrategy.NO
     callbacks: list[Any] = [StopOnBadLoss(), StopOnNonFiniteRouting()]
-    if model.config.text_config.router_bias_update_rate:
+    is_adapter = hasattr(model, "peft_config")  # what it adapts stays as it is, biases too
+    if model.config.text_config.router_bias_update_rate and not is_adapter:
         callbacks.append(RouterBiasCallback())
     trainer = CardTrainer(
         model=model,
@@ -351,6 +365,10 @@ def restore_finished(trainer: "Trainer", checkpoint: Path) -> None:
 
     from vlmoe.training.checkpoints import STATE_FILE
 
+    if hasattr(trainer.model, "peft_config"):
+        trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        return
     trained = type(trainer.model).from_pretrained(checkpoint, dtype=trainer.model.dtype)
     trainer.model.load_state_dict(trained.state_dict())
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))

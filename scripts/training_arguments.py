@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from .options import TRAINING_DEFAULTS, DataOptions, ModelOptions, parse_options
+from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions, parse_options
 
 
 def training_arguments(**values: Any) -> TrainingArguments:
@@ -28,22 +28,24 @@ def training_defaults() -> dict[str, Any]:
     }
 
 
-def parse_training(argv: list[str]) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+def parse_training(
+    argv: list[str],
+) -> tuple[ModelOptions, DataOptions, TrainingArguments, LoraOptions]:
     """Options from the command line, over those of `--config FILE`, over the defaults.
 
     Raises:
         ValueError: an option does not exist or has a wrong value.
         FileNotFoundError: there is no such config file.
     """
-    option_classes: list[type] = [ModelOptions, DataOptions, TrainingArguments]
-    model, data, arguments, _ = parse_options(training_parser(), argv, option_classes)
-    return model, data, arguments
+    option_classes: list[type] = [ModelOptions, DataOptions, LoraOptions, TrainingArguments]
+    model, data, lora, arguments, _ = parse_options(training_parser(), argv, option_classes)
+    return model, data, arguments, lora
 
 
 def training_parser() -> HfArgumentParser:
     """The parser of all options of `vlmoe train`, those of TrainingArguments included."""
     parser = _TrainingParser(
-        (ModelOptions, DataOptions, TrainingArguments),
+        (ModelOptions, DataOptions, LoraOptions, TrainingArguments),
         prog="vlmoe train",
         usage="vlmoe train [--config FILE] [options]",
         allow_abbrev=False,

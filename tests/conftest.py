@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hub_process import process, with_vlmoe, without_vlmoe
 from hub_server import WRITER, HubServer
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
@@ -80,6 +81,33 @@ def tiny_model(
     ) -> VLMoEForConditionalGeneration:
         torch.manual_seed(seed)
         return VLMoEForConditionalGeneration(config or tiny_config(**fields)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tiny_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """`tiny_moe("OlmoeForCausalLM", **fields)`: a sparse model of the library, or ours, in eval."""
+
+    def make(name: str, implementation: str = "grouped_mm", **fields: Any) -> PreTrainedModel:
+        if name == "VLMoEForConditionalGeneration":
+            model = tiny_model(text=fields)
+        else:
+            torch.manual_seed(0)
+            own = {"num_local_experts": TEXT["num_experts"], "head_dim": 8} | fields
+            if name in ("MixtralForCausalLM", "OlmoeForCausalLM", "GptOssForCausalLM"):
+                own["intermediate_size"] = TEXT["moe_intermediate_size"]
+            config: Any = TEXT | own
+            if name.startswith("Qwen3VLMoe"):
+                rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+                vision = {"depth": 1, "num_heads": 4, "out_hidden_size": TEXT["hidden_size"]}
+                vision |= VISION | {"deepstack_visual_indexes": [0]}
+                config = {"text_config": config | {"rope_parameters": rope}}
+                config |= {"vision_config": vision}
+            model_class = getattr(transformers, name)
+            model = model_class(model_class.config_class(**config)).eval()
+        model.set_experts_implementation(implementation)
+        return model
 
     return make
 

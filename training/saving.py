@@ -14,7 +14,7 @@ def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
     """Save model, processor and training arguments into `output_dir`, beside its checkpoints.
 
     Files are staged in a hidden folder and moved when all are written; until the last one,
-    `config.json`, is there, nothing loads. All ranks must call this.
+    `config.json` or that of an adapter, is there, nothing loads. All ranks must call this.
     """
     output_dir = Path(output_dir)
     if trainer.is_world_process_zero():
@@ -24,7 +24,8 @@ def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
     trainer.save_model(str(staging), _internal_call=True)  # else Trainer pushes what is half done
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        publish_folder(staging, output_dir)
+        is_adapter = (staging / "adapter_config.json").is_file()
+        publish_folder(staging, output_dir, "adapter_config.json" if is_adapter else "config.json")
     return output_dir
 
 

@@ -2,8 +2,13 @@
 """VLMoE: sparse mixture-of-experts vision-language models for the Hugging Face ecosystem.
 
 Importing the package registers its classes with `AutoConfig`, `AutoModel`,
-`AutoModelForImageTextToText` and `AutoProcessor`.
+`AutoModelForImageTextToText` and `AutoProcessor`. What adapts experts with LoRA
+(`expert_lora_config`, `enable_routed_lora`, `disable_routed_lora`) needs peft, which is imported on
+first use.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -13,6 +18,11 @@ from .modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEM
 from .modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
 from .modeling_vlmoe.quantization import expert_int8_config
 from .processing.processing_vlmoe import VLMoEProcessor
+
+if TYPE_CHECKING:
+    from .modeling_vlmoe.expert_lora import disable_routed_lora as disable_routed_lora
+    from .modeling_vlmoe.expert_lora import enable_routed_lora as enable_routed_lora
+    from .modeling_vlmoe.expert_lora import expert_lora_config as expert_lora_config
 
 AutoConfig.register("vlmoe", VLMoEConfig)
 AutoConfig.register("vlmoe_text", VLMoETextConfig)
@@ -31,3 +41,9 @@ __all__ = [
     "VLMoETextModel",
     "expert_int8_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("disable_routed_lora", "enable_routed_lora", "expert_lora_config"):
+        return getattr(import_module(f"{__name__}.modeling_vlmoe.expert_lora"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

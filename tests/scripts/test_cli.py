@@ -15,8 +15,11 @@ from vlmoe_cli.options import (
     CardOptions,
     DataOptions,
     EvaluateOptions,
+    ExportLoraOptions,
     GenerateOptions,
     InspectOptions,
+    LoraOptions,
+    MergeOptions,
     ModelOptions,
     OptionParser,
     PushOptions,
@@ -28,11 +31,13 @@ from vlmoe_cli.options import (
 from vlmoe_cli.training_arguments import parse_training, training_arguments
 
 OPTIONS = {
-    "train": (ModelOptions, DataOptions),
+    "train": (ModelOptions, DataOptions, LoraOptions),
     "evaluate": (EvaluateOptions, RuntimeOptions),
     "generate": (GenerateOptions, RuntimeOptions),
     "inspect": (InspectOptions, RuntimeOptions),
     "card": (CardOptions,),
+    "merge": (MergeOptions,),
+    "export-lora": (ExportLoraOptions,),
     "push": (PushOptions,),
 }
 
@@ -84,6 +89,9 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["generate", "--model", "x"], "The question is missing"),
         (["generate", "question"], "--model is missing"),
         (["inspect", "--dataset", "easy_vqa"], "vlmoe inspect: error: --model is missing"),
+        (["merge", "nowhere", "--output_dir", "x"], "nowhere holds no adapter_config.json"),
+        (["merge", "nowhere"], "--output_dir is missing"),
+        (["export-lora", "nowhere", "--output_dir", "x"], "nowhere holds no adapter_config.json"),
         (["push", "--repo_id", "user/name"], "The folder is missing"),
         (["push", "outputs"], "vlmoe push: error: --repo_id is missing"),
         (["push", "nowhere", "--repo_id", "user/name"], "There is no model folder nowhere"),
@@ -197,7 +205,7 @@ def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path:
     file = tmp_path / "train.yaml"
     file.write_text(CONFIG)
     flags = ["--max-train-rows=7", "--config", str(file), "--seed", "3", "--use_cpu"]
-    model, data, arguments = parse_training([*flags, "--output_dir", str(tmp_path)])
+    model, data, arguments, _ = parse_training([*flags, "--output_dir", str(tmp_path)])
     assert model.model == "outputs/tiny"
     assert model.model_overrides == '{"text_config": {"num_experts": 4}}'
     assert (data.dataset, data.max_train_rows, data.altered_copies) == ("easy_vqa", 7, 3)
@@ -208,7 +216,7 @@ def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path:
 
 
 def test_options_parsed_without_flags_are_our_defaults(tmp_path: Path) -> None:
-    _, _, parsed = parse_training(["--use_cpu"])
+    _, _, parsed, _ = parse_training(["--use_cpu"])
     built = training_arguments(use_cpu=True)
     assert parsed.to_dict() == built.to_dict()
     for name, value in TRAINING_DEFAULTS.items():

@@ -1,0 +1,67 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Add a LoRA adapter to the weights of its base model, and save the whole model.
+
+    vlmoe merge outputs/adapter --output_dir outputs/merged
+
+The result is a model like any other: it needs neither PEFT nor the adapter.
+"""
+
+import sys
+from pathlib import Path
+
+from .command_line import run_command
+from .options import MergeOptions, command_options, require
+
+EPILOG = """\
+examples:
+  vlmoe merge outputs/adapter --output_dir outputs/merged
+  vlmoe merge outputs/adapter --model user/base --output_dir outputs/merged"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe merge`."""
+    parsed = command_options(
+        argv,
+        [MergeOptions],
+        usage="vlmoe merge FOLDER [options]",
+        description="Add a LoRA adapter to its base model's weights and save the model.",
+        epilog=EPILOG,
+        argument=("folder", "The folder of the adapter."),
+    )
+    if parsed is None:
+        return
+    options, rest = parsed
+    print(f"Saved to {merge(rest.folder, options)}.")
+
+
+def merge(folder: str | Path, options: MergeOptions) -> Path:
+    """Merge, save model and processor; returns where.
+
+    Raises:
+        FileNotFoundError: there is no such adapter or model.
+        ValueError: the adapter is damaged, of another model, or its merged weights are not finite.
+    """
+    from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+    from vlmoe.training.adapter_files import load_adapter, read_adapter
+    from vlmoe.training.atomic_files import publish_folder, staging_folder
+
+    from .loading import check_model_source
+
+    output = Path(require(options.output_dir, "output_dir", "merge")).expanduser()
+    config, _ = read_adapter(folder)
+    source = options.model or config.get("base_model_name_or_path")
+    if not source:
+        raise ValueError(f"{folder} does not say what its base model is; give --model.")
+    check_model_source(source)
+    processor = VLMoEProcessor.from_pretrained(source)
+    base = VLMoEForConditionalGeneration.from_pretrained(source)
+    merged = load_adapter(base, folder).merge_and_unload(safe_merge=True)
+    staging = staging_folder(output)
+    merged.save_pretrained(staging)
+    processor.save_pretrained(staging)
+    publish_folder(staging, output)
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe merge", main))

@@ -1,0 +1,83 @@
+"""torch.compile(fullgraph=True) with routed LoRA, forward and backward, against eager."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from test_expert_lora import MODELS, assert_close, lora, randomize, run
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from vlmoe import enable_routed_lora
+from vlmoe.modeling_vlmoe import routed_lora
+
+Model = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No graphs and counts of other tests."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["cpu kernel", "grouped"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [MODELS[0], "OlmoeForCausalLM"])
+def test_two_lengths_take_at_most_one_recompilation(
+    tiny_moe: Model,
+    name: str,
+    backend: str,
+    kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(routed_lora, "_fits_cpu_kernel", lambda *_: False)
+    model = get_peft_model(tiny_moe(name), lora())
+    randomize(model)
+    enable_routed_lora(model)
+    graphs: list[int] = []
+    for length in (7, 12, 9):
+        ids = torch.arange(2 * length).view(2, length) + 6
+        expected = step(model, model, ids)
+        if length == 7:
+            compiled = torch.compile(model, fullgraph=True, backend=backend)
+        assert_close(step(model, compiled, ids), expected, 1e-5 if backend == "aot_eager" else 5e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 1 and graphs[-1] == graphs[1] <= graphs[0] + 1
+
+
+def step(model: torch.nn.Module, forward: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits and gradients."""
+    model.zero_grad()
+    logits = forward(input_ids=ids, use_cache=False).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach()} | grads
+
+
+def test_the_operators_of_the_kernel_are_well_formed() -> None:
+    """Schema, fake tensors and autograd registration, as torch checks them."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, requires_grad=True)
+    weights = torch.rand(10, requires_grad=True)
+    token, ends = torch.arange(5).repeat(2), torch.tensor([4, 4, 10], dtype=torch.int32)
+    gate_up, down = torch.randn(3, 8, 6), torch.randn(3, 6, 4)
+    a, b = torch.randn(3, 2, 6, requires_grad=True), torch.randn(3, 2, 8, requires_grad=True)
+    arguments = (x, weights, token, ends, gate_up, down, a, b, None, None, True)
+    torch.library.opcheck(torch.ops.vlmoe.routed_lora.default, arguments)
+
+
+def test_compiled_and_eager_runs_agree_on_generation(tiny_moe: Model) -> None:
+    model = get_peft_model(tiny_moe(MODELS[0]), lora())
+    randomize(model)
+    reference = run(model)["logits"]
+    enable_routed_lora(model)
+    with torch.no_grad():
+        ids = torch.tensor([[7, 8, 9, 10]])
+        tokens = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (1, 7) and reference.isfinite().all()
