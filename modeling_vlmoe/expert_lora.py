@@ -8,7 +8,6 @@ the chain. Configuration, parameters, files and every operation stay PEFT's, and
 knows nothing of it: a copy from the Hub runs PEFT's own path.
 """
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
-from peft.utils import hotswap
+from peft.utils.hotswap import hotswap_adapter
+from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
@@ -121,7 +121,6 @@ def enable_routed_lora(
         wrapper.__class__ = ParamWrapper
         wrapper.expert_dropout = float(dropout)
         wrapper.trained_experts = trained[name]
-    _guard_hotswap()
 
 
 def disable_routed_lora(model: nn.Module) -> None:
@@ -130,6 +129,39 @@ def disable_routed_lora(model: nn.Module) -> None:
         if isinstance(module, ParamWrapper):
             module.__class__ = peft_layers.ParamWrapper
             del module.expert_dropout, module.trained_experts
+
+
+def hotswap_expert_lora(
+    model: nn.Module, folder: str, adapter_name: str = "default", **kwargs: Any
+) -> None:
+    """`peft.utils.hotswap.hotswap_adapter`, with a look at experts' adapters before it.
+
+    PEFT takes an adapter of another rank, too, and copies a smaller A over the first rows of the
+    larger: right for a linear layer, but here these rows are other experts'.
+
+    Args:
+        model: a PEFT model with adapters on experts, routed or not.
+        folder: of the adapter to swap in, or its id on the Hub.
+        adapter_name: the adapter of `model` that it takes the place of.
+        kwargs: those of PEFT's function.
+
+    Raises:
+        ValueError: rank or number of experts differs; nothing is changed then.
+    """
+    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, peft_layers.ParamWrapper)}
+    owners = {name.removeprefix("_orig_mod.") for name in wrappers}
+    current = {key.removeprefix("_orig_mod."): t for key, t in model.state_dict().items()}
+    from_hub = {k: v for k, v in kwargs.items() if k in ("revision", "subfolder", "token")}
+    for key, new in load_peft_weights(folder, device="cpu", **from_hub).items():
+        module, _, matrix = key.removesuffix(".weight").rpartition(".")
+        old = current.get(f"{module}.{matrix}.{adapter_name}.weight")
+        if module in owners and old is not None and old.shape != new.shape:
+            raise ValueError(
+                f"{key} of {folder} has shape {tuple(new.shape)}, the model's {tuple(old.shape)}. "
+                "Experts' adapters can be swapped at equal rank and number of experts; load this "
+                "one by `load_adapter` under another name."
+            )
+    hotswap_adapter(model, folder, adapter_name, **kwargs)
 
 
 def _chain(outermost: nn.Module) -> list[peft_layers.ParamWrapper]:
@@ -167,40 +199,6 @@ def _check_layout(name: str, wrapper: peft_layers.ParamWrapper) -> None:
             f"{name}: {type(bank).__name__} has adapters on {names}; allowed: {_PROJECTIONS}. "
             "Remove the others from `target_parameters`."
         )
-
-
-def _guard_hotswap() -> None:
-    """Let PEFT's hotswap refuse adapters of another rank in routed models.
-
-    It would copy a smaller A over the first rows of the larger, which are other experts' rows. Only
-    the function that swaps sees both, so it is replaced, by one that looks first.
-    """
-    swap = hotswap.hotswap_adapter_from_state_dict
-    if hasattr(swap, "refuses_other_ranks"):
-        return
-
-    @functools.wraps(swap)
-    def checked(
-        model: nn.Module, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any
-    ) -> None:
-        wrappers = {
-            n: m for n, m in model.named_modules() if isinstance(m, peft_layers.ParamWrapper)
-        }
-        routed = any(isinstance(wrapper, ParamWrapper) for wrapper in wrappers.values())
-        current = {key.removeprefix("_orig_mod."): t for key, t in model.state_dict().items()}
-        owners = {name.removeprefix("_orig_mod.") for name in wrappers} if routed else set()
-        for key, new in state_dict.items():
-            old = current.get(key)
-            if key.rsplit(".", 3)[0] in owners and old is not None and old.shape != new.shape:
-                raise ValueError(
-                    f"{key}: the adapter to swap in has shape {tuple(new.shape)}, the model's "
-                    f"{tuple(old.shape)}. Experts' adapters can be swapped at equal rank and number"
-                    " of experts; load this one by `load_adapter` under another name."
-                )
-        swap(model, state_dict, *args, **kwargs)
-
-    checked.refuses_other_ranks = True  # type: ignore[attr-defined]
-    hotswap.hotswap_adapter_from_state_dict = checked
 
 
 def _adapter_of_token(names: Sequence[str], own: list[str], x: torch.Tensor) -> torch.Tensor:
@@ -323,4 +321,9 @@ def _why_not_routed(
     return None
 
 
-__all__ = ["disable_routed_lora", "enable_routed_lora", "expert_lora_config"]
+__all__ = [
+    "disable_routed_lora",
+    "enable_routed_lora",
+    "expert_lora_config",
+    "hotswap_expert_lora",
+]

@@ -296,8 +296,8 @@ class _LoadRecorder:
         backbone = find_backbone(model)
         routers = {place: sparse_routers(model, place) for place in PLACES}
         self._places = {place: _PlaceRecorder(of) for place, of in routers.items() if of}
-        loads = {name: place.load for name, place in self._places.items()}
-        self.load = loads.pop("decoder", None) or _no_layers()
+        loads: dict[str, ExpertLoad] = {name: of.load for name, of in self._places.items()}
+        self.load = loads.pop("decoder") if "decoder" in loads else _no_layers()
         self.load.vision = loads
         self._training_only = training_only
         self._kinds: torch.Tensor | None = None  # (T,): 0 image, 1 text, 2 padding; in a forward

@@ -3,8 +3,8 @@
 
 Importing the package registers its classes with `AutoConfig`, `AutoModel`,
 `AutoModelForImageTextToText` and `AutoProcessor`. What adapts experts with LoRA
-(`expert_lora_config`, `enable_routed_lora`, `disable_routed_lora`) needs peft, which is imported on
-first use.
+(`expert_lora_config`, `enable_routed_lora`, `disable_routed_lora`, `hotswap_expert_lora`) needs
+peft, which is imported on first use.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .modeling_vlmoe.expert_lora import disable_routed_lora as disable_routed_lora
     from .modeling_vlmoe.expert_lora import enable_routed_lora as enable_routed_lora
     from .modeling_vlmoe.expert_lora import expert_lora_config as expert_lora_config
+    from .modeling_vlmoe.expert_lora import hotswap_expert_lora as hotswap_expert_lora
 
 AutoConfig.register("vlmoe", VLMoEConfig)
 AutoConfig.register("vlmoe_text", VLMoETextConfig)
@@ -43,7 +44,13 @@ __all__ = [
 ]
 
 
+_EXPERT_LORA = (
+    *("disable_routed_lora", "enable_routed_lora"),
+    *("expert_lora_config", "hotswap_expert_lora"),
+)
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("disable_routed_lora", "enable_routed_lora", "expert_lora_config"):
+    if name in _EXPERT_LORA:
         return getattr(import_module(f"{__name__}.modeling_vlmoe.expert_lora"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
-from peft.utils.hotswap import hotswap_adapter
 from transformers import PreTrainedModel
 
-from vlmoe import disable_routed_lora, enable_routed_lora
+from vlmoe import disable_routed_lora, enable_routed_lora, hotswap_expert_lora
 from vlmoe.modeling_vlmoe import expert_lora
 
 Model = Callable[..., PreTrainedModel]
@@ -237,9 +236,9 @@ def test_hotswap_at_equal_rank_and_no_other(
     before = compare(model)["logits"]
     for rank in ("2", "5"):
         with pytest.raises(ValueError, match=r"can be swapped at equal rank and number of experts"):
-            hotswap_adapter(model, str(tmp_path / rank), "default", torch_device="cpu")
+            hotswap_expert_lora(model, str(tmp_path / rank), "default", torch_device="cpu")
         assert torch.equal(run(model)["logits"], before)
-    hotswap_adapter(model, str(tmp_path / "3"), "default", torch_device="cpu")
+    hotswap_expert_lora(model, str(tmp_path / "3"), "default", torch_device="cpu")
     torch.testing.assert_close(compare(model)["logits"], expected)
 
 
