@@ -74,7 +74,9 @@ def routed_lora_forward(
     group_ends = _ends(group, experts.num_experts * per_expert)
     ends = group_ends[per_expert - 1 :: per_expert].contiguous()  # (E,)
     row_weights = top_k_weights.reshape(-1)[order]
-    low_rank_dtype = torch.promote_types(dtype, torch.float32) if by_kernel else dtype
+    # The few numbers of rank r are not rounded to half precision, where products in fp32 are no
+    # slower than others: CUDA's grouped kernels are for bf16.
+    low_rank_dtype = dtype if device.type == "cuda" else torch.promote_types(dtype, torch.float32)
     make = _factors if adapter_of_token is None else _factors_by_group
     factors = {n: make(each, experts.num_experts, low_rank_dtype) for n, each in adapters.items()}
     if by_kernel:
@@ -176,8 +178,9 @@ def _grouped(
             projected = projected + getattr(experts, f"{name}_bias")[expert].to(projected.dtype)
         if name in factors:
             a, b = factors[name]
-            low_rank = _grouped_linear(F.dropout(rows, dropout), a, group_ends)
-            projected = projected + _grouped_linear(low_rank, b, group_ends, is_transposed=True)
+            low_rank = _grouped_linear(F.dropout(rows, dropout).to(a.dtype), a, group_ends)
+            added = _grouped_linear(low_rank, b, group_ends, is_transposed=True)
+            projected = (projected + added).to(projected.dtype)
         if name == "down_proj":
             return projected
         rows = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from test_expert_lora import MODELS, assert_close, lora, randomize, run
+from test_expert_lora import MODELS, assert_close, lora, randomize
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
@@ -26,7 +26,10 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["cpu kernel", "grouped"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))],
+)
 @pytest.mark.parametrize("name", [MODELS[0], "OlmoeForCausalLM"])
 def test_two_lengths_take_at_most_one_recompilation(
     tiny_moe: Model,
@@ -46,7 +49,7 @@ def test_two_lengths_take_at_most_one_recompilation(
         expected = step(model, model, ids)
         if length == 7:
             compiled = torch.compile(model, fullgraph=True, backend=backend)
-        assert_close(step(model, compiled, ids), expected, 1e-5 if backend == "aot_eager" else 5e-5)
+        assert_close(step(model, compiled, ids), expected, 5e-5 if backend == "inductor" else 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] >= 1 and graphs[-1] == graphs[1] <= graphs[0] + 1
 
@@ -72,12 +75,15 @@ def test_the_operators_of_the_kernel_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.vlmoe.routed_lora.default, arguments)
 
 
-def test_compiled_and_eager_runs_agree_on_generation(tiny_moe: Model) -> None:
+def test_generation_by_the_routed_path_gives_the_tokens_of_pefts(tiny_moe: Model) -> None:
     model = get_peft_model(tiny_moe(MODELS[0]), lora())
     randomize(model)
-    reference = run(model)["logits"]
+    ids = torch.tensor([[7, 8, 9, 10]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    plain = model.base_model.model
+    with model.disable_adapter():
+        base = plain.generate(input_ids=ids, **options)
+    expected = plain.generate(input_ids=ids, **options)
+    assert not torch.equal(expected, base), "the adapter changes nothing"
     enable_routed_lora(model)
-    with torch.no_grad():
-        ids = torch.tensor([[7, 8, 9, 10]])
-        tokens = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert tokens.shape == (1, 7) and reference.isfinite().all()
+    assert torch.equal(plain.generate(input_ids=ids, **options), expected)
