@@ -23,7 +23,7 @@ demo: venv
 	$(BIN)/vlmoe demo --output_dir outputs/demo
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
