@@ -26,7 +26,7 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 conformance: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py

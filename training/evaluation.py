@@ -79,7 +79,14 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers to the prompts, in order, without special tokens."""
     inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
-    tokenizer = processor.tokenizer
+    answers = greedy_answers(model, processor.tokenizer, inputs, max_new_tokens)
+    return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def greedy_answers(
+    model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int
+) -> torch.Tensor:
+    """(batch, new tokens): what the model says next, with end and padding tokens."""
     sequences = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -88,8 +95,7 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    answers = sequences[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sequences[:, inputs["input_ids"].shape[1] :]
 
 
 def score(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

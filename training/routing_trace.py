@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .evaluation import greedy_answers
 from .expert_load import find_backbone, sparse_routers, token_kinds
 
 IMAGE_KIND, TEXT_KIND, PADDING_KIND = 0, 1, 2
@@ -188,15 +189,7 @@ def trace_answers(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     tokenizer = processor.tokenizer
     with record_routing(model) as trace:
-        sequences = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    answers = sequences[:, inputs["input_ids"].shape[1] :].cpu()  # (B, new tokens)
+        answers = greedy_answers(model, tokenizer, inputs, max_new_tokens).cpu()  # (B, new tokens)
     prompt_lengths = inputs["attention_mask"].sum(-1).tolist()
     traced = []
     for routing, answer, length in zip(trace.sequences(), answers, prompt_lengths, strict=True):

@@ -4,7 +4,7 @@ Dynamo's tracing is what can fail on our side; the backend `eager` runs the trac
 One slow test takes inductor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from vlmoe import VLMoEForConditionalGeneration
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 Inputs = dict[str, torch.Tensor]
 Batch = Callable[..., Inputs]
@@ -49,15 +51,6 @@ def model(tiny_model: Callable[..., Model]) -> Model:
     """A model with both kinds of attention layers."""
     layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     return tiny_model(text={"sliding_window": 5} | layers)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No graphs and counts of other tests."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compile_whole(model: Model, backend: str = "eager") -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """torch.compile(fullgraph=True) with routed LoRA, forward and backward, against eager."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,16 +13,9 @@ from transformers import PreTrainedModel
 from vlmoe import enable_routed_lora
 from vlmoe.modeling_vlmoe import routed_lora
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 Model = Callable[..., PreTrainedModel]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No graphs and counts of other tests."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["cpu kernel", "grouped"])

@@ -4,7 +4,7 @@ The references go tile by tile: each tile is encoded alone, and its losses are w
 Python.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -255,15 +255,6 @@ def test_checkpointing_of_either_kind_changes_no_loss_no_gradient_and_no_count(
         assert results[kind].keys() == results["none"].keys()
         for key, value in results["none"].items():
             assert torch.equal(results[kind][key], value), f"{kind}: {key}"
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No graphs and counts of other tests."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
