@@ -17,8 +17,7 @@ from typing import Any
 
 from measure import write_result
 
-import vlmoe.configuration as configuration
-from vlmoe_cli.demo import CAPTIONS, QUESTIONS, save_tokenizer
+from vlmoe_cli.demo import CAPTIONS, QUESTIONS, recipe_file, save_tokenizer
 
 ARMS: dict[str, dict[str, float]] = {
     "off": {"router_aux_loss_coef": 0.0},
@@ -31,9 +30,8 @@ EVALUATION_BATCH = "256"
 def train(recipe: str, model: str, folder: Path, seed: int, extra: list[str]) -> Path:
     """The folder of a trained stage."""
     if not (folder / "train_results.json").exists():
-        path = Path(configuration.__path__[0]) / "recipes" / f"{recipe}.yaml"
-        command = ["train", "--config", str(path), "--model", model, "--output_dir", str(folder)]
-        _vlmoe([*command, "--seed", str(seed), *extra])
+        command = ["train", "--config", str(recipe_file(recipe)), "--model", model]
+        _vlmoe([*command, "--output_dir", str(folder), "--seed", str(seed), *extra])
     return folder
 
 

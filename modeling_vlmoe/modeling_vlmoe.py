@@ -23,9 +23,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
@@ -195,24 +193,17 @@ class VLMoEModel(VLMoEPreTrainedModel):
     ) -> VLMoEModelOutputWithPast:
         """Image and text to hidden states (batch, length, hidden).
 
-        For the image inputs see `get_image_features`.
-
-        `mm_token_type_ids` (batch, length): see `token_types`. `mm_encoder_outputs={"image": ...}`
+        For the image inputs see `get_image_features`, for `mm_token_type_ids` (batch, length)
+        `token_types`. `mm_encoder_outputs={"image": ...}`
         holds image features that were computed before. `router_losses_follow`: the caller adds the
         router losses to its loss; training without them is warned of once.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         learning = self.training and torch.is_grad_enabled()
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and encoded is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image']")
-        if pixel_values is not None:
-            images = pixel_values, pixel_attention_mask, image_index
-            record = learning or kwargs.get("output_router_logits", False)
-            encoded = self.get_image_features(
-                *images, output_router_logits=record, return_dict=True
-            )
+        record = learning or kwargs.get("output_router_logits", False)
+        images = pixel_values, pixel_attention_mask, image_index, mm_encoder_outputs
+        encoded = self._encoded_images(*images, record)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mm_token_type_ids = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
@@ -245,6 +236,23 @@ class VLMoEModel(VLMoEPreTrainedModel):
             vision_router_logits=vision_router_logits,
             shown_tiles=shown,
         )
+
+    def _encoded_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        pixel_attention_mask: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        record: bool,
+    ) -> Any:
+        """The images' features, computed before or now, with the routing if `record`; or None."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is None:
+            return encoded
+        if encoded is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image']")
+        images = pixel_values, pixel_attention_mask, image_index
+        return self.get_image_features(*images, output_router_logits=record, return_dict=True)
 
     def _vision_routing(
         self,

@@ -59,6 +59,18 @@ class RouterLosses:
     z_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
 
+    def weighed(self, config: VLMoETextConfig, device: torch.device) -> "RouterLosses":
+        """These losses, their `total` set from the coefficients."""
+        self.total = torch.zeros((), device=device)
+        for coefficient, loss in (
+            (config.router_z_loss_coef, self.z_loss),
+            (config.router_aux_loss_coef, self.aux_loss),
+            (1, self.entropy_loss),
+        ):
+            if loss is not None:
+                self.total = self.total + coefficient * loss
+        return self
+
 
 def sum_of_losses(places: Sequence[RouterLosses]) -> RouterLosses:
     """The losses of several places (decoder, tower, connector), added; a loss that is off is 0."""
@@ -267,18 +279,14 @@ def router_losses(
         is_image = mm_token_type_ids.to(device) == MODALITIES.index("image")
     rows = Tokens(token_mask, is_image, row_weights)
     compared = rows.in_scope(config.router_aux_loss_scope, training)
-    losses, total = RouterLosses(), row_weights.new_zeros((), dtype=torch.float32)
+    losses = RouterLosses()
     if config.router_z_loss_coef != 0:
         losses.z_loss = router_z_loss(router_logits, token_mask, row_weights)
-        total = total + config.router_z_loss_coef * losses.z_loss
     if config.router_aux_loss_coef != 0:
         losses.aux_loss = _aux_loss(config, router_logits, compared)
-        total = total + config.router_aux_loss_coef * losses.aux_loss
     if config.has_entropy_losses:
         losses.entropy_loss = _entropy_loss(config, router_logits, rows, compared)
-        total = total + losses.entropy_loss
-    losses.total = total
-    return losses
+    return losses.weighed(config, device)
 
 
 def _aux_loss(

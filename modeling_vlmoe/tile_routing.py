@@ -124,14 +124,12 @@ def _losses(
     )
     real = (row >= 0)[:, None].expand(-1, patches)  # (shown, patches)
     tokens = Tokens(real, real, weights)
-    losses = RouterLosses(total=weights.new_zeros((), dtype=torch.float32))
+    losses = RouterLosses()
     if text_config.router_z_loss_coef != 0:
         losses.z_loss = router_z_loss(logits, tokens.mask, tokens.row_weights)
-        losses.total = losses.total + text_config.router_z_loss_coef * losses.z_loss
     if text_config.router_aux_loss_coef != 0:
         compared = tokens.in_scope(text_config.router_aux_loss_scope, training)
         losses.aux_loss = load_balancing_loss(
             logits, top_k, compared.mask, compared.row_weights, summed=compared.summed
         )
-        losses.total = losses.total + text_config.router_aux_loss_coef * losses.aux_loss
-    return losses
+    return losses.weighed(text_config, device)

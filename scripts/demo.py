@@ -158,18 +158,22 @@ def train_stage(
     options: DemoOptions, recipe: str, model: str, extra: list[str] | None = None
 ) -> "TrainResult":
     """Train with a recipe, into the folder of its name; the question stage's is `model`."""
-    import vlmoe.configuration as configuration
-
     from .train import train
     from .training_arguments import parse_training
 
-    config = Path(configuration.__path__[0]) / "recipes" / f"{recipe}.yaml"
     folder = Path(options.output_dir) / ("model" if recipe == QUESTIONS else recipe)
-    argv = ["--config", str(config), "--model", model, "--output_dir", str(folder)]
+    argv = ["--config", str(recipe_file(recipe)), "--model", model, "--output_dir", str(folder)]
     argv += ["--seed", str(options.seed), *(extra or [])]
     if options.max_train_rows is not None:
         argv += ["--max_train_rows", str(options.max_train_rows)]
     return train(*parse_training(argv))
+
+
+def recipe_file(name: str) -> Path:
+    """The YAML file of a recipe."""
+    import vlmoe.configuration as configuration
+
+    return Path(configuration.__path__[0]) / "recipes" / f"{name}.yaml"
 
 
 def draw_figures(

@@ -63,13 +63,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
     images = [open_image(Path(path).expanduser(), path) for path in paths]
     model, processor = model_for_answers(source, runtime)
     set_seed(options.seed)
-    inputs = processor.apply_chat_template(
-        conversation(question, images, options.system),
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    ).to(model.device)
+    inputs = prompt_inputs(processor, question, images, options.system).to(model.device)
     tokenizer = processor.tokenizer
     with torch.inference_mode():
         tokens = model.generate(
@@ -82,6 +76,19 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
         )
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def prompt_inputs(
+    processor: Any, question: str, images: list[Any], system: str | None = None
+) -> Any:
+    """The model's inputs for a question about images."""
+    return processor.apply_chat_template(
+        conversation(question, images, system),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
 
 
 def conversation(question: str, images: list[Any], system: str | None) -> list[dict[str, Any]]:

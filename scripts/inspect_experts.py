@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command_line import run_command
-from .generate import conversation
+from .generate import prompt_inputs
 from .options import InspectOptions, RuntimeOptions, command_options, require
 
 if TYPE_CHECKING:
@@ -156,13 +156,7 @@ def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -
     from vlmoe.training.inspection_tokens import trace_prompt
 
     images = [open_image(Path(path).expanduser(), path) for path in options.image or []]
-    inputs = processor.apply_chat_template(
-        conversation(question, images, None),
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
+    inputs = prompt_inputs(processor, question, images)
     return trace_prompt(model, processor, inputs, images, question, options.max_new_tokens)
 
 

@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from vlmoe import (
-    VLMoEConfig,
-    VLMoEForConditionalGeneration,
-    VLMoEProcessor,
-    enable_routed_lora,
-    expert_lora_config,
-)
+from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.configuration.configuration_vlmoe import PRESETS
 from vlmoe.training.checkpoints import model_problems
 from vlmoe.training.file_checks import tensor_shapes
@@ -78,6 +72,8 @@ def adapter_for_training(options: ModelOptions, lora: LoraOptions) -> tuple[Any,
             "Give --model a folder or Hub id."
         )
     from peft import get_peft_model
+
+    from vlmoe import enable_routed_lora, expert_lora_config
 
     model, processor = model_for_training(options, tuple)
     model = get_peft_model(

@@ -42,13 +42,13 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
         ValueError: the adapter is damaged, of another model, or its merged weights are not finite.
     """
     from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-    from vlmoe.training.adapter_files import load_adapter, read_adapter
+    from vlmoe.training.adapter_files import adapter_config, load_adapter
     from vlmoe.training.atomic_files import publish_folder, staging_folder
 
     from .loading import check_model_source
 
     output = Path(require(options.output_dir, "output_dir", "merge")).expanduser()
-    config, _ = read_adapter(folder)
+    config = adapter_config(folder)
     source = options.model or config.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"{folder} does not say what its base model is; give --model.")

@@ -35,6 +35,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 print(*{name.partition(".")[0] for name in sys.modules})
 import vlmoe
 print(*{name.partition(".")[0] for name in sys.modules})
+import vlmoe_cli.loading
+print(*{name.partition(".")[0] for name in sys.modules})
 """
 
 # (relative level, module, line); an absolute import has level 0
@@ -123,8 +125,9 @@ def test_code_that_needs_peft_does_not_go_to_the_hub() -> None:
 def test_importing_vlmoe_imports_no_package_that_transformers_does_not() -> None:
     command = [sys.executable, "-c", IMPORTED_PACKAGES]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    alone, with_vlmoe = (set(line.split()) for line in run.stdout.splitlines())
+    alone, with_vlmoe, answering = (set(line.split()) for line in run.stdout.splitlines())
     assert "torch" in alone and "vlmoe" in with_vlmoe
     extra = with_vlmoe - alone - set(sys.stdlib_module_names)
     assert not extra.intersection(HEAVY)
     assert {name for name in extra if not name.startswith("_")} == {"vlmoe"}
+    assert "peft" not in answering, "a command that only answers needs what adapts experts"

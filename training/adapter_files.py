@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .atomic_files import atomic_path, write_json
 from .file_checks import content_problems
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -23,8 +24,8 @@ _BANK_KEY = re.compile(r"^(.*\.experts)((?:\.base_layer)*)\.lora_([AB])\.weight$
 Tensors = dict[str, torch.Tensor]
 
 
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
-    """Configuration and tensors of a LoRA adapter.
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """Configuration of a LoRA adapter whose files are whole.
 
     Raises:
         FileNotFoundError: the folder, or a file of the adapter, is missing.
@@ -39,15 +40,21 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')}, not LORA.")
-    return config, load_file(folder / WEIGHTS_FILE)
+    return config
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
+    """Configuration and tensors of a LoRA adapter; raises as `adapter_config`."""
+    config = adapter_config(folder)
+    return config, load_file(Path(folder).expanduser() / WEIGHTS_FILE)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     """`model` with the adapter, by PEFT, after names and shapes have been compared.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, or the adapter does not fit the model, by
-            the number of experts for instance; then `model` has no weights of it.
+        FileNotFoundError, ValueError: as `adapter_config`, or the adapter does not fit the model,
+            by the number of experts for instance; then `model` has no weights of it.
     """
     from peft import (
         LoraConfig,
@@ -79,7 +86,7 @@ def export_per_expert(folder: str | Path, output: str | Path) -> int:
     is copied.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, or it adapts no experts.
+        FileNotFoundError, ValueError: as `adapter_config`, or it adapts no experts.
     """
     config, tensors = read_adapter(folder)
     parameters = {name.rpartition(".")[2] for name in config.get("target_parameters") or ()}
@@ -107,9 +114,9 @@ def export_per_expert(folder: str | Path, output: str | Path) -> int:
     if not pairs:
         raise ValueError(f"The adapter in {folder} adapts no experts (`target_parameters`).")
     output = Path(output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(exported, output / WEIGHTS_FILE, {"format": "pt"})
-    (output / CONFIG_FILE).write_text(json.dumps(_unfused_config(config, ranks), indent=2) + "\n")
+    with atomic_path(output / WEIGHTS_FILE) as temporary:
+        save_file(exported, temporary, {"format": "pt"})
+    write_json(output / CONFIG_FILE, _unfused_config(config, ranks))
     return pairs
 
 
