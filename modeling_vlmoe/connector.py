@@ -21,6 +21,8 @@ from .vision_experts import SPARSE_TOWERS, VLMoEConnectorExperts, VLMoEVisionSpa
 
 logger = logging.get_logger(__name__)
 
+TOWERS_WITH_PATCH_MASK = ("idefics3_vision", "smolvlm_vision")
+
 
 def make_vision_tower(config: VLMoEConfig) -> PreTrainedModel:
     """The tower; with experts of ours where the config says so.
@@ -84,6 +86,21 @@ def encode_tiles(
 
 def _as_tuple(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
+
+
+def patch_mask(pixel_mask: torch.Tensor, vision_config: Any) -> dict[str, torch.Tensor]:
+    """(tiles, height, width), 1 for real pixels -> the argument of a tower that leaves patches out.
+
+    `patch_attention_mask` (tiles, rows, columns) is True where a patch holds a real pixel, as in
+    Idefics3. A tile that is all padding, which while compiling is still there, counts as whole:
+    attention to nothing would be NaN. Empty for towers that take no mask.
+    """
+    if vision_config.model_type not in TOWERS_WITH_PATCH_MASK:
+        return {}
+    size = vision_config.patch_size
+    patches = pixel_mask.unfold(1, size, size).unfold(2, size, size)
+    real = patches.flatten(-2).any(-1)  # (tiles, rows, columns)
+    return {"patch_attention_mask": real | ~real.flatten(1).any(-1)[:, None, None]}
 
 
 def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:

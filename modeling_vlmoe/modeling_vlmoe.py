@@ -36,9 +36,11 @@ from .connector import (
     blank_image,
     encode_tiles,
     make_vision_tower,
+    patch_mask,
     unused_vision_modules,
     unused_vision_parameters,
 )
+from .from_dense import FromDenseMixin
 from .model_outputs import (
     VLMoECausalLMOutputWithPast,
     VLMoEImageFeatures,
@@ -96,7 +98,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
             pixel_values: (batch, tiles, 3, height, width), padded, or (tiles, 3, height, width),
                 tiles in row order.
             pixel_attention_mask: (batch, tiles, height, width), 1 for real pixels; a tile without
-                any is padding.
+                any is padding. Within a tile it counts for towers that can leave patches out:
+                Idefics3's and SmolVLM's.
             image_index: (batch, tiles of a row): which tiles of flat `pixel_values` each row shows,
                 in order; -1 is padding. Rows that show the same image share one encoding of it.
 
@@ -106,7 +109,10 @@ class VLMoEModel(VLMoEPreTrainedModel):
             pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
         )  # (tiles, 3, height, width)
         if pixel_attention_mask is not None:
-            tiles = _select_real(tiles, pixel_attention_mask.flatten(0, 1).flatten(1).any(-1))
+            pixel_mask = pixel_attention_mask.flatten(0, 1)  # (tiles, height, width)
+            real = pixel_mask.flatten(1).any(-1)
+            tiles, pixel_mask = _select_real(tiles, real), _select_real(pixel_mask, real)
+            kwargs |= patch_mask(pixel_mask, self.config.vision_config)  # type: ignore[typeddict-item]
         if tiles.shape[0] == 0:  # rows without images, cut from a batch with images
             return VLMoEImageFeatures(
                 pooler_output=tiles.new_empty(0, 0, self.config.text_config.hidden_size)
@@ -300,7 +306,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         return self.get_image_features(image, output_router_logits=True, return_dict=True)
 
 
-class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
+class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, GenerationMixin):
     """The whole model, with language modelling head and losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012

@@ -1,0 +1,228 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Dense and sparse logits side by side.
+
+The error is max|sparse - dense| / max|dense| over all real tokens: a deep model's logits differ by
+rounding that grows with their size. Weights in half precision are computed with in fp32, block by
+block, so that the model is never there twice.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...configuration.configuration_vlmoe import VLMoEConfig
+from ...configuration.configuration_vlmoe_text import MODEL_TYPE
+from ..connector import TOWERS_WITH_PATCH_MASK
+
+Tensor = torch.Tensor
+TOLERANCE = 1e-5
+
+
+class UpcyclingError(RuntimeError):
+    """The sparse model does not compute what the dense one does."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model said of the sample: logits (tokens, vocabulary) of its real tokens in fp32."""
+
+    logits: Tensor
+    loss: float
+
+    def error(self, reference: "Outputs") -> float:
+        """max|d| / max|reference|, over the reference's vocabulary."""
+        shared = self.logits[:, : reference.logits.shape[1]]
+        difference = (shared - reference.logits).abs().max()
+        return float(difference / reference.logits.abs().max())
+
+    def same_argmax(self, reference: "Outputs") -> float:
+        """Share of tokens with the same most likely next token."""
+        shared = self.logits[:, : reference.logits.shape[1]]
+        return float((shared.argmax(-1) == reference.logits.argmax(-1)).float().mean())
+
+
+@torch.no_grad()
+def outputs_of(model: Any, sample: Mapping[str, Tensor], in_fp32: bool) -> Outputs:
+    """Run a dense or sparse model over a sample.
+
+    Args:
+        model: in evaluation mode.
+        sample: inputs as VLMoE's processor makes them.
+        in_fp32: compute with the weights in fp32, whatever they are stored in.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in _inputs_for(model, sample).items()}
+    if in_fp32:
+        with computing_in_fp32(model):
+            logits = model(**inputs, use_cache=False).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits
+    logits, real = logits.float().cpu(), sample["attention_mask"].bool()
+    image_token_id = getattr(model.config, "image_token_id", None)
+    labels = sample["input_ids"].masked_fill(~real, -100)
+    if image_token_id is not None:
+        labels = labels.masked_fill(labels == image_token_id, -100)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return Outputs(logits[real], float(loss))
+
+
+def _inputs_for(model: Any, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sample as the model's class takes it."""
+    family = model.config.model_type
+    inputs = {name: sample[name] for name in ("input_ids", "attention_mask")}
+    if "pixel_values" not in sample:
+        return inputs
+    pixels, mask = sample["pixel_values"], sample["pixel_attention_mask"]
+    if family in (MODEL_TYPE, "idefics3", "smolvlm"):
+        return inputs | {"pixel_values": pixels, "pixel_attention_mask": mask}
+    real = mask.flatten(0, 1).flatten(1).any(-1)
+    return inputs | {"pixel_values": pixels.flatten(0, 1)[real]}
+
+
+@contextmanager
+def computing_in_fp32(model: Any) -> Iterator[None]:
+    """Weights and inputs of each block are fp32 while it runs, and only then."""
+    if model.dtype == torch.float32:
+        yield
+        return
+    # A model's `dtype`, which Idefics3 casts image features to, is that of its first parameter.
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    narrow, first.data = first.data, first.data.float()
+    handles = []
+    for block in _blocks(model):
+        swap = _Swap(block)
+        handles.append(block.register_forward_pre_hook(swap.widen, with_kwargs=True))
+        handles.append(block.register_forward_hook(swap.restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        first.data = narrow
+
+
+def _blocks(model: Any) -> Iterator[nn.Module]:
+    """Parts that run one after the other and hold all weights: a decoder layer in its parts."""
+    base = model.model
+    parts = [base] if hasattr(base, "layers") else list(base.children())
+    for part in parts:
+        if not hasattr(part, "layers"):
+            yield part
+            continue
+        for name, child in part.named_children():
+            if name == "layers":
+                yield from (block for layer in child for block in layer.children())
+            else:
+                yield child
+    yield model.get_output_embeddings()
+
+
+class _Swap:
+    """The fp32 weights of a block, for the time of a forward pass."""
+
+    def __init__(self, block: nn.Module):
+        self.stored = {p: p.data for p in block.parameters() if p.is_floating_point()}
+
+    def widen(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for parameter, data in self.stored.items():
+            parameter.data = data.float()
+        widened = [_widened(value) for value in args]
+        return tuple(widened), {name: _widened(value) for name, value in kwargs.items()}
+
+    def restore(self, *_: Any) -> None:
+        for parameter, data in self.stored.items():
+            parameter.data = data
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_widened(each) for each in value)
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.float() if floating else value
+
+
+@torch.no_grad()
+def drawn_sample(
+    model: PreTrainedModel, config: VLMoEConfig, with_images: bool, length: int = 24
+) -> dict[str, Tensor]:
+    """Inputs for a model without its processor: three rows, padded on the left.
+
+    The first shows two pictures, the second one, the third none; the words are random tokens. A row
+    of tiles has padding in its middle, and for towers that take a pixel mask a tile is in part
+    padding.
+
+    Args:
+        model: the dense model, which is asked how many tokens an image has.
+        config: of the sparse model.
+        with_images: False for a language model alone.
+        length: tokens of text of the longest row.
+    """
+    rows, pixels, mask = [2, 1, 0] if with_images else [0, 0, 0], None, None
+    tokens_per_image = 0
+    if with_images:
+        pixels, mask = _drawn_tiles(config)
+        encoded = model.get_image_features(  # type: ignore[operator]
+            **_image_inputs(model, pixels[1:, :1], mask[1:, :1]), return_dict=True
+        ).pooler_output
+        tokens_per_image = sum(len(each.reshape(-1, each.shape[-1])) for each in encoded)
+    generator = torch.Generator().manual_seed(0)
+    texts, image = [], [config.image_token_id] * tokens_per_image
+    for row, images in enumerate(rows):
+        size = (length - 5 * row,)
+        words = torch.randint(config.text_config.vocab_size - 1, size, generator=generator)
+        words = words + (words >= config.image_token_id)  # never the image token
+        text = words.tolist()
+        for i in range(images):
+            at = 2 + i * (len(image) + 3)
+            text = text[:at] + image + text[at:]
+        texts.append(text)
+    longest = max(map(len, texts))
+    pad = config.text_config.pad_token_id or 0
+    pad = pad if pad != config.image_token_id else pad + 1
+    sample = {
+        "input_ids": torch.tensor([[pad] * (longest - len(t)) + t for t in texts]),
+        "attention_mask": torch.tensor(
+            [[0] * (longest - len(t)) + [1] * len(t) for t in texts]
+        ),
+    }
+    if pixels is not None and mask is not None:
+        sample |= {"pixel_values": pixels, "pixel_attention_mask": mask}
+    return sample
+
+
+def _image_inputs(model: Any, pixels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    sample = {"input_ids": ids, "attention_mask": ids, "pixel_values": pixels}
+    inputs = _inputs_for(model, sample | {"pixel_attention_mask": mask})
+    return {
+        name: tensor.to(model.device)
+        for name, tensor in inputs.items()
+        if name.startswith("pixel")
+    }
+
+
+def _drawn_tiles(config: VLMoEConfig) -> tuple[Tensor, Tensor]:
+    """Pictures of shapes: pixels (3, 3, 3, H, W) from -1 to 1 and mask (3, 3, H, W)."""
+    vision = config.vision_config
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels, mask = torch.zeros(3, 3, 3, height, width), torch.zeros(3, 3, height, width).long()
+    for i, (row, tile) in enumerate([(0, 0), (0, 2), (1, 0)]):  # tile 1 of row 0 is padding
+        picture = Image.new("RGB", (width, height), ("navy", "white", "olive")[i])
+        draw, far = ImageDraw.Draw(picture), (width - 2 - i, height - 3)
+        draw.ellipse((i + 1, 2, far[0], far[1] // 2), fill=("gold", "red", "white")[i])
+        draw.rectangle((width // 3, height // 2, *far), fill=("white", "teal", "black")[i])
+        values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
+        pixels[row, tile], mask[row, tile] = values, 1
+    patch = vision.patch_size
+    if vision.model_type in TOWERS_WITH_PATCH_MASK and min(height, width) > patch:
+        pixels[1, 0, :, -patch:] = 0
+        mask[1, 0, -patch:] = 0
+    return pixels, mask
