@@ -68,8 +68,8 @@ class FromDenseMixin:
             cls, vision, text, num_experts, num_experts_per_tok, **options
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with the report of an upcycling, if there was one."""
         if self.upcycling_report is not None:
-            self.upcycling_report.save(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            self.upcycling_report.save(args[0] if args else kwargs["save_directory"])
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]

@@ -112,7 +112,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             pixel_mask = pixel_attention_mask.flatten(0, 1)  # (tiles, height, width)
             real = pixel_mask.flatten(1).any(-1)
             tiles, pixel_mask = _select_real(tiles, real), _select_real(pixel_mask, real)
-            kwargs |= patch_mask(pixel_mask, self.config.vision_config)  # type: ignore[typeddict-item]
+            kwargs |= patch_mask(pixel_mask, self.config.vision_config)
         if tiles.shape[0] == 0:  # rows without images, cut from a batch with images
             return VLMoEImageFeatures(
                 pooler_output=tiles.new_empty(0, 0, self.config.text_config.hidden_size)

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "Ask a model a question about images, or a question alone.",
     "inspect": "Show on one page which experts the tokens of data or of a question are sent to.",
     "card": "Write the card of a saved model from the files in its folder.",
+    "upcycle": "Turn a dense vision-language model into a sparse one that computes the same.",
     "merge": "Add a LoRA adapter to its base model's weights and save the model.",
     "export-lora": "Write a LoRA adapter of experts with one key per expert.",
     "push": "Push the folder of a trained model to the Hugging Face Hub.",
@@ -37,6 +38,7 @@ examples:
   vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
   vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
   vlmoe inspect --model outputs/tiny --dataset easy_vqa --output_dir outputs/inspect
+  vlmoe upcycle user/dense --output_dir outputs/sparse
   vlmoe push outputs/tiny --repo_id user/tiny-vlmoe
 
 `vlmoe COMMAND --help` lists the options of a command; --traceback shows an error's origin."""

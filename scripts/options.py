@@ -226,6 +226,42 @@ class ExportLoraOptions:
 
 
 @dataclasses.dataclass
+class UpcycleOptions:
+    """What becomes sparse, and how."""
+
+    _argument_group_name = "upcycling"
+
+    output_dir: str | None = option("Folder for the sparse model, its processor and the report.")
+    vision: str | None = option(
+        "A vision encoder, folder or Hub id; MODEL is then a language model, and the connector new."
+    )
+    num_experts: int = option("Copies of the dense MLP in each sparse layer.", 8)
+    num_experts_per_tok: int = option("Copies that each token is sent to.", 2)
+    expert_split: int = option("Cut each copy into so many experts (fine-grained experts).", 1)
+    expert_init: str = option(
+        "copy, shared (the dense MLP becomes a shared expert), drop or noise; the last two change "
+        "what the model computes.",
+        "copy",
+    )
+    sparse_layers: str = option(
+        "Decoder layers that get experts: all, second_half, a number n for every n-th, or their "
+        "indices, such as 0,2,5.",
+        "all",
+    )
+    drop_ratio: float = option("With drop: the share of inner units drawn anew.", 0.5)
+    noise_ratio: float = option("With noise: its deviation in those of the weights.", 0.05)
+    router_std: float | None = option("Deviation of the routers' weights (default: the model's).")
+    seed: int = option("Seed of what is drawn at random.", 0)
+    fields: str | None = option(
+        """Further fields of the configuration as JSON, such as '{"router_aux_loss_coef": 0.01}'."""
+    )
+    connector: str | None = option(
+        """With --vision: the connector's fields as JSON, such as '{"pixel_shuffle_factor": 2}'."""
+    )
+    max_shard_size: str = option("Of a weights file.", "5GB")
+
+
+@dataclasses.dataclass
 class DemoOptions:
     """How to run the demo."""
 

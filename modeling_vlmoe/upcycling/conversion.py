@@ -6,7 +6,8 @@ the dense model at hand it computes what that says of a sample; then each tensor
 model can be made; then the sparse model is checked against the sample and the report is written.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
@@ -31,6 +33,7 @@ from .report import UpcyclingReport
 from .weight_plan import DECODER, EMBEDDING, HEAD, Origin, dense_pieces, plan_weights
 
 Tensor = torch.Tensor
+SampleFor = Callable[[VLMoEConfig], Mapping[str, Tensor] | None]
 CONNECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 CONNECTOR_FIELDS = (
     *("vision_feature_layer", "vision_use_last_hidden_state", "vision_feature_select_strategy"),
@@ -89,6 +92,11 @@ def _refuse_quantized(config: Any, name: str) -> None:
     )
 
 
+def _is_tied(model: Any) -> bool:
+    """Whether the language modelling head is the token embedding."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @dataclass
 class Conversion:
     """A conversion on its way; see `begin`.
@@ -99,7 +107,7 @@ class Conversion:
         generation_config: for the sparse model.
         options: what was asked for.
         dtype: of the dense weights.
-        weights: the dense model's tensors, under its own names; emptied by `release`.
+        weights: the dense model's tensors, under its own names; gone when the sparse model comes.
         sample: inputs that both models are asked.
         reference: what the dense model says of them, in fp32 and, if that is another, in its dtype.
         parameters: of the dense model.
@@ -120,20 +128,65 @@ class Conversion:
 
     @classmethod
     def begin(
-        cls, dense: Any, options: Upcycling, sample: Mapping[str, Tensor] | None = None
+        cls,
+        dense: Any,
+        options: Upcycling,
+        sample_for: SampleFor = lambda config: None,
     ) -> "Conversion":
         """Read a dense vision-language model and ask it the sample.
 
         Args:
             dense: a loaded model, a folder or a Hub id.
             options: what is asked for.
-            sample: inputs as VLMoE's processor makes them; by default drawn pictures and random
-                words.
+            sample_for: from the sparse model's configuration makes inputs, as VLMoE's processor
+                does; for None they are drawn pictures and random words.
         """
         model, source = load_dense(dense)
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        config = options.sparse_config(vlmoe_fields(model.config, tied))
-        return cls._of(model, source, config, dict(model.state_dict()), options, sample)
+        config = options.sparse_config(vlmoe_fields(model.config, _is_tied(model)))
+        weights = dict(model.state_dict())
+        return cls._of(model, source, config, weights, options, sample_for(config))
+
+    @classmethod
+    def begin_vision_text(
+        cls,
+        vision: Any,
+        text: Any,
+        options: Upcycling,
+        image_token_id: int | None = None,
+        connector: Mapping[str, Any] | None = None,
+        sample_for: SampleFor = lambda config: None,
+    ) -> "Conversion":
+        """Read a vision encoder and a language model, and ask the latter the sample.
+
+        For the arguments see `VLMoEForConditionalGeneration.from_vision_text` and `begin`.
+        """
+        encoder, vision_source = load_dense(vision, "vision")
+        encoder = getattr(encoder, "vision_model", encoder)  # of a dual encoder, such as CLIP
+        model, text_source = load_dense(text, "text")
+        old_size = model.get_input_embeddings().weight.shape[0]
+        image_token_id = old_size if image_token_id is None else image_token_id
+        text_config = text_fields(model.config, _is_tied(model))
+        text_config["vocab_size"] = max(old_size, image_token_id + 1)
+        for name in connector or {}:
+            if name not in CONNECTOR_FIELDS:
+                allowed = ", ".join(CONNECTOR_FIELDS)
+                raise ValueError(f"`connector` has the field {name!r}; allowed: {allowed}.")
+        dense = dict(connector or {}) | {
+            "text_config": text_config,
+            "vision_config": vision_fields(encoder.config),
+            "image_token_id": image_token_id,
+            "tie_word_embeddings": _is_tied(model),
+        }
+        weights = {f"{TOWER}{name}": tensor for name, tensor in encoder.state_dict().items()}
+        weights |= model.state_dict()
+        config = options.sparse_config(dense)
+        sample, source = sample_for(config), f"{vision_source} + {text_source}"
+        begun = cls._of(model, source, config, weights, options, sample, (CONNECTOR,))
+        generation = copy.deepcopy(begun.generation_config) or GenerationConfig()
+        new = range(old_size, text_config["vocab_size"])
+        generation.suppress_tokens = sorted({image_token_id, *new})
+        begun.generation_config = generation
+        return begun
 
     @classmethod
     def _of(
@@ -292,7 +345,7 @@ def from_dense(
 ) -> Any:
     """See `VLMoEForConditionalGeneration.from_dense`."""
     asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
-    return converted(model_class, Conversion.begin(dense, asked, sample))
+    return converted(model_class, Conversion.begin(dense, asked, lambda config: sample))
 
 
 def from_vision_text(
@@ -308,31 +361,5 @@ def from_vision_text(
 ) -> Any:
     """See `VLMoEForConditionalGeneration.from_vision_text`."""
     asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
-    encoder, vision_source = load_dense(vision, "vision")
-    encoder = getattr(encoder, "vision_model", encoder)  # of a dual encoder, such as CLIP
-    model, text_source = load_dense(text, "text")
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    fields = text_fields(model.config, tied)
-    if image_token_id is None:
-        image_token_id = fields["vocab_size"]
-    fields["vocab_size"] = max(fields["vocab_size"], image_token_id + 1)
-    for name in connector or {}:
-        if name not in CONNECTOR_FIELDS:
-            allowed = ", ".join(CONNECTOR_FIELDS)
-            raise ValueError(f"`connector` has the field {name!r}; allowed: {allowed}.")
-    dense = dict(connector or {}) | {
-        "text_config": fields,
-        "vision_config": vision_fields(encoder.config),
-        "image_token_id": image_token_id,
-        "tie_word_embeddings": tied,
-    }
-    weights = {f"{TOWER}{name}": tensor for name, tensor in encoder.state_dict().items()}
-    weights |= model.state_dict()
-    source, config = f"{vision_source} + {text_source}", asked.sparse_config(dense)
-    new = (CONNECTOR,)
-    conversion = Conversion._of(model, source, config, weights, asked, sample, new)
-    sparse = converted(model_class, conversion)
-    sparse.generation_config.suppress_tokens = list(
-        range(model.get_input_embeddings().weight.shape[0], fields["vocab_size"])
-    ) or [image_token_id]
-    return sparse
+    parts = vision, text, asked, image_token_id, connector
+    return converted(model_class, Conversion.begin_vision_text(*parts, lambda config: sample))

@@ -4,7 +4,7 @@
 What does not fit exactly is refused by name, with the reason; nothing is converted approximately.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
@@ -25,7 +25,7 @@ M_ROPE = "its positions have three axes (M-RoPE)"
 REFUSED = {
     "gemma": "its norms multiply by one plus their weight, and it scales token embeddings alone",
     "gemma2": "it has norms after attention and MLP, too, and caps its logits",
-    "gemma3": "it has norms after attention and MLP, two rotary tables, and images attend both ways",
+    "gemma3": "it has norms after attention and MLP, two rotary tables, and attends both ways",
     "gemma3_text": "it has norms after attention and MLP, too, and two rotary tables",
     "olmo2": "its norms stand after attention and MLP, and span all heads at once",
     "cohere": "its attention and MLP run in parallel from one LayerNorm, and it turns other pairs",
@@ -47,7 +47,7 @@ REFUSED = {
 }
 
 
-def refuse(model_type: str, reason: str) -> None:
+def refuse(model_type: str, reason: str) -> NoReturn:
     """Raise `ValueError`: a model of this type is not converted, and why."""
     raise ValueError(
         f"A model of type {model_type!r} cannot be upcycled: {reason}. Allowed: "
@@ -73,9 +73,10 @@ def vlmoe_fields(dense: PreTrainedConfig, tied: bool) -> dict[str, Any]:
     family = FAMILIES.get(dense.model_type)
     if family is None:
         refuse(dense.model_type, REFUSED.get(dense.model_type, "no exact conversion is known"))
-        raise AssertionError("unreachable")
+    # Vision-language models have their own head, which does not scale logits as Granite's does.
+    text = text_fields(dense.text_config, tied) | {"logits_scaling": 1.0}
     return {
-        "text_config": text_fields(dense.text_config, tied),
+        "text_config": text,
         "vision_config": vision_fields(dense.vision_config),
         "image_token_id": dense.image_token_id,
         "tie_word_embeddings": tied,
@@ -172,4 +173,3 @@ def _vlmoe(dense: Any, tied: bool) -> dict[str, Any]:
         "text_config": text_kept | {"tie_word_embeddings": tied},
         "tie_word_embeddings": tied,
     }
-

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
-from transformers import PreTrainedModel
 
 from ...configuration.configuration_vlmoe import VLMoEConfig
 from ...configuration.configuration_vlmoe_text import MODEL_TYPE
@@ -26,7 +25,7 @@ Tensor = torch.Tensor
 TOLERANCE = 1e-5
 
 
-class UpcyclingError(RuntimeError):
+class UpcyclingError(ValueError):
     """The sparse model does not compute what the dense one does."""
 
 
@@ -150,7 +149,7 @@ def _widened(value: Any) -> Any:
 
 @torch.no_grad()
 def drawn_sample(
-    model: PreTrainedModel, config: VLMoEConfig, with_images: bool, length: int = 24
+    model: Any, config: VLMoEConfig, with_images: bool, length: int = 24
 ) -> dict[str, Tensor]:
     """Inputs for a model without its processor: three rows, padded on the left.
 
@@ -168,7 +167,7 @@ def drawn_sample(
     tokens_per_image = 0
     if with_images:
         pixels, mask = _drawn_tiles(config)
-        encoded = model.get_image_features(  # type: ignore[operator]
+        encoded = model.get_image_features(
             **_image_inputs(model, pixels[1:, :1], mask[1:, :1]), return_dict=True
         ).pooler_output
         tokens_per_image = sum(len(each.reshape(-1, each.shape[-1])) for each in encoded)
@@ -188,9 +187,7 @@ def drawn_sample(
     pad = pad if pad != config.image_token_id else pad + 1
     sample = {
         "input_ids": torch.tensor([[pad] * (longest - len(t)) + t for t in texts]),
-        "attention_mask": torch.tensor(
-            [[0] * (longest - len(t)) + [1] * len(t) for t in texts]
-        ),
+        "attention_mask": torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts]),
     }
     if pixels is not None and mask is not None:
         sample |= {"pixel_values": pixels, "pixel_attention_mask": mask}
@@ -202,9 +199,7 @@ def _image_inputs(model: Any, pixels: Tensor, mask: Tensor) -> dict[str, Tensor]
     sample = {"input_ids": ids, "attention_mask": ids, "pixel_values": pixels}
     inputs = _inputs_for(model, sample | {"pixel_attention_mask": mask})
     return {
-        name: tensor.to(model.device)
-        for name, tensor in inputs.items()
-        if name.startswith("pixel")
+        name: tensor.to(model.device) for name, tensor in inputs.items() if name.startswith("pixel")
     }
 
 

@@ -140,9 +140,7 @@ class Upcycling:
                 "num_experts_per_tok": self.num_experts_per_tok * split,
                 "moe_intermediate_size": width // split,
                 "num_shared_experts": int(self.expert_init == "shared"),
-                "mlp_only_layers": [
-                    i for i in range(text["num_hidden_layers"]) if i not in sparse
-                ],
+                "mlp_only_layers": [i for i in range(text["num_hidden_layers"]) if i not in sparse],
             }
         )
         self._check_whole_copies(sparse_text)

@@ -161,7 +161,8 @@ class _Planner:
         if not name.startswith(DECODER):
             return Origin("repeated", sources, lambda dense: dense.expand(shape))
         if options.expert_split > 1:
-            cut, split = _split_down if is_down else _split_gate_up, options.expert_split
+            cut: Callable[..., Tensor] = _split_down if is_down else _split_gate_up
+            split = options.expert_split
             return Origin("split", sources, lambda *dense: _repeat(cut(*dense, split), shape))
         if options.expert_init == "shared" and is_down:
             return Origin("new", sources, lambda down: torch.zeros(shape, dtype=down.dtype))

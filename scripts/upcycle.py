@@ -1,0 +1,141 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Turn a dense vision-language model into a sparse one that computes the same function.
+
+    vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
+    vlmoe upcycle HuggingFaceTB/SmolLM2-135M-Instruct --vision google/siglip-base-patch16-224 \
+--output_dir outputs/sparse
+
+Model and processor are converted, both models answer the same pictures and texts, and the report
+is saved beside the model; if their logits differ by more than 1e-5, the command fails. A run that
+was killed goes on where it was when it is started again.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .command_line import run_command
+from .options import UpcycleOptions, command_options, require
+
+EPILOG = """\
+examples:
+  vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
+  vlmoe upcycle user/dense --output_dir outputs/fine --expert_split 4
+  vlmoe upcycle user/dense --output_dir outputs/half --sparse_layers second_half \\
+      --fields '{"router_aux_loss_coef": 0.01}'
+  vlmoe upcycle user/language-model --vision user/vision-encoder --output_dir outputs/sparse \\
+      --connector '{"pixel_shuffle_factor": 2}'"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe upcycle`."""
+    parsed = command_options(
+        argv,
+        [UpcycleOptions],
+        usage="vlmoe upcycle MODEL [options]",
+        description="Turn a dense vision-language model into a sparse one that computes the same.",
+        epilog=EPILOG,
+        argument=("model", "The dense model: a folder or a Hub id."),
+    )
+    if parsed is None:
+        return
+    options, rest = parsed
+    report = upcycle(rest.model, options)
+    rows = report.rows()
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    print(f"Saved to {options.output_dir}.")
+
+
+def upcycle(model: str, options: UpcycleOptions) -> Any:
+    """Convert model and processor; returns the `UpcyclingReport`.
+
+    Raises:
+        ValueError: the model does not fit exactly, an option has a wrong value, or the sparse model
+            does not compute what the dense one does.
+        OSError: a file is missing or damaged, or the disk is full.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vlmoe import VLMoEProcessor
+    from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
+    from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
+    from vlmoe.processing.dense_processor import add_image_token
+    from vlmoe.training.upcycled_folder import folder_fingerprint, upcycle_folder
+    from vlmoe.training.upcycling_sample import prepared_sample
+
+    output = require(options.output_dir, "output_dir", "upcycle")
+    asked = Upcycling(
+        options.num_experts,
+        options.num_experts_per_tok,
+        options.expert_split,
+        options.expert_init,
+        _layers(options.sparse_layers),
+        options.drop_ratio,
+        options.noise_ratio,
+        options.router_std,
+        options.seed,
+        _json_object(options.fields, "fields"),
+    )
+    connector = _json_object(options.connector, "connector")
+    sources = [source for source in (model, options.vision) if source]
+    request = vars(options) | {"files": [folder_fingerprint(source) for source in sources]}
+    if options.vision:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        image_token_id = add_image_token(tokenizer)
+
+        def begin(sample_for: Any) -> Conversion:
+            parts = options.vision, model, asked, image_token_id, connector
+            return Conversion.begin_vision_text(*parts, sample_for)
+
+        def processor_for(config: Any) -> Any:
+            return VLMoEProcessor.for_config(config, tokenizer)
+    else:
+        if connector:
+            raise ValueError("--connector is for --vision: a whole model keeps its connector.")
+
+        def begin(sample_for: Any) -> Conversion:
+            return Conversion.begin(model, asked, sample_for)
+
+        def processor_for(config: Any) -> Any:
+            if AutoConfig.from_pretrained(model).model_type == config.model_type:
+                return VLMoEProcessor.from_pretrained(model)
+            return VLMoEProcessor.from_dense(model, config)
+
+    return upcycle_folder(
+        begin,
+        Path(output),
+        request | {"model": model},
+        processor_for=processor_for,
+        sample_for=lambda processor: prepared_sample(processor, with_images=not options.vision),
+        max_shard_size=options.max_shard_size,
+    )
+
+
+def _layers(text: str) -> str | int | list[int]:
+    """`--sparse_layers` as `Upcycling` takes it."""
+    if text in ("all", "second_half"):
+        return text
+    try:
+        indices = [int(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--sparse_layers is {text!r}; allowed: all, second_half, a number, or indices with "
+            "commas, such as 0,2,5."
+        ) from error
+    return indices if "," in text else indices[0]
+
+
+def _json_object(text: str | None, option: str) -> dict[str, Any]:
+    try:
+        given = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f"--{option} is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--{option} must be a JSON object; got {text}.")
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe upcycle", main))

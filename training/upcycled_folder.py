@@ -1,0 +1,171 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""A dense model's folder becomes a sparse one's, tensor by tensor.
+
+The two models are never in memory together: the dense one answers the sample, its tensors are
+written shard by shard into a hidden folder beside the target, and the sparse one is loaded from
+there, checked, and put in its place by one rename. A run that was killed goes on with the shards
+that are missing; what it writes is the same to the byte.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
+from ..modeling_vlmoe.upcycling.conversion import Conversion, SampleFor, described
+from ..modeling_vlmoe.upcycling.report import UpcyclingReport
+from ..modeling_vlmoe.upcycling.weight_plan import Origin
+from .atomic_files import atomic_path, write_json
+
+logger = logging.get_logger(__name__)
+
+REQUEST_NAME = ".upcycling.json"
+Tensor = torch.Tensor
+
+
+def upcycle_folder(
+    begin: Callable[[SampleFor], Conversion],
+    target: str | Path,
+    request: Mapping[str, Any],
+    *,
+    processor_for: Callable[[VLMoEConfig], Any] | None = None,
+    sample_for: Callable[[Any], Mapping[str, Tensor]] | None = None,
+    max_shard_size: str = "5GB",
+) -> UpcyclingReport:
+    """Convert dense models into a folder with weights, configuration, code and report.
+
+    Args:
+        begin: starts the conversion; what it is given makes the sample.
+        target: the folder to make; it must not hold anything.
+        request: what is asked for, as JSON can hold it; a conversion that was killed goes on if
+            it is the same.
+        processor_for: makes the processor to save beside the model, from its configuration.
+        sample_for: makes the inputs that dense and sparse model are compared on, from that
+            processor; by default drawn pictures and random words.
+        max_shard_size: of a weights file.
+
+    Raises:
+        ValueError: the model does not fit exactly, or an option is not allowed.
+        OSError: a file is missing or damaged, or the disk is full; finished shards are kept.
+        UpcyclingError: the logits differ by more than 1e-5 of their largest, in fp32.
+    """
+    target = Path(target).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
+    processors: list[Any] = []
+
+    def sample(config: VLMoEConfig) -> Mapping[str, Tensor] | None:
+        if processor_for is None:
+            return None
+        processors.append(processor_for(config))
+        return None if sample_for is None else sample_for(processors[0])
+
+    conversion = begin(sample)
+    staging = _staging(target, dict(request) | {"max_shard_size": max_shard_size})
+    tensors = _write_weights(conversion, staging, max_shard_size)
+    conversion.config.architectures = [VLMoEForConditionalGeneration.__name__]
+    conversion.config.save_pretrained(staging)
+    for part in (conversion.generation_config, *processors):
+        if part is not None:
+            part.save_pretrained(staging)
+    conversion.weights = {}  # the dense model goes before the sparse one comes
+    model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
+    report = conversion.check(model, tensors)
+    report.save(staging)
+    (staging / REQUEST_NAME).unlink()
+    os.replace(staging, target)
+    return report
+
+
+def folder_fingerprint(source: str) -> dict[str, list[int]]:
+    """Size and time of each file of a local source, so that a changed one is seen."""
+    folder = Path(source).expanduser()
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+
+
+def _staging(target: Path, request: dict[str, Any]) -> Path:
+    """The hidden folder beside the target; one of another request is begun anew."""
+    staging = target.with_name(f".{target.name}.upcycling")
+    given = json.loads(json.dumps(request))  # as it is read back
+    if staging.is_dir():
+        asked = staging / REQUEST_NAME
+        if asked.is_file() and json.loads(asked.read_text(encoding="utf-8")) == given:
+            logger.warning(f"Going on with the conversion in {staging}.")
+            return staging
+        logger.warning(f"{staging} holds another conversion; it is begun anew.")
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    write_json(staging / REQUEST_NAME, given)
+    return staging
+
+
+def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) -> list[dict]:
+    """Write the shards that are missing, and the index; returns the report's tensors."""
+    with torch.device("meta"):
+        skeleton = VLMoEForConditionalGeneration(conversion.config)
+    frozen = skeleton.model.unused_vision_parameters
+    conversion.parameters = conversion.count_dense(frozen)
+    tied = set(skeleton.all_tied_weights_keys)
+    target = {name: t for name, t in skeleton.state_dict().items() if name not in tied}
+    plan = conversion.plan(target)
+    sized = {
+        name: tensor.to(plan[name].dtype or conversion.dtype) for name, tensor in target.items()
+    }
+    split = split_torch_state_dict_into_shards(sized, max_shard_size=max_shard_size)
+    missing = {
+        file: names
+        for file, names in split.filename_to_tensors.items()
+        if not (folder / file).is_file()
+    }
+    needed = sum(sized[name].nbytes for names in missing.values() for name in names)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, _disk_full(folder, needed, free))
+    with logging.tqdm(total=needed, desc="Writing experts", unit="B", unit_scale=True) as bar:
+        for file, names in missing.items():
+            _write_shard(conversion.weights, plan, names, folder / file, needed - bar.n)
+            bar.update(sum(sized[name].nbytes for name in names))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    return described(plan, target)
+
+
+@torch.no_grad()
+def _write_shard(
+    weights: Mapping[str, Tensor],
+    plan: Mapping[str, Origin],
+    names: list[str],
+    path: Path,
+    needed: int,
+) -> None:
+    tensors = {name: plan[name].tensor(weights).contiguous() for name in names}
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(errno.ENOSPC, _disk_full(path.parent, needed, free)) from error
+
+
+def _disk_full(folder: Path, needed: int, free: int) -> str:
+    return (
+        f"no space for the sparse model's weights: {needed / 1e9:.1f} GB are still to be written, "
+        f"{free / 1e9:.1f} GB are free beside {folder}. Free some and run the command again: "
+        "finished files are kept"
+    )
