@@ -5,7 +5,8 @@
 - Every tile is `image_seq_len` image tokens.
 - Shapes: n images of the call, t tiles of one image, B rows of the batch, T most tiles of a row.
 
-Resizing, cropping and scaling are the image processor's: Idefics3's can tile, most cannot.
+Resizing, cropping and scaling are the image processor's: Idefics3's, SmolVLM's and GotOcr2's (which
+InternVL uses) can tile, most cannot.
 """
 
 import math
@@ -17,8 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 IDEFICS3_MAX_EDGE = 4096
+TILING_OPTIONS = ("do_image_splitting", "crop_to_patches")
+"""What image processors call their switch for tiling: Idefics3's and SmolVLM's, GotOcr2's."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class TiledImage:
     cols: int
 
 
-def supports_tiling(image_processor: Any) -> bool:
-    """Whether an image processor can cut images into tiles, as Idefics3's and SmolVLM's do."""
-    return "do_image_splitting" in image_processor.valid_kwargs.__annotations__
+def tiling_option(image_processor: Any) -> str | None:
+    """Which option makes an image processor cut images into tiles; None where it cannot."""
+    known = image_processor.valid_kwargs.__annotations__
+    return next((option for option in TILING_OPTIONS if option in known), None)
 
 
 def image_option(image_processor: Any, options: Mapping[str, Any], name: str) -> Any:
@@ -47,29 +52,34 @@ def encode_images(
 ) -> list[TiledImage]:
     """Run the image processor over n images.
 
-    Where it tiles and `do_resize` is off, `size["longest_edge"]` is an upper bound only: larger
-    images are shrunk to it, smaller ones are not enlarged.
+    `do_image_splitting` switches tiling whatever the image processor calls it. Where Idefics3's
+    tiles and `do_resize` is off, `size["longest_edge"]` is an upper bound only: larger images are
+    shrunk to it, smaller ones are not enlarged.
 
     Raises:
         ValueError: tiling is asked of a processor that cannot, or its output is no known layout.
     """
     name, options = type(image_processor).__name__, dict(options) | {"return_tensors": "pt"}
-    if not supports_tiling(image_processor):
-        if options.pop("do_image_splitting", False):
-            raise ValueError(
-                f"{name} cannot tile images (do_image_splitting=True); use Idefics3ImageProcessor."
-            )
-    else:
+    asked, switch = options.pop("do_image_splitting", None), tiling_option(image_processor)
+    if switch is None and asked:
+        raise ValueError(
+            f"{name} cannot tile images (do_image_splitting=True); use Idefics3ImageProcessor."
+        )
+    if switch is not None and asked is not None:
+        options[switch] = asked
+    if switch == "do_image_splitting":
         options |= {"return_row_col_info": True, "do_pad": True}
         if tiles_on(image_processor, options) and not image_option(
             image_processor, options, "do_resize"
         ):
             images = [_shrink(image, _longest_edge(image_processor, options)) for image in images]
     output = image_processor([[image] for image in images], **options)
+    if switch == "crop_to_patches":
+        grids = [tile_grid(*_image_size(image), image_processor, options) for image in images]
+        return _split_patches(output, grids)
     pixels = torch.as_tensor(output["pixel_values"])  # (n, 3, H, W), or (n, most tiles, 3, H, W)
     if pixels.ndim == 4 and len(pixels) == len(images):
-        ones = pixels.new_ones(1, *pixels.shape[-2:], dtype=torch.long)
-        return [TiledImage(tile[None], ones, 0, 0) for tile in pixels]
+        return [TiledImage(tile[None], _full_mask(tile[None]), 0, 0) for tile in pixels]
     if pixels.ndim != 5 or "rows" not in output:
         raise ValueError(
             f"{name} made pixel_values of shape {tuple(pixels.shape)} from {len(images)} images; "
@@ -81,6 +91,21 @@ def encode_images(
         TiledImage(tiles[: rows * cols + 1], mask[: rows * cols + 1], rows, cols)
         for tiles, mask, (rows, cols) in zip(pixels, masks, grids, strict=True)
     ]
+
+
+def _split_patches(output: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> list[TiledImage]:
+    """GotOcr2's patches, those of all images in one tensor, by images."""
+    patches = torch.as_tensor(output["pixel_values"])  # (patches of all images, 3, H, W)
+    tiles = patches.split([int(count) for count in output["num_patches"]])
+    return [
+        TiledImage(pixels, _full_mask(pixels), *grid)
+        for pixels, grid in zip(tiles, grids, strict=True)
+    ]
+
+
+def _full_mask(pixels: torch.Tensor) -> torch.Tensor:
+    """(t, 3, H, W) -> (t, H, W): each pixel is real."""
+    return pixels.new_ones(len(pixels), *pixels.shape[-2:], dtype=torch.long)
 
 
 def batch_tiles(batch: Sequence[Sequence[TiledImage]]) -> dict[str, torch.Tensor]:
@@ -103,9 +128,11 @@ def batch_tiles(batch: Sequence[Sequence[TiledImage]]) -> dict[str, torch.Tensor
 
 def tiles_on(image_processor: Any, options: Mapping[str, Any]) -> bool:
     """Whether this call cuts images into tiles."""
-    return supports_tiling(image_processor) and bool(
-        image_option(image_processor, options, "do_image_splitting")
-    )
+    switch = tiling_option(image_processor)
+    if switch is None:
+        return False
+    asked = options.get("do_image_splitting")
+    return bool(image_option(image_processor, options, switch) if asked is None else asked)
 
 
 def tile_grid(
@@ -114,6 +141,8 @@ def tile_grid(
     """Rows and columns that an image of this size is cut into; (0, 0) if it stays one tile."""
     if not tiles_on(image_processor, options):
         return 0, 0
+    if tiling_option(image_processor) == "crop_to_patches":
+        return _got_ocr2_grid(height, width, image_processor, options)
     tile = image_option(image_processor, options, "max_image_size")["longest_edge"]
     longest = _longest_edge(image_processor, options)
     if not image_option(image_processor, options, "do_resize"):
@@ -124,6 +153,19 @@ def tile_grid(
     else:
         height, width = _idefics3_size(height, width, longest)
     return _grid_of_resized(height, width, tile)
+
+
+def _got_ocr2_grid(
+    height: int, width: int, image_processor: Any, options: Mapping[str, Any]
+) -> tuple[int, int]:
+    """GotOcr2 takes the grid of the nearest aspect ratio among those of so many patches."""
+    most = image_option(image_processor, options, "max_patches")
+    if most <= 1:
+        return 0, 0
+    least, size = (image_option(image_processor, options, n) for n in ("min_patches", "size"))
+    side = dict(size)["height"], dict(size)["width"]
+    cols, rows = get_optimal_tiled_canvas((height, width), side, least, most)
+    return (rows, cols) if rows > 1 or cols > 1 else (0, 0)
 
 
 def _idefics3_size(height: int, width: int, longest: int) -> tuple[int, int]:
@@ -160,6 +202,13 @@ def _longest_edge(image_processor: Any, options: Mapping[str, Any]) -> int | Non
     return None if size is None else dict(size).get("longest_edge")
 
 
+def _image_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Height and width of an RGB image or a float (3, H, W) array."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return image.shape[1], image.shape[2]
+
+
 def _shrunk_size(height: int, width: int, longest: int | None) -> tuple[int, int]:
     if longest is None or max(height, width) <= longest:
         return height, width
@@ -170,11 +219,11 @@ def _shrunk_size(height: int, width: int, longest: int | None) -> tuple[int, int
 def _shrink(image: Image.Image | np.ndarray, longest: int | None) -> Image.Image | np.ndarray:
     """Shrink an RGB image or a float (3, H, W) array to a longest edge."""
     if isinstance(image, Image.Image):
-        height, width = _shrunk_size(image.height, image.width, longest)
+        height, width = _shrunk_size(*_image_size(image), longest)
         if (width, height) == image.size:
             return image
         return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    size = _shrunk_size(image.shape[1], image.shape[2], longest)
+    size = _shrunk_size(*_image_size(image), longest)
     if size == image.shape[1:]:
         return image
     tensor = torch.from_numpy(image)[None]

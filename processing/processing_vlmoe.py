@@ -24,9 +24,12 @@ from transformers.processing_utils import (
 
 from ..configuration.hub_code import HubCodeMixin
 from .chat_template import DEFAULT_CHAT_TEMPLATE
+from .dense_processor import check_tiles, layout_of, read_dense_processor
 from .image_checks import load_rgb_image
 from .image_layout import batch_tiles, encode_images, image_option, rows_of_images, tile_grid
 from .tower_layout import image_processor_for, image_seq_length
+
+TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
 
 
 class VLMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -66,6 +69,9 @@ class VLMoEProcessor(HubProcessorMixin):
     `image_end_token`. For a tiled image there stands between the two, for each tile in reading
     order, `<row_r_col_c>` and its image tokens, a line break after each row, then a line break,
     `global_image_token` and the image tokens of the thumbnail: the order of `pixel_values`.
+    `tile_layout` has two other ways: Idefics3's and SmolVLM's, where `image_start_token` comes
+    before each tile's marker and a single tile is marked as the whole image, too; and InternVL's,
+    the image tokens of all tiles between the two, without markers or line breaks.
 
     Called as `processor(images=..., text=..., padding=True, return_tensors="pt")` it returns
     `input_ids`, `attention_mask`, `mm_token_type_ids` (batch, tokens; 0 text, 1 image token) and,
@@ -77,17 +83,19 @@ class VLMoEProcessor(HubProcessorMixin):
     images other than that of placeholders, and for a truncation that would cut an image.
 
     Args:
-        image_processor: Idefics3's or SmolVLM's (fixed size or tiles), or one that gives one
-            (3, H, W) tensor per image, such as SigLIP's or CLIP's.
+        image_processor: Idefics3's, SmolVLM's or GotOcr2's (fixed size or tiles), or one that gives
+            one (3, H, W) tensor per image, such as SigLIP's or CLIP's.
         tokenizer: any tokenizer in which `image_token` is one token.
         chat_template: by default the tokenizer's, else `DEFAULT_CHAT_TEMPLATE`.
         image_seq_len: image tokens of one tile; see `for_config`.
         image_token: the placeholder, and the token that the model replaces by features.
         image_start_token, image_end_token: text around each image.
         global_image_token: the marker before a thumbnail.
+        tile_layout: `"vlmoe"`, `"idefics3"` or `"internvl"`.
 
     Raises:
-        ValueError: `image_token` is not one token of the tokenizer, or `image_seq_len` is below 1.
+        ValueError: `image_token` is not one token of the tokenizer, `image_seq_len` is below 1, or
+            `tile_layout` is unknown.
     """
 
     hub_classes = {  # noqa: RUF012 - declared in HubCodeMixin
@@ -108,8 +116,13 @@ class VLMoEProcessor(HubProcessorMixin):
         image_start_token: str = "",
         image_end_token: str = "",
         global_image_token: str = "<global-img>",
+        tile_layout: str = "vlmoe",
     ) -> None:
         """Check the image token against the tokenizer and keep the layout."""
+        if tile_layout not in TILE_LAYOUTS:
+            raise ValueError(
+                f"`tile_layout` is {tile_layout!r}; allowed: {', '.join(TILE_LAYOUTS)}."
+            )
         if image_seq_len < 1:
             raise ValueError(f"`image_seq_len` is {image_seq_len}; allowed: 1 or more.")
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -125,6 +138,7 @@ class VLMoEProcessor(HubProcessorMixin):
         self.image_start_token = image_start_token
         self.image_end_token = image_end_token
         self.global_image_token = global_image_token
+        self.tile_layout = tile_layout
         default = DEFAULT_CHAT_TEMPLATE.replace("<image>", image_token)
         chat_template = chat_template or getattr(tokenizer, "chat_template", None) or default
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -164,6 +178,35 @@ class VLMoEProcessor(HubProcessorMixin):
                 f"{processor.image_token!r} is token {processor.image_token_id} of the tokenizer; "
                 "make them equal."
             )
+        return processor
+
+    @classmethod
+    def from_dense(cls, source: Any, config: Any, **kwargs: Any) -> "VLMoEProcessor":
+        """The processor of a dense vision-language model, for its conversion to VLMoE.
+
+        Text and pixels come out as the source makes them, token for token and pixel for pixel (by
+        PIL): chat template, special tokens, padding side, layout of tiles. A source without a chat
+        template gets `DEFAULT_CHAT_TEMPLATE`.
+
+        Args:
+            source: a local folder or Hub id of a Llava, InternVL, SmolVLM or Idefics3 model; its
+                processor; or a pair `(image_processor, tokenizer)`.
+            config: the converted model's `VLMoEConfig`.
+            **kwargs: of `from_pretrained`, such as `revision` or `token`, for a folder or Hub id.
+
+        Raises:
+            ValueError: a file is missing or broken, the processor is of another kind, or its image
+                token, number of image tokens or image size does not fit `config`.
+        """
+        dense = read_dense_processor(source, **kwargs)
+        processor = cls.for_config(
+            config,
+            dense.tokenizer,
+            dense.image_processor,
+            chat_template=dense.chat_template,
+            **layout_of(dense),
+        )
+        check_tiles(dense, config, processor.image_seq_len)
         return processor
 
     @property
@@ -239,11 +282,18 @@ class VLMoEProcessor(HubProcessorMixin):
         return [(np.asarray(row) == self.image_token_id).astype(int).tolist() for row in input_ids]
 
     def _image_text(self, rows: int, cols: int) -> str:
+        start, end = self.image_start_token, self.image_end_token
         tile = self.image_token * self.image_seq_len
-        grid = [[f"<row_{r + 1}_col_{c + 1}>{tile}" for c in range(cols)] for r in range(rows)]
+        if self.tile_layout == "internvl":
+            return f"{start}{tile * (rows * cols + 1)}{end}"
+        marked = self.tile_layout == "idefics3"
+        each, outer = (start, "") if marked else ("", start)
+        grid = [
+            [f"{each}<row_{r + 1}_col_{c + 1}>{tile}" for c in range(cols)] for r in range(rows)
+        ]
         crops = "".join("".join(row) + "\n" for row in grid)
-        whole = f"{crops}\n{self.global_image_token}{tile}" if grid else tile
-        return f"{self.image_start_token}{whole}{self.image_end_token}"
+        whole = f"{each}{self.global_image_token}{tile}" if grid or marked else tile
+        return f"{outer}{crops}\n{whole}{end}" if grid else f"{outer}{whole}{end}"
 
     def _open_images(self, rows: list[list[Any]], kwargs: Mapping[str, Any]) -> list[list[Any]]:
         """Open each image once, however many rows name the same object or path."""
@@ -320,8 +370,12 @@ class VLMoEProcessor(HubProcessorMixin):
         if encodings is None or not encodings[sample].overflowing or self.image_token not in text:
             return False
         kept = [(start, end) for start, end in encodings[sample].offsets if end > start]
-        start, end = re.escape(self.image_start_token), self.image_token + self.image_end_token
-        first_image = re.search(f"{start}(?:<row_1_col_1>)?{re.escape(self.image_token)}", text)
+        end = self.image_token + self.image_end_token
+        texts = [
+            self._image_text(*grid).partition(self.image_token)[0] for grid in ((1, 1), (0, 0))
+        ]
+        starts = "|".join(map(re.escape, texts))
+        first_image = re.search(f"(?:{starts}){re.escape(self.image_token)}", text)
         return kept[-1][1] < text.rindex(end) + len(end) or (
             first_image is not None and kept[0][0] > first_image.start()
         )
