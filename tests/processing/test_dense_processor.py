@@ -211,7 +211,7 @@ def test_llava_gives_the_sources_tokens_and_pixels(
         name = type(image_processor).__name__.removesuffix("Pil")
         fields = image_processor.to_dict() | {"image_processor_type": name}
         fields |= {"processor_class": "LlavaProcessor"}
-        files = {"preprocessor_config.json": json.dumps(fields), "chat_template.jinja": TEMPLATE}
+        files = {"preprocessor_config.json": fields, "chat_template.jinja": TEMPLATE}
         source = hub_folder(tokenizer, **files)
     else:
         source = theirs if given == "processor" else (image_processor, tokenizer)
@@ -245,7 +245,7 @@ def test_idefics3_gives_the_sources_tokens_pixels_and_mask(
     elif given == "old folder":
         fields = image_processor.to_dict() | {"image_processor_type": "Idefics3ImageProcessor"}
         settings = {"image_seq_len": 4, "processor_class": "Idefics3Processor"}
-        files = {"preprocessor_config.json": json.dumps(fields), "processor_config.json": settings}
+        files = {"preprocessor_config.json": fields, "processor_config.json": settings}
         source = hub_folder(
             tokenizer, **files, **{"chat_template.json": {"chat_template": TEMPLATE}}
         )
@@ -501,6 +501,30 @@ def test_missing_and_broken_files_are_named(file, content, what, smolvlm_source)
     with pytest.raises(ValueError, match=rf"{folder}: {what}.* cannot be read \(\w+: ") as error:
         VLMoEProcessor.from_dense(folder, config)
     assert error.value.__cause__ is not None
+
+
+def tokens_of_a_repository(name: str, config: Any, revision: str) -> list[int]:
+    """In a process whose Hub is the test's: the tokens that one image becomes."""
+    processor = VLMoEProcessor.from_dense(name, config, revision=revision)
+    return processor(images=Image.new("RGB", (20, 24)), text="<image>a")["input_ids"][0]
+
+
+def push(source: Path, name: str) -> None:
+    """Upload a folder."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=source)
+
+
+def test_a_repository_of_the_hub_is_read_like_a_folder(hub, hub_process, smolvlm_source):
+    folder, config = smolvlm_source(size={"longest_edge": 16})
+    hub_process(push, folder, "tester/dense")
+    ids = hub_process(tokens_of_a_repository, "tester/dense", config, "main")
+    ours = VLMoEProcessor.from_dense(folder, config)
+    assert ids == text_ids(ours, f"{WHOLE}a")
+    with pytest.raises(ValueError, match="tester/dense: the processor's settings"):
+        hub_process(tokens_of_a_repository, "tester/dense", config, "other")
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path, llava_config):
