@@ -231,7 +231,7 @@ def add_image_token(tokenizer: Any, image_token: str = "<image>") -> int:
     """
     pair = tokenizer(image_token * 2, add_special_tokens=False)["input_ids"]
     if pair != [tokenizer.convert_tokens_to_ids(image_token)] * 2:
-        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], True)
+        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
     return tokenizer.convert_tokens_to_ids(image_token)
 
 

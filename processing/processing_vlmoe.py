@@ -371,10 +371,8 @@ class VLMoEProcessor(HubProcessorMixin):
             return False
         kept = [(start, end) for start, end in encodings[sample].offsets if end > start]
         end = self.image_token + self.image_end_token
-        texts = [
-            self._image_text(*grid).partition(self.image_token)[0] for grid in ((1, 1), (0, 0))
-        ]
-        starts = "|".join(map(re.escape, texts))
+        images = (self._image_text(1, 1), self._image_text(0, 0))
+        starts = "|".join(re.escape(image.partition(self.image_token)[0]) for image in images)
         first_image = re.search(f"(?:{starts}){re.escape(self.image_token)}", text)
         return kept[-1][1] < text.rindex(end) + len(end) or (
             first_image is not None and kept[0][0] > first_image.start()

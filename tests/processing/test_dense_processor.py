@@ -360,9 +360,24 @@ def test_internvl_puts_the_crops_in_reading_order_and_the_thumbnail_last(internv
     tiles = ours(images=picture, text="<IMG_CONTEXT>", return_tensors="pt")["pixel_values"][0]
     assert tiles[:, 0, 8, 8].int().tolist()[:6] == [10, 20, 30, 40, 50, 60]
     assert tiles[-1, 0, 2, 2] < 15 < 55 < tiles[-1, 0, -2, -2]
-    few = ours(images=picture, text="<IMG_CONTEXT>", max_patches=2, return_tensors="pt")
-    assert few["pixel_values"].shape[1] == 3
-    assert few["mm_token_type_ids"].sum() == 12
+    limits = [({"max_patches": 2}, 3), ({"max_patches": 1}, 1), ({"min_patches": 7}, 13)]
+    for options, count in limits:
+        other = ours(images=picture, text="<IMG_CONTEXT>", return_tensors="pt", **options)
+        counts = ours._get_num_multimodal_tokens([(48, 32)], **options)
+        assert other["pixel_values"].shape[1] == counts.num_image_patches[0] == count
+        assert other["mm_token_type_ids"].sum() == 4 * count
+
+
+def test_got_ocr2_tiles_can_be_marked_by_row_and_column(processor, make_image, seq):
+    image_processor = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16})
+    marked = VLMoEProcessor(image_processor, processor.tokenizer, image_seq_len=4)
+    call = {"images": make_image(0, (16, 48)), "text": "<image>", "crop_to_patches": True}
+    wanted = f"<row_1_col_1>{seq}\n<row_2_col_1>{seq}\n<row_3_col_1>{seq}\n\n<global-img>{seq}"
+    assert marked(**call)["input_ids"] == [text_ids(marked, wanted)]
+    pixels = np.zeros((3, 16, 48), np.float32)  # not rescaled: stays an array
+    prepared = marked(images=pixels, text="<image>", do_image_splitting=True, do_rescale=False)
+    tokens = marked.tokenizer.convert_ids_to_tokens(prepared["input_ids"][0])
+    assert "<row_1_col_3>" in tokens and "<row_2_col_1>" not in tokens
 
 
 def test_a_converted_processor_feeds_the_model(
@@ -501,6 +516,16 @@ def test_missing_and_broken_files_are_named(file, content, what, smolvlm_source)
     with pytest.raises(ValueError, match=rf"{folder}: {what}.* cannot be read \(\w+: ") as error:
         VLMoEProcessor.from_dense(folder, config)
     assert error.value.__cause__ is not None
+
+
+def test_arguments_of_loading_reach_every_reader(smolvlm_source, tmp_path):
+    folder, config = smolvlm_source()
+    inner = tmp_path / "dense"
+    inner.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(inner / path.name)
+    ours = VLMoEProcessor.from_dense(tmp_path, config, subfolder="dense")
+    assert ours.to_dict() == VLMoEProcessor.from_dense(inner, config).to_dict()
 
 
 def tokens_of_a_repository(name: str, config: Any, revision: str) -> list[int]:
