@@ -50,7 +50,7 @@ REFUSED = {
 class DenseProcessor:
     """The parts of a dense model's processor."""
 
-    name: str  # the class, one of FAMILIES
+    name: str  # of the class, one of FAMILIES
     image_processor: Any
     tokenizer: Any
     chat_template: str | dict[str, str] | None
@@ -68,7 +68,7 @@ def read_dense_processor(source: Any, **kwargs: Any) -> DenseProcessor:
         template = source.chat_template
     else:
         return _from_files(source, **kwargs)
-    _check_family(name, "the processor")
+    name = _known_family(name, "the processor")
     # copies: what follows writes into them, and the source stays in use
     parts = copy.deepcopy((image_processor, tokenizer))
     return _as_called(DenseProcessor(name, *parts, template, settings))
@@ -78,8 +78,8 @@ def _from_files(source: Any, **kwargs: Any) -> DenseProcessor:
     """Read a local folder or a repository of the Hub, in transformers' old or new set of files."""
     with _reading(source, "the processor's settings and chat template"):
         settings, _ = ProcessorMixin.get_processor_dict(source, **kwargs)
-        name = settings.get("processor_class") or _class_named_elsewhere(source, **kwargs)
-    _check_family(name, f"{source}")
+        named = settings.get("processor_class") or _class_named_elsewhere(source, **kwargs)
+    name = _known_family(named, f"{source}")
     with _reading(source, "the image processor"):
         image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **kwargs)
     with _reading(source, "the tokenizer"):
@@ -118,14 +118,16 @@ def _family_of(image_processor: Any) -> str:
     return name if name in FAMILIES or name in REFUSED else "LlavaProcessor"
 
 
-def _check_family(name: str | None, where: str) -> None:
-    """Refuse, by name, a processor whose layout cannot be kept."""
-    if name not in FAMILIES:
-        reason = f" ({REFUSED[name]})" if name in REFUSED else ""
-        raise ValueError(
-            f"{where}: a {name} cannot be converted exactly{reason}; allowed: "
-            f"{', '.join(FAMILIES)}, or a pair (image_processor, tokenizer) of one of these."
-        )
+def _known_family(name: str | None, where: str) -> str:
+    """The name of a processor's class; refused, with the reason, if its layout cannot be kept."""
+    if name in FAMILIES:
+        return name
+    reason = f" ({REFUSED[name]})" if name in REFUSED else ""
+    what = f"a {name}" if name else "a processor that no file names"
+    raise ValueError(
+        f"{where}: {what} cannot be converted exactly{reason}; allowed: {', '.join(FAMILIES)}, or "
+        "a pair (image_processor, tokenizer) of one of these."
+    )
 
 
 def _as_called(dense: DenseProcessor) -> DenseProcessor:
@@ -145,7 +147,7 @@ def _as_called(dense: DenseProcessor) -> DenseProcessor:
     return dense
 
 
-def layout_of(dense: DenseProcessor) -> dict[str, str]:
+def layout_of(dense: DenseProcessor) -> dict[str, Any]:
     """How the source writes an image, as arguments of `VLMoEProcessor`.
 
     Raises:

@@ -1,81 +1,28 @@
 """The processor of a dense model becomes VLMoE's: same tokens, same pixels."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dense_sources import GOT_OCR2, IDEFICS3_TOKENS, TEMPLATE, text_ids
 from PIL import Image
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     GotOcr2ImageProcessorPil,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     LlavaImageProcessorPil,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
     LlavaProcessor,
-    Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
 )
 
-from vlmoe.processing.dense_processor import add_image_token
 from vlmoe.processing.processing_vlmoe import DEFAULT_CHAT_TEMPLATE, VLMoEProcessor
 
-TEMPLATE = "{% for message in messages %}USER: {{ message.content }} ASSISTANT:{% endfor %}"
 SIZES = [(24, 20), (16, 16), (40, 20), (9, 33), (60, 16), (3, 2)]  # width, height
-IDEFICS3_TOKENS = ("<fake_token_around_image>", "<end_of_utterance>", "<row_5_col_1>")
-INTERNVL_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-GOT_OCR2 = {  # as torchvision's class of transformers 4 wrote it
-    "crop_size": None,
-    "crop_to_patches": False,
-    "data_format": "channels_first",
-    "default_to_square": True,
-    "device": None,
-    "do_center_crop": None,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_processor_type": "GotOcr2ImageProcessorFast",
-    "image_std": [0.229, 0.224, 0.225],
-    "input_data_format": None,
-    "max_patches": 12,
-    "min_patches": 1,
-    "processor_class": "InternVLProcessor",
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "return_tensors": None,
-    "size": {"height": 16, "width": 16},
-}
-SMOLVLM = {
-    "do_convert_rgb": True,
-    "do_image_splitting": True,
-    "do_normalize": True,
-    "do_pad": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_processor_type": "SmolVLMImageProcessor",
-    "image_std": [0.5, 0.5, 0.5],
-    "max_image_size": {"longest_edge": 16},
-    "processor_class": "SmolVLMProcessor",
-    "resample": 1,
-    "rescale_factor": 1 / 255,
-    "size": {"longest_edge": 48},
-    "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 16}},
-}
 LLAVA_IMAGES = {
     "clip": CLIPImageProcessorPil(
         size={"shortest_edge": 18}, crop_size={"height": 16, "width": 16}
@@ -104,78 +51,9 @@ def pictures(make_image) -> list[Image.Image]:
     ]
 
 
-@pytest.fixture
-def llava_config(tiny_config):
-    """The configuration of a converted Llava model with a CLIP or a SigLIP tower."""
-
-    def make(kind: str) -> Any:
-        if kind == "siglip":
-            return tiny_config(pixel_shuffle_factor=1)
-        return tiny_config(
-            vision={"model_type": "clip_vision_model"},
-            vision_feature_select_strategy="default",
-            pixel_shuffle_factor=1,
-        )
-
-    return make
-
-
-@pytest.fixture
-def idefics3_config(tiny_config):
-    return tiny_config(vision={"model_type": "idefics3_vision"}, text={"vocab_size": 400})
-
-
-@pytest.fixture
-def internvl_source(hub_folder, with_tokens, tiny_config):
-    """`internvl_source(**image processor fields)`: a folder as on the Hub, and its config."""
-
-    def make(**fields: Any) -> tuple[Path, Any]:
-        tokenizer = with_tokens(INTERNVL_TOKENS.values())
-        extra = {"extra_special_tokens": INTERNVL_TOKENS, "padding_side": None}
-        files = {
-            "preprocessor_config.json": GOT_OCR2 | fields,
-            "processor_config.json": {
-                "image_seq_length": 4,
-                "processor_class": "InternVLProcessor",
-            },
-            "chat_template.jinja": TEMPLATE,
-        }
-        config = tiny_config(
-            vision={"model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [4, 4]},
-            text={"vocab_size": 400},
-            vision_feature_select_strategy="default",
-            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        )
-        return hub_folder(tokenizer, extra, **files), config
-
-    return make
-
-
-@pytest.fixture
-def smolvlm_source(hub_folder, with_tokens, tiny_config):
-    """`smolvlm_source(**image processor fields)`: a folder as on the Hub, and its config."""
-
-    def make(**fields: Any) -> tuple[Path, Any]:
-        files = {
-            "preprocessor_config.json": SMOLVLM | fields,
-            "processor_config.json": {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"},
-            "chat_template.json": {"chat_template": TEMPLATE},
-        }
-        config = tiny_config(vision={"model_type": "smolvlm_vision"}, text={"vocab_size": 400})
-        return hub_folder(
-            with_tokens(IDEFICS3_TOKENS), {"truncation_side": "left"}, **files
-        ), config
-
-    return make
-
-
 def real_tiles(output: Any) -> torch.Tensor:
     """(real tiles of the batch, 3, H, W)."""
     return output["pixel_values"][output["pixel_attention_mask"].flatten(2).any(-1)]
-
-
-def text_ids(processor: VLMoEProcessor, text: str) -> list[int]:
-    return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def check_reloads(processor: VLMoEProcessor, folder: Path, call: dict[str, Any]) -> None:
@@ -345,6 +223,8 @@ def test_internvl_gives_the_documented_text_and_its_image_processors_pixels(
     assert torch.equal(real_tiles(output), torch.tensor(np.array(reference["pixel_values"])))
     whole = ours(images=images, text=text, do_image_splitting=False)
     assert whole["input_ids"] == [text_ids(ours, "a" + f"<img>{C4}</img>\nb" * len(images))]
+    counts = ours._get_num_multimodal_tokens([(48, 16)], do_image_splitting=False)
+    assert (counts.num_image_tokens, counts.num_image_patches) == ([6], [1])
     counts = ours._get_num_multimodal_tokens([(height, width) for width, height in sizes])
     assert counts.num_image_tokens == [len(text_ids(ours, image)) for image in golden]
     assert counts.num_image_patches == reference["num_patches"]
@@ -424,183 +304,3 @@ def test_without_resizing_idefics3_tiles_are_the_sources_too(
     call = {"images": make_image(0, (70, 20)), "text": "<image>", "return_tensors": "pt"}
     assert torch.equal(ours(**call)["pixel_values"], theirs(**call)["pixel_values"])
     check_reloads(ours, tmp_path, call)
-
-
-def test_the_source_stays_as_it_was(internvl_source, idefics3_config):
-    folder, config = internvl_source()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16})
-    before, size = image_processor.to_dict(), len(tokenizer)
-    ours = VLMoEProcessor.from_dense((image_processor, tokenizer), config)
-    assert (ours.tokenizer.padding_side, ours.image_processor.crop_to_patches) == ("left", True)
-    assert (tokenizer.padding_side, image_processor.to_dict()) == ("right", before)
-    tiling = Idefics3ImageProcessorPil(max_image_size={"longest_edge": 16})
-    assert len(VLMoEProcessor.from_dense((tiling, tokenizer), idefics3_config).tokenizer) > size
-    assert len(tokenizer) == size
-
-
-def test_special_tokens_and_lengths_are_kept(hub_folder, with_tokens, llava_config):
-    tokenizer = with_tokens()
-    fields = {"model_max_length": 77, "padding_side": "right", "truncation_side": "left"}
-    files = {"preprocessor_config.json": LLAVA_IMAGES["siglip"].to_dict()}
-    files["config.json"] = {"model_type": "llava"}  # old: nothing else names the family
-    source = hub_folder(tokenizer, fields, **files)
-    ours = VLMoEProcessor.from_dense(source, llava_config("siglip")).tokenizer
-    assert (ours.model_max_length, ours.padding_side, ours.truncation_side) == (77, "right", "left")
-    assert ours.special_tokens_map == tokenizer.special_tokens_map
-    assert ours.get_vocab() == tokenizer.get_vocab()
-    assert ours.decode(ours("<image>a<|end|>")["input_ids"], skip_special_tokens=True) == "a"
-
-
-@pytest.mark.parametrize("kind", ["settings", "tokenizer"])
-def test_the_sources_own_image_token_is_kept(kind, hub_folder, with_tokens, tiny_config):
-    tokenizer = with_tokens(["<picture>"])
-    settings = {"processor_class": "LlavaProcessor", "image_token": "<picture>"}
-    fields: dict[str, Any] = {}
-    if kind == "tokenizer":  # which comes first
-        fields = {"extra_special_tokens": {"image_token": "<picture>"}}
-        settings["image_token"] = "<image>"
-    image_fields = LLAVA_IMAGES["siglip"].to_dict()
-    files = {"preprocessor_config.json": image_fields, "processor_config.json": settings}
-    source = hub_folder(tokenizer, fields, **files)
-    config = tiny_config(
-        text={"vocab_size": 400},
-        image_token_id=tokenizer.convert_tokens_to_ids("<picture>"),
-        pixel_shuffle_factor=1,
-    )
-    assert VLMoEProcessor.from_dense(source, config).image_token == "<picture>"
-    config.image_token_id = 5
-    with pytest.raises(ValueError, match=r"`image_token_id` is 5 .* '<picture>' is token 316 "):
-        VLMoEProcessor.from_dense(source, config)
-
-
-def test_what_cannot_be_converted_exactly_is_refused_by_name(
-    tokenizer, hub_folder, smolvlm_source, llava_config
-):
-    config = llava_config("siglip")
-    next_processor = LlavaNextProcessor(LlavaNextImageProcessorPil(), tokenizer, patch_size=4)
-    with pytest.raises(ValueError, match=r"a LlavaNextProcessor cannot .* \(it packs the tiles"):
-        VLMoEProcessor.from_dense(next_processor, config)
-    with pytest.raises(ValueError, match=r"a Qwen2VLProcessor cannot .*M-RoPE"):
-        VLMoEProcessor.from_dense((Qwen2VLImageProcessorPil(), tokenizer), config)
-    for name, reason in (
-        ("PaliGemmaProcessor", "in both directions"),
-        ("Qwen3VLProcessor", "M-RoPE"),
-        ("FantasyProcessor", "; allowed: Idefics3Processor, InternVLProcessor, Llava"),
-    ):
-        folder = hub_folder(tokenizer, **{"processor_config.json": {"processor_class": name}})
-        with pytest.raises(ValueError, match=f"a {name} cannot be converted exactly.*{reason}"):
-            VLMoEProcessor.from_dense(folder, config)
-    folder, config = smolvlm_source(image_processor_type="FantasyImageProcessor")
-    with pytest.raises(ValueError, match="the image processor cannot be read"):
-        VLMoEProcessor.from_dense(folder, config)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "what"),
-    [
-        ("preprocessor_config.json", None, "the image processor"),
-        ("preprocessor_config.json", "{", "the image processor"),
-        ("processor_config.json", '{"image_seq_len": 4', "the processor's settings"),
-        ("chat_template.json", "{}", "the processor's settings and chat template"),
-        ("tokenizer.json", None, "the tokenizer"),
-        ("tokenizer.json", "{", "the tokenizer"),
-        ("tokenizer_config.json", "}", "the tokenizer"),
-    ],
-)
-def test_missing_and_broken_files_are_named(file, content, what, smolvlm_source):
-    folder, config = smolvlm_source()
-    (folder / file).unlink()
-    if content is not None:
-        (folder / file).write_text(content)
-    with pytest.raises(ValueError, match=rf"{folder}: {what}.* cannot be read \(\w+: ") as error:
-        VLMoEProcessor.from_dense(folder, config)
-    assert error.value.__cause__ is not None
-
-
-def test_arguments_of_loading_reach_every_reader(smolvlm_source, tmp_path):
-    folder, config = smolvlm_source()
-    inner = tmp_path / "dense"
-    inner.mkdir()
-    for path in [path for path in folder.iterdir() if path.is_file()]:
-        path.rename(inner / path.name)
-    ours = VLMoEProcessor.from_dense(tmp_path, config, subfolder="dense")
-    assert ours.to_dict() == VLMoEProcessor.from_dense(inner, config).to_dict()
-
-
-def tokens_of_a_repository(name: str, config: Any, revision: str) -> list[int]:
-    """In a process whose Hub is the test's: the tokens that one image becomes."""
-    processor = VLMoEProcessor.from_dense(name, config, revision=revision)
-    return processor(images=Image.new("RGB", (20, 24)), text="<image>a")["input_ids"][0]
-
-
-def push(source: Path, name: str) -> None:
-    """Upload a folder."""
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo(name)
-    HfApi().upload_folder(repo_id=name, folder_path=source)
-
-
-def test_a_repository_of_the_hub_is_read_like_a_folder(hub, hub_process, smolvlm_source):
-    folder, config = smolvlm_source(size={"longest_edge": 16})
-    hub_process(push, folder, "tester/dense")
-    ids = hub_process(tokens_of_a_repository, "tester/dense", config, "main")
-    ours = VLMoEProcessor.from_dense(folder, config)
-    assert ids == text_ids(ours, f"{WHOLE}a")
-    with pytest.raises(ValueError, match="tester/dense: the processor's settings"):
-        hub_process(tokens_of_a_repository, "tester/dense", config, "other")
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path, llava_config):
-    with pytest.raises(ValueError, match=r"nowhere: the processor's settings .* cannot be read"):
-        VLMoEProcessor.from_dense(tmp_path / "nowhere", llava_config("siglip"))
-
-
-def test_a_source_that_does_not_fit_the_tower_is_refused(tokenizer, llava_config, smolvlm_source):
-    folder, config = smolvlm_source(max_image_size={"longest_edge": 20})
-    with pytest.raises(ValueError, match=r"makes 20x20 pixels .* the vision tower takes 16x16"):
-        VLMoEProcessor.from_dense(folder, config)
-    varied = CLIPImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False)
-    with pytest.raises(ValueError, match=r"makes 16x32 pixels of an image of 16x32"):
-        VLMoEProcessor.from_dense((varied, tokenizer), llava_config("siglip"))
-    folder, config = smolvlm_source()
-    config.pixel_shuffle_factor = 1
-    with pytest.raises(ValueError, match=r"SmolVLMProcessor states 4 .* give 16 features"):
-        VLMoEProcessor.from_dense(folder, config)
-    llava = LlavaProcessor(LLAVA_IMAGES["clip"], tokenizer, 4, "default")
-    with pytest.raises(ValueError, match=r"LlavaProcessor states 15 .* give 16 features"):
-        VLMoEProcessor.from_dense(llava, llava_config("clip"))
-
-
-def test_an_internvl_tokenizer_must_name_its_image_tokens(internvl_source):
-    folder, config = internvl_source()
-    path = folder / "tokenizer_config.json"
-    fields = json.loads(path.read_text())
-    del fields["extra_special_tokens"]["end_image_token"]
-    path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"InternVL model has no end_image_token; add"):
-        VLMoEProcessor.from_dense(folder, config)
-
-
-def test_an_unknown_tile_layout_is_refused(processor):
-    with pytest.raises(ValueError, match=r"`tile_layout` is 'rows'; allowed: vlmoe, idefics3, int"):
-        VLMoEProcessor(processor.image_processor, processor.tokenizer, tile_layout="rows")
-
-
-def test_an_image_token_is_added_once_and_only_where_it_is_missing(
-    tokenizer, tiny_config, make_image
-):
-    text_only = copy.deepcopy(tokenizer)
-    before = len(text_only)
-    assert add_image_token(text_only) == tokenizer.convert_tokens_to_ids("<image>")
-    assert len(text_only) == before
-    assert add_image_token(text_only, "<picture>") == before
-    assert add_image_token(text_only, "<picture>") == before
-    assert len(text_only) == before + 1
-    config = tiny_config(text={"vocab_size": len(text_only)}, image_token_id=before)
-    ours = VLMoEProcessor.for_config(config, text_only, image_token="<picture>")
-    output = ours(images=make_image(), text="a<picture>b")
-    assert output["input_ids"][0].count(before) == ours.image_seq_len
-    decoded = text_only.decode(output["input_ids"][0], skip_special_tokens=True)
-    assert decoded == "a b"
