@@ -291,6 +291,19 @@ def test_licence_and_base_model_are_those_of_the_base(
     assert unreachable["license"] is None and unreachable["base_model"] == "user/unknown"
 
 
+@pytest.mark.parametrize(
+    ("option", "tiles"),
+    [("do_image_splitting", True), ("crop_to_patches", True), ("do_image_splitting", False)],
+)
+def test_tiling_is_told_whatever_the_image_processor_calls_it(
+    measured: Path, option: str, tiles: bool
+) -> None:
+    processor = {"image_processor": {option: tiles}}
+    (measured / "processor_config.json").write_text(json.dumps(processor))
+    card = write_model_card(measured).read_text()
+    assert ("large ones cut into tiles" in card) is tiles
+
+
 def test_an_unknown_licence_is_not_invented(measured: Path) -> None:
     def from_the_hub(stages: list[dict[str, Any]]) -> None:
         stages[0]["start"] = {"kind": "hub", "name": "user/base", "base_model": "user/base"}
