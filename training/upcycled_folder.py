@@ -103,6 +103,8 @@ def _staging(target: Path, request: dict[str, Any]) -> Path:
         asked = staging / REQUEST_NAME
         if asked.is_file() and json.loads(asked.read_text(encoding="utf-8")) == given:
             logger.warning(f"Going on with the conversion in {staging}.")
+            for half_written in staging.glob(".*.tmp*"):
+                half_written.unlink()
             return staging
         logger.warning(f"{staging} holds another conversion; it is begun anew.")
         shutil.rmtree(staging)
