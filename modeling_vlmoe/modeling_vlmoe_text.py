@@ -215,7 +215,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             loaded = super().from_pretrained(*args, **kwargs)
         except SafetensorError as error:
             source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-            raise OSError(_damaged_file(source, error)) from error
+            raise OSError(damaged_file(source, error)) from error
         model = (
             loaded[0] if isinstance(loaded, tuple) else loaded
         )  # a tuple with `output_loading_info`
@@ -272,7 +272,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             init_biased_experts(module)
 
 
-def _damaged_file(source: Any, error: Exception) -> str:
+def damaged_file(source: Any, error: Exception) -> str:
     """Which weights file of a folder cannot be read."""
     for file in sorted(Path(str(source)).glob("*.safetensors")):
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,6 +27,7 @@ from transformers.initialization import no_init_weights
 
 from ...configuration.configuration_vlmoe import VLMoEConfig
 from ..active_parameters import active_parameters
+from ..modeling_vlmoe_text import damaged_file
 from .dense_configs import text_fields, vision_fields, vlmoe_fields
 from .exactness import TOLERANCE, Outputs, UpcyclingError, drawn_sample, outputs_of
 from .options import Upcycling
@@ -60,7 +62,10 @@ def load_dense(source: Any, kind: str = "image-text") -> tuple[Any, str]:
     """
     if isinstance(source, (str, Path)):
         _refuse_quantized(AutoConfig.from_pretrained(source), str(source))
-        model = MODEL_CLASSES[kind].from_pretrained(source, dtype="auto")
+        try:
+            model = MODEL_CLASSES[kind].from_pretrained(source, dtype="auto")
+        except SafetensorError as error:
+            raise OSError(damaged_file(source, error)) from error
         return model.eval(), str(source)
     name = type(source).__name__
     if not isinstance(source, PreTrainedModel):

@@ -2,12 +2,12 @@
 """Dense and sparse logits side by side.
 
 The error is max|sparse - dense| / max|dense| over all real tokens: a deep model's logits differ by
-rounding that grows with their size. Weights in half precision are computed with in fp32, block by
-block, so that the model is never there twice.
+rounding that grows with their size. Weights in half precision are computed with in fp32, one at a
+time, so that the model is never there twice.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ...configuration.configuration_vlmoe import VLMoEConfig
 from ...configuration.configuration_vlmoe_text import MODEL_TYPE
@@ -23,6 +23,11 @@ from ..connector import TOWERS_WITH_PATCH_MASK
 
 Tensor = torch.Tensor
 TOLERANCE = 1e-5
+HALF = (torch.float16, torch.bfloat16)
+PRODUCTS = (
+    *(F.linear, F.conv2d, F.layer_norm, F.group_norm, F.multi_head_attention_forward),
+    *(torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__),
+)
 
 
 class UpcyclingError(ValueError):
@@ -58,10 +63,7 @@ def outputs_of(model: Any, sample: Mapping[str, Tensor], in_fp32: bool) -> Outpu
         in_fp32: compute with the weights in fp32, whatever they are stored in.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in _inputs_for(model, sample).items()}
-    if in_fp32:
-        with computing_in_fp32(model):
-            logits = model(**inputs, use_cache=False).logits
-    else:
+    with ComputingInFp32() if in_fp32 else nullcontext():
         logits = model(**inputs, use_cache=False).logits
     logits, real = logits.float().cpu(), sample["attention_mask"].bool()
     image_token_id = getattr(model.config, "image_token_id", None)
@@ -85,66 +87,33 @@ def _inputs_for(model: Any, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"pixel_values": pixels.flatten(0, 1)[real]}
 
 
-@contextmanager
-def computing_in_fp32(model: Any) -> Iterator[None]:
-    """Weights and inputs of each block are fp32 while it runs, and only then."""
-    if model.dtype == torch.float32:
-        yield
-        return
-    # A model's `dtype`, which Idefics3 casts image features to, is that of its first parameter.
-    first = next(p for p in model.parameters() if p.is_floating_point())
-    narrow, first.data = first.data, first.data.float()
-    handles = []
-    for block in _blocks(model):
-        swap = _Swap(block)
-        handles.append(block.register_forward_pre_hook(swap.widen, with_kwargs=True))
-        handles.append(block.register_forward_hook(swap.restore, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        first.data = narrow
+class ComputingInFp32(TorchFunctionMode):
+    """While active, models with weights in half precision compute with them in fp32.
+
+    A weight is widened where it is multiplied, one at a time, and of a bank of experts the one that
+    `eager` takes; nothing is narrowed. What is elementwise widens by torch's type promotion.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Widen what `func` multiplies, and what it would narrow."""
+        widen = _wide_dtype if func is torch.Tensor.to else _wide_tensor
+        if func is torch.Tensor.to or func in PRODUCTS:
+            args = tuple(widen(value) for value in args)
+            kwargs = {name: widen(value) for name, value in (kwargs or {}).items()}
+        result = func(*args, **(kwargs or {}))
+        return result.float() if func is F.embedding else result
 
 
-def _blocks(model: Any) -> Iterator[nn.Module]:
-    """Parts that run one after the other and hold all weights: a decoder layer in its parts."""
-    base = model.model
-    parts = [base] if hasattr(base, "layers") else list(base.children())
-    for part in parts:
-        if not hasattr(part, "layers"):
-            yield part
-            continue
-        for name, child in part.named_children():
-            if name == "layers":
-                yield from (block for layer in child for block in layer.children())
-            else:
-                yield child
-    yield model.get_output_embeddings()
+def _wide_dtype(value: Any) -> Any:
+    is_dtype = isinstance(value, torch.dtype)
+    return torch.float32 if is_dtype and value in HALF else value
 
 
-class _Swap:
-    """The fp32 weights of a block, for the time of a forward pass."""
-
-    def __init__(self, block: nn.Module):
-        self.stored = {p: p.data for p in block.parameters() if p.is_floating_point()}
-
-    def widen(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        for parameter, data in self.stored.items():
-            parameter.data = data.float()
-        widened = [_widened(value) for value in args]
-        return tuple(widened), {name: _widened(value) for name, value in kwargs.items()}
-
-    def restore(self, *_: Any) -> None:
-        for parameter, data in self.stored.items():
-            parameter.data = data
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_widened(each) for each in value)
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.float() if floating else value
+def _wide_tensor(value: Any) -> Any:
+    is_half = isinstance(value, Tensor) and value.dtype in HALF
+    return value.float() if is_half else value
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe.upcycling import weight_plan
 from vlmoe.modeling_vlmoe.upcycling.exactness import (
     UpcyclingError,
-    computing_in_fp32,
     drawn_sample,
     outputs_of,
 )
@@ -108,23 +107,12 @@ def test_half_precision_is_checked_in_fp32_and_beside_the_dense_models_own_round
 
     # The fp32 computation is that of a copy whose weights are all in fp32.
     sample = drawn_sample(dense, model.config, with_images=True)
+    model.set_experts_implementation("eager")
     for each in (dense, model):
-        by_blocks = outputs_of(each, sample, in_fp32=True)
-        names = {p.data_ptr(): p.dtype for p in each.parameters()}
-        assert set(names.values()) == {dtype}  # given back
+        computed = outputs_of(each, sample, in_fp32=True)
         each.save_pretrained(tmp_path / "half")
         wide = type(each).from_pretrained(tmp_path / "half", dtype=torch.float32)
-        assert outputs_of(wide, sample, in_fp32=False).error(by_blocks) <= 1e-6
-
-
-def test_weights_are_given_back_when_a_forward_fails(
-    dense_model: Callable[..., Any], tmp_path: Any
-) -> None:
-    dense_model().save_pretrained(tmp_path)
-    dense = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    with pytest.raises(IndexError), computing_in_fp32(dense):
-        dense(torch.tensor([[10**6]]))
-    assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
+        assert outputs_of(wide, sample, in_fp32=False).error(computed) <= 1e-6
 
 
 @torch.no_grad()
