@@ -67,16 +67,16 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
 
     output = require(options.output_dir, "output_dir", "upcycle")
     asked = Upcycling(
-        options.num_experts,
-        options.num_experts_per_tok,
-        options.expert_split,
-        options.expert_init,
-        _layers(options.sparse_layers),
-        options.drop_ratio,
-        options.noise_ratio,
-        options.router_std,
-        options.seed,
-        _json_object(options.fields, "fields"),
+        num_experts=options.num_experts,
+        num_experts_per_tok=options.num_experts_per_tok,
+        expert_split=options.expert_split,
+        expert_init=options.expert_init,
+        sparse_layers=_layers(options.sparse_layers),
+        drop_ratio=options.drop_ratio,
+        noise_ratio=options.noise_ratio,
+        router_std=options.router_std,
+        seed=options.seed,
+        fields=_json_object(options.fields, "fields"),
     )
     connector = _json_object(options.connector, "connector")
     sources = [source for source in (model, options.vision) if source]
