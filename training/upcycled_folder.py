@@ -30,7 +30,6 @@ from .atomic_files import atomic_path, write_json
 
 logger = logging.get_logger(__name__)
 
-REQUEST_NAME = ".upcycling.json"
 Tensor = torch.Tensor
 
 
@@ -83,8 +82,8 @@ def upcycle_folder(
     model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
     report = conversion.check(model, tensors)
     report.save(staging)
-    (staging / REQUEST_NAME).unlink()
     os.replace(staging, target)
+    _request_file(target).unlink()
     return report
 
 
@@ -97,10 +96,9 @@ def folder_fingerprint(source: str) -> dict[str, list[int]]:
 
 def _staging(target: Path, request: dict[str, Any]) -> Path:
     """The hidden folder beside the target; one of another request is begun anew."""
-    staging = target.with_name(f".{target.name}.upcycling")
+    staging, asked = target.with_name(f".{target.name}.upcycling"), _request_file(target)
     given = json.loads(json.dumps(request))  # as it is read back
     if staging.is_dir():
-        asked = staging / REQUEST_NAME
         if asked.is_file() and json.loads(asked.read_text(encoding="utf-8")) == given:
             logger.warning(f"Going on with the conversion in {staging}.")
             for half_written in staging.glob(".*.tmp*"):
@@ -108,9 +106,13 @@ def _staging(target: Path, request: dict[str, Any]) -> Path:
             return staging
         logger.warning(f"{staging} holds another conversion; it is begun anew.")
         shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    write_json(staging / REQUEST_NAME, given)
+    write_json(asked, given)
+    staging.mkdir()
     return staging
+
+
+def _request_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.upcycling.json")
 
 
 def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) -> list[dict]:

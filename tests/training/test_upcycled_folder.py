@@ -131,7 +131,7 @@ def test_a_killed_conversion_goes_on_and_ends_with_the_same_bytes(
             if name.endswith(".safetensors"):
                 assert (target / name).stat().st_mtime_ns == time, f"{name} was written again"
         assert_same_files(whole, target)
-        assert not staging.exists()
+        assert sorted(os.listdir(tmp_path)) == ["killed", "log", "whole"]
         shutil.rmtree(target)
 
 
@@ -151,10 +151,11 @@ def test_another_request_is_begun_anew(dense_folder: Path, tmp_path: Path, caplo
     target, staging = tmp_path / "sparse", tmp_path / ".sparse.upcycling"
     staging.mkdir()
     (staging / "model.safetensors").write_bytes(b"of another conversion")
-    (staging / upcycled_folder.REQUEST_NAME).write_text('{"options": "others"}')
+    (tmp_path / ".sparse.upcycling.json").write_text('{"options": "others"}')
     convert(dense_folder, target)
     assert "begun anew" in caplog.text
     assert "model.safetensors" not in files_of(target)
+    assert os.listdir(tmp_path) == ["sparse"]
 
 
 def test_a_target_that_holds_something_is_refused(dense_folder: Path, tmp_path: Path) -> None:
