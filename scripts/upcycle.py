@@ -62,6 +62,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
     from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
     from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
     from vlmoe.processing.dense_processor import add_image_token
+    from vlmoe.training.training_stages import saved_model
     from vlmoe.training.upcycled_folder import folder_fingerprint, upcycle_folder
     from vlmoe.training.upcycling_sample import prepared_sample
 
@@ -109,6 +110,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
         request | {"model": model},
         processor_for=processor_for,
         sample_for=lambda processor: prepared_sample(processor, with_images=not options.vision),
+        bases=[saved_model(source) for source in sources],
         max_shard_size=options.max_shard_size,
     )
 

@@ -112,6 +112,12 @@ def starting_point(model: Any, preset: str | None) -> dict[str, Any]:
         return {"kind": "preset", "name": preset, "license": PRESET_LICENSE}
     if not source:
         return {"kind": "config", "name": None}
+    return saved_model(source)
+
+
+def saved_model(source: str) -> dict[str, Any]:
+    """`kind` (hub or folder), `name`, and the licence and base model that its card names, if it has
+    one that can be read."""
     folder = Path(source)
     if folder.is_dir():
         card = _card_data(folder / "README.md") if (folder / "README.md").is_file() else {}

@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..modeling_vlmoe.upcycling.conversion import Conversion, SampleFor, describ
 from ..modeling_vlmoe.upcycling.report import UpcyclingReport
 from ..modeling_vlmoe.upcycling.weight_plan import Origin
 from .atomic_files import atomic_path, write_json
+from .model_card import write_model_card
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +42,7 @@ def upcycle_folder(
     *,
     processor_for: Callable[[VLMoEConfig], Any] | None = None,
     sample_for: Callable[[Any], Mapping[str, Tensor]] | None = None,
+    bases: Sequence[dict[str, Any]] = (),
     max_shard_size: str = "5GB",
 ) -> UpcyclingReport:
     """Convert dense models into a folder with weights, configuration, code and report.
@@ -52,6 +55,7 @@ def upcycle_folder(
         processor_for: makes the processor to save beside the model, from its configuration.
         sample_for: makes the inputs that dense and sparse model are compared on, from that
             processor; by default drawn pictures and random words.
+        bases: what the dense models' cards say, for the new one's; see `saved_model`.
         max_shard_size: of a weights file.
 
     Raises:
@@ -80,8 +84,9 @@ def upcycle_folder(
             part.save_pretrained(staging)
     conversion.weights = {}  # the dense model goes before the sparse one comes
     model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
-    report = conversion.check(model, tensors)
+    report = replace(conversion.check(model, tensors), bases=list(bases))
     report.save(staging)
+    write_model_card(staging)
     os.replace(staging, target)
     _request_file(target).unlink()
     return report

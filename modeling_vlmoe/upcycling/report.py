@@ -31,6 +31,7 @@ class UpcyclingReport:
         tensors: for each tensor of the sparse model its name, shape, kind (copied, repeated, split,
             perturbed, extended, new) and the dense tensors that it is made of.
         versions: of the libraries.
+        bases: what the dense models' cards say, if somebody has read them: `name`, `license`, ...
     """
 
     source: str
@@ -47,6 +48,7 @@ class UpcyclingReport:
     frozen: list[str]
     tensors: list[dict[str, Any]] = field(repr=False)
     versions: dict[str, str] = field(default_factory=dict)
+    bases: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the report into a folder and return its path."""

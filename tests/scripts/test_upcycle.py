@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -51,6 +52,8 @@ def dense_folder(tmp_path: Path, tiny_config: Callable[..., Any], tokenizer: Any
     dense.generation_config.max_new_tokens = 7
     dense.save_pretrained(tmp_path / "dense")
     processor.save_pretrained(tmp_path / "dense")
+    front = "---\nlicense: mit\nbase_model: user/older\n---\n"
+    (tmp_path / "dense" / "README.md").write_text(front)
     return tmp_path / "dense"
 
 
@@ -72,6 +75,11 @@ def test_model_processor_and_report_are_there(
     assert report.error <= 1e-5 and report.same_argmax == 1.0
     assert report.sample["images"] > 3, "pictures larger than a tile are cut into several"
     assert report.loss["sparse"] == pytest.approx(report.loss["dense"], abs=1e-5)
+
+    card = ModelCard.load(output / "README.md")
+    assert card.data.license == "mit" and card.data.base_model == ["user/older"]
+    assert "4 copies of each dense MLP, each cut into 2 experts" in card.text
+    assert "exact at step 0 only" in card.text
 
     model = AutoModelForImageTextToText.from_pretrained(output)
     text = model.config.text_config
