@@ -233,7 +233,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         return loaded
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
-        """As in transformers; of quantised experts anything but `eager` raises `ValueError`."""
+        """As in transformers; quantised experts take `eager` and `auto` only (`ValueError`)."""
         check_experts_implementation(self, experts_implementation)
         super().set_experts_implementation(experts_implementation)
 

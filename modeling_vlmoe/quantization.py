@@ -3,8 +3,8 @@
 
 - Most methods know linear layers only; the experts are 3-D parameters, which torchao reaches by
   their names. `expert_int8_config` gives the config that does.
-- torchao's tensors can be sliced and multiplied one expert at a time, as `eager` does; the batched
-  and grouped kernels do not take them.
+- torchao's tensors can be sliced and multiplied one expert at a time, as `eager` and `auto` do; the
+  batched and grouped kernels do not take them.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TorchAoConfig
 
+from .experts_dispatch import is_torchao
 from .sparse_moe import VLMoEExperts
 from .vision_experts import VLMoEBiasedExperts
 
@@ -22,7 +23,7 @@ REMEDY = (
     "Load with `quantization_config=TorchAoConfig(FqnToConfig({"
     f'r"{EXPERT_PARAMETERS}": Int8WeightOnlyConfig()'
     "}))` (TorchAoConfig from transformers, the others from torchao.quantization; "
-    "`vlmoe.expert_int8_config()` makes it) and `experts_implementation='eager'` or none."
+    "`vlmoe.expert_int8_config()` makes it) and `experts_implementation='eager'`, 'auto' or none."
 )
 
 
@@ -66,24 +67,20 @@ def check_quantized_experts(model: nn.Module) -> None:
 
 def quantized_experts(model: nn.Module) -> list[str]:
     """Names of the expert weights that are torchao tensors."""
-    return [
-        name
-        for name, parameter in _expert_parameters(model)
-        if type(parameter.data).__module__.startswith("torchao.")
-    ]
+    return [name for name, parameter in _expert_parameters(model) if is_torchao(parameter)]
 
 
 def check_experts_implementation(model: nn.Module, implementation: str | dict | None) -> None:
     """Refuse an implementation that cannot multiply the model's quantised experts.
 
     Raises:
-        ValueError: experts are torchao tensors and the implementation is not `eager`.
+        ValueError: experts are torchao tensors and the implementation is not `eager` or `auto`.
     """
     given = set(implementation.values() if isinstance(implementation, dict) else [implementation])
-    if given - {"eager"} and quantized_experts(model):
+    if given - {"eager", "auto"} and quantized_experts(model):
         raise ValueError(
             f"`experts_implementation` {implementation!r} cannot multiply quantised experts; "
-            f"allowed: 'eager'. {REMEDY}"
+            f"allowed: 'eager', 'auto'. {REMEDY}"
         )
 
 

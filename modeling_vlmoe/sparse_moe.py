@@ -5,7 +5,7 @@
 - `gate_up_proj` (experts, 2 * intermediate, hidden), gate first, then up
 - `down_proj` (experts, hidden, intermediate)
 computed by the library's experts interface: eager, batched_mm, grouped_mm, ... as
-`config._experts_implementation` says.
+`config._experts_implementation` says. This module adds "auto" to them (experts_dispatch.py).
 
 In training a sparse layer also takes notes, on its device, for one look per optimizer step: whether
 its router logits were finite (training/routing_checks.py), and where experts are balanced by a bias
@@ -17,10 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 from ..configuration.configuration_vlmoe_text import VLMoETextConfig
+from .experts_dispatch import auto_experts_forward
 from .router import VLMoERouter
+
+ExpertsInterface.register("auto", auto_experts_forward)
 
 
 class VLMoEMLP(Qwen3MoeMLP):

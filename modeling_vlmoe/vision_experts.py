@@ -32,6 +32,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
+from .experts_dispatch import is_torchao
 from .router import VLMoERouter
 from .sparse_moe import VLMoERoutingNotes
 
@@ -100,7 +101,8 @@ class VLMoEConnectorExperts(VLMoEBiasedExperts):
 
     The library's implementations take its width from the tokens. For all but `eager` the narrower
     side, tokens or result, is widened with zeros, and the weights that meet it: at most twice the
-    multiplications, and zeros add nothing.
+    multiplications, and zeros add nothing. Quantised weights are multiplied expert by expert, and
+    stay as they are.
     """
 
     def forward(
@@ -108,7 +110,8 @@ class VLMoEConnectorExperts(VLMoEBiasedExperts):
     ) -> torch.Tensor:
         """(tokens, in), indices (tokens, k), weights (tokens, k) -> (tokens, out)."""
         size_in, size_out = hidden_states.shape[1], self.down_proj.shape[1]
-        if size_in == size_out or self.config._experts_implementation == "eager":
+        one_by_one = self.config._experts_implementation == "eager" or is_torchao(self.up_proj)
+        if size_in == size_out or one_by_one:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         bank: Any = _Bank(self)
         missing = abs(size_in - size_out)

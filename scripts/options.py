@@ -44,7 +44,7 @@ class ModelOptions:
         "as saved for a saved model. For mixed precision use --bf16 instead."
     )
     attn_implementation: str | None = option("Attention: eager, sdpa, flash_attention_2, ...")
-    experts_implementation: str | None = option("Experts: eager, batched_mm, grouped_mm, ...")
+    experts_implementation: str | None = option("Experts: eager, batched_mm, grouped_mm, auto, ...")
     model_overrides: str | None = option(
         """Config fields to replace, as JSON, such as '{"text_config": {"num_experts": 4}}'. """
         "Sizes can only be replaced in a preset."
@@ -101,7 +101,7 @@ class RuntimeOptions:
     device: str | None = option("cpu, cuda, cuda:1, mps, ...; by default the best there is.")
     dtype: str | None = option("Number type of the weights (default: as saved).")
     attn_implementation: str | None = option("Attention: eager, sdpa, flash_attention_2, ...")
-    experts_implementation: str | None = option("Experts: eager, batched_mm, grouped_mm, ...")
+    experts_implementation: str | None = option("Experts: eager, batched_mm, grouped_mm, auto, ...")
 
 
 @dataclasses.dataclass

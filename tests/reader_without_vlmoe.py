@@ -45,7 +45,7 @@ def refusals(folder: str) -> dict[str, str]:
 
 
 def read(folder: str, image: str, text: str) -> dict[str, Any]:
-    """Load the parts and run them, with two implementations of the experts."""
+    """Load the parts and run them, with three implementations of the experts."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -58,6 +58,8 @@ def read(folder: str, image: str, text: str) -> dict[str, Any]:
         outputs = model(**inputs, output_router_logits=True)
         model.set_experts_implementation("batched_mm")
         batched = model(**inputs).logits
+        model.set_experts_implementation("auto")
+        auto = model(**inputs).logits
     return {
         "modules": [type(part).__module__ for part in (config, processor, model, headless)],
         "tensors": {
@@ -65,6 +67,7 @@ def read(folder: str, image: str, text: str) -> dict[str, Any]:
             "logits": outputs.logits,
             "router_logits": torch.stack(outputs.router_logits),
             "batched": batched,
+            "auto": auto,
             "hidden": hidden,
         },
     }

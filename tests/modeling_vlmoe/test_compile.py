@@ -20,7 +20,7 @@ Inputs = dict[str, torch.Tensor]
 Batch = Callable[..., Inputs]
 Model = VLMoEForConditionalGeneration
 
-COMPILABLE = ["grouped_mm", "batched_mm"]
+COMPILABLE = ["grouped_mm", "batched_mm", "auto"]
 PROMPTS = {  # rows, spelled as in conftest.py, and the form of their images
     "text": (["....", "......."], "flat"),
     "images": (["..ab...", "....c"], "padded"),
@@ -60,7 +60,7 @@ def compile_whole(model: Model, backend: str = "eager") -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("implementation", "prompt"),
-    [*(("grouped_mm", prompt) for prompt in PROMPTS), ("batched_mm", "images")],
+    [*(("grouped_mm", prompt) for prompt in PROMPTS), ("batched_mm", "images"), ("auto", "images")],
 )
 def test_the_forward_compiles_into_one_graph_and_not_again_at_the_same_shape(
     model: Model, tiny_batch: Batch, implementation: str, prompt: str

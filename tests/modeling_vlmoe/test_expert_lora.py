@@ -98,7 +98,7 @@ def compare(calls: list[type]) -> Callable[..., Tensors]:
     return both
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "auto"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_implementation(
     tiny_moe: Model, compare: Callable[..., Tensors], name: str, implementation: str

@@ -24,7 +24,12 @@ ROWS = {
 
 @pytest.mark.parametrize(
     ("implementation", "prompt"),
-    [("grouped_mm", "text"), ("grouped_mm", "images"), ("batched_mm", "images")],
+    [
+        ("grouped_mm", "text"),
+        ("grouped_mm", "images"),
+        ("batched_mm", "images"),
+        ("auto", "images"),
+    ],
 )
 def test_an_exported_program_equals_the_model_at_another_batch_length_and_number_of_tiles(
     tiny_model: Callable[..., VLMoEForConditionalGeneration],

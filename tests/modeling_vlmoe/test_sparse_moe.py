@@ -14,7 +14,7 @@ from vlmoe import VLMoETextConfig
 from vlmoe.modeling_vlmoe.sparse_moe import VLMoESparseMoeBlock
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, BATCH, LENGTH = 5, 2, 16, 12, 3, 7
-IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", "auto"]
 ROUTING: dict[str, dict[str, Any]] = {
     "softmax_renormalised": {},
     "softmax": {"norm_topk_prob": False},

@@ -19,7 +19,7 @@ Inputs = dict[str, torch.Tensor]
 Batch = Callable[..., Inputs]
 Model = Callable[..., VLMoEForConditionalGeneration]
 
-IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", "auto"]
 TOWERS: dict[str, dict[str, Any]] = {
     "siglip": {},
     "clip": {
