@@ -284,9 +284,9 @@ def test_forward_mode_derivatives_are_not_lost(ran: list[str]) -> None:
 
 
 def test_fake_tensors_read_no_values(ran: list[str]) -> None:
-    with FakeTensorMode(), torch.no_grad():
-        bank = make_bank()
-        x, weights = torch.empty(1, HIDDEN), torch.empty(1, 2)
+    bank = make_bank(sizes=EVEN, dtype=torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x, weights = (torch.empty(1, size, dtype=torch.bfloat16) for size in (HIDDEN, 2))
         assert bank(x, torch.zeros(1, 2, dtype=torch.long), weights).shape == x.shape
     assert ran == ["grouped_mm"]
 
@@ -321,9 +321,7 @@ def test_which_way_is_chosen_on_cuda(case: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("lengths", [(7, 12, 9, 40), (1, 7, 12, 9)])
-def test_compiled_it_takes_the_graphs_of_grouped_mm(
-    lengths: tuple[int, ...], grad: bool, ran: list[str]
-) -> None:
+def test_compiled_it_takes_the_graphs_of_grouped_mm(lengths: tuple[int, ...], grad: bool) -> None:
     graphs: dict[str, int] = {}
     for implementation in ("grouped_mm", "auto"):
         torch._dynamo.reset()
@@ -339,7 +337,7 @@ def test_compiled_it_takes_the_graphs_of_grouped_mm(
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_bf16_of_odd_sizes_works(ran: list[str]) -> None:
+def test_compiled_bf16_of_odd_sizes_works() -> None:
     bank = make_bank(dtype=torch.bfloat16)
     inputs = make_inputs(bank, 7)
     compiled = torch.compile(bank, fullgraph=True, backend="eager")
