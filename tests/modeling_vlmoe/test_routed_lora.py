@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_experts_dispatch import make_bank
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from vlmoe.modeling_vlmoe import routed_lora
@@ -264,3 +266,34 @@ def test_no_pass_makes_a_tensor_of_the_shape_of_the_base_weights(
     with Watch():
         routed(bank, inputs, adapted)
     assert not made
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("layout", ["gated", "no gate, biases", "transposed, biases"])
+def test_the_grouped_way_reads_no_values_on_the_host(
+    layout: str, per_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors have none: to read one, or to ask for a shape that depends on one, raises.
+
+    Those of CPUs, since a torch without CUDA cannot slice fake ones of CUDA.
+    """
+    monkeypatch.setattr(routed_lora, "_fits_cpu_kernel", lambda *_: False)
+    monkeypatch.setattr(torch, "promote_types", lambda dtype, _: dtype)  # as on CUDA
+    bank = make_bank(layout, (4, 8, 16), torch.bfloat16).requires_grad_(False)
+    first = "gate_up_proj" if bank.has_gate else "up_proj"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        adapters = {}
+        for name in (first, "down_proj"):
+            shape = getattr(bank, name).shape[1:]
+            width, out = shape if bank.is_transposed else reversed(shape)
+            a = torch.empty(8 * 4, width, dtype=torch.bfloat16, requires_grad=True)
+            b = torch.empty(out, 8 * 4, dtype=torch.bfloat16, requires_grad=True)
+            adapters[name] = [ExpertAdapter(a, b, 2.0)]
+        x = torch.empty(6, 8, dtype=torch.bfloat16, requires_grad=True)
+        choice, weights = torch.zeros(6, 2, dtype=torch.long), torch.empty(6, 2)
+        owner = torch.zeros(6, dtype=torch.long) if per_token else None
+        arguments = (bank, x, choice, weights, adapters)
+        output = routed_lora_forward(*arguments, adapter_of_token=owner)
+        output.sum().backward()
+    assert output.shape == x.shape
+    assert x.grad is not None and adapters[first][0].lora_a.grad is not None
