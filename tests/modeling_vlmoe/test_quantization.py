@@ -149,6 +149,12 @@ def test_experts_of_tower_and_connector_are_quantized_too(
         is_weight = ".experts." in name and not name.endswith("_bias")
         assert is_traceable_wrapper_subclass(parameter) == is_weight, name
     quantized.save_pretrained(tmp_path / "int8")
+    pixels = tiny_batch(model.config, ["..a.."])["pixel_values"].flatten(0, 1)
+    both = []
+    for implementation in ("auto", "eager"):
+        quantized.set_experts_implementation(implementation)
+        both.append(quantized.get_image_features(pixels).pooler_output[0].float())
+    assert (both[0] - both[1]).norm() <= 0.02 * both[1].norm()
     reloaded, inputs = load(tmp_path / "int8"), tiny_batch(model.config, ["..a..", ".b..c."])
     features, expected = (
         each.get_image_features(inputs["pixel_values"].flatten(0, 1)).pooler_output.float()
@@ -204,6 +210,17 @@ def test_an_implementation_that_cannot_multiply_quantized_experts_is_refused(
         quantized.set_experts_implementation({"text_config": implementation})
     assert quantized.get_experts_implementation()["text_config"] == "eager"
     plain.set_experts_implementation(implementation)  # only quantised experts are bound to eager
+
+
+def test_auto_multiplies_quantized_experts_as_eager_does(
+    folder: Path, quantized: Model, inputs: Inputs, tiny_batch: Callable[..., Inputs]
+) -> None:
+    auto = load(folder, quantization_config=expert_int8_config(), experts_implementation="auto")
+    assert auto.get_experts_implementation()["text_config"] == "auto"
+    one_token = tiny_batch(auto.config, ["."])
+    for each in (inputs, one_token):
+        expected, logits = logits_of(quantized, each), logits_of(auto, each)
+        assert (logits - expected).norm() <= 0.02 * expected.norm()  # bf16 rounds after each sum
 
 
 def test_int4_experts_have_no_cpu_kernel_and_do_not_load(folder: Path) -> None:
