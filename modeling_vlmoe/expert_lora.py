@@ -21,7 +21,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .expert_lora_config import expert_lora_config
+from .expert_lora_config import (
+    IN_MEMORY,
+    check_not_offloaded,
+    expert_lora_config,
+    restore_balance_losses,
+)
+from .int8_experts import check_quantized_bank, is_int8, is_torchao, let_trainer_train
 from .routed_lora import ExpertAdapter, routed_lora_forward
 
 logger = logging.get_logger(__name__)
@@ -73,7 +79,30 @@ class ParamWrapper(peft_layers.ParamWrapper):
         adapters = _adapters(chain, own, keep_places=True)
         return routed_lora_forward(bank, x, choice, weights, adapters, dropout, of_token)
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which raises here where the weights are quantised."""
+        if _is_quantized(self):
+            raise ValueError(
+                f"LoRA cannot be merged into quantised experts ({self.parameter_name}). Save the "
+                "adapter, load the base model without `quantization_config`, and merge there."
+            )
+        super().merge(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As PEFT's: the bank, for good; the balance losses are what they were before LoRA."""
+        bank = super().unload_and_optionally_merge_module(*args, **kwargs)
+        restore_balance_losses(bank)
+        return bank
+
     def _fall_back(self, reason: str) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"{name} has no data: it is on the meta device. {IN_MEMORY}")
+        if _is_quantized(self):
+            raise ValueError(
+                "LoRA on quantised experts needs the routed path, which cannot run here: "
+                f"{reason}. Change that, or load the model without `quantization_config`."
+            )
         if self.training and (self.expert_dropout or self.trained_experts is not None):
             raise ValueError(
                 "`dropout` and `train_experts` need the routed path, which cannot run here: "
@@ -121,14 +150,26 @@ def enable_routed_lora(
         wrapper.__class__ = ParamWrapper
         wrapper.expert_dropout = float(dropout)
         wrapper.trained_experts = trained[name]
+    if any(map(_is_quantized, outermost.values())):
+        let_trainer_train(model)
 
 
 def disable_routed_lora(model: nn.Module) -> None:
-    """Give the experts' LoRA back to PEFT's own path, in place; idempotent."""
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            module.__class__ = peft_layers.ParamWrapper
-            del module.expert_dropout, module.trained_experts
+    """Give the experts' LoRA back to PEFT's own path, in place; idempotent.
+
+    Raises:
+        ValueError: the experts are quantised, which PEFT's own path cannot compute.
+    """
+    routed = {n: m for n, m in model.named_modules() if isinstance(m, ParamWrapper)}
+    for name, wrapper in routed.items():
+        if _is_quantized(wrapper):
+            raise ValueError(
+                f"{name}: the experts are quantised, which PEFT's own path cannot compute; leave "
+                "the model routed, or load it without `quantization_config`."
+            )
+    for wrapper in routed.values():
+        wrapper.__class__ = peft_layers.ParamWrapper
+        del wrapper.expert_dropout, wrapper.trained_experts
 
 
 def hotswap_expert_lora(
@@ -173,6 +214,10 @@ def _chain(outermost: nn.Module) -> list[peft_layers.ParamWrapper]:
     return chain
 
 
+def _is_quantized(wrapper: peft_layers.ParamWrapper) -> bool:
+    return any(map(is_torchao, wrapper.get_base_layer().parameters()))
+
+
 def _outermost_wrappers(model: nn.Module) -> dict[str, peft_layers.ParamWrapper]:
     """By name, the outermost wrapper of each bank: of modules with an adapted 3-D parameter."""
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, peft_layers.ParamWrapper)}
@@ -199,6 +244,8 @@ def _check_layout(name: str, wrapper: peft_layers.ParamWrapper) -> None:
             f"{name}: {type(bank).__name__} has adapters on {names}; allowed: {_PROJECTIONS}. "
             "Remove the others from `target_parameters`."
         )
+    check_not_offloaded(name, bank)
+    check_quantized_bank(name, bank)
 
 
 def _adapter_of_token(names: Sequence[str], own: list[str], x: torch.Tensor) -> torch.Tensor:
@@ -316,7 +363,7 @@ def _why_not_routed(
             return "the base weights are trainable"
         if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
             return f"the base weights have dtype {parameter.dtype}"
-        if type(parameter.data) is not torch.Tensor:
+        if type(parameter.data) is not torch.Tensor and not is_int8(parameter):
             return f"the base weights are {type(parameter.data).__name__}"
     return None
 

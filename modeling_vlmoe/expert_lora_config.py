@@ -36,6 +36,10 @@ _ALLOWED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
         "PEFT has no dropout on 3-D parameters; use `vlmoe.enable_routed_lora(model, dropout=...)`",
     ),
 }
+IN_MEMORY = (
+    "LoRA needs the experts in memory: load the model with a `device_map` that offloads neither "
+    "them nor their layers (to 'cpu' or 'disk'), or with `vlmoe.expert_int8_config()`."
+)
 
 
 class _Match(NamedTuple):
@@ -62,7 +66,8 @@ def expert_lora_config(
     """The `LoraConfig` that adapts a model's experts, and more on request; prints what it matched.
 
     Unless `router` is adapted too it is frozen: then its balance losses are switched off in
-    `model.config`, where they would reach nothing but the adapters below the router.
+    `model.config`, where they would reach nothing but the adapters below the router. A routed model
+    gets them back with `merge_and_unload` or `unload`, so that it is saved as it was.
 
     Args:
         model: one with fused experts (VLMoE, Qwen3-VL-MoE, Qwen3-MoE, OLMoE, Mixtral, ...).
@@ -79,7 +84,7 @@ def expert_lora_config(
 
     Raises:
         ValueError: a rank is no positive integer, something asked for matches nothing, or an option
-            cannot be used on experts.
+            cannot be used on experts, or the experts are offloaded.
     """
     _check_options(options)
     matches = _expert_matches(model, experts)
@@ -95,7 +100,7 @@ def expert_lora_config(
     config = _config(model, matches, ranks, r, alpha, options)
     print(_report(matches, ranks, alpha / r))
     if not router:
-        off = _switch_off_balance_losses(model)
+        off = _switch_off_balance_losses(model, banks)
         print(f"  router: frozen; balance losses off{f' (were {off})' if off else ''}")
     return config
 
@@ -158,6 +163,8 @@ def _expert_matches(
             f"{type(model).__name__} has no fused experts (a module with a 3-D `down_proj`), or "
             f"`experts` is empty ({list(experts)}). Adapt dense models by a LoraConfig of PEFT."
         )
+    for name, bank in banks.items():
+        check_not_offloaded(name, bank)
     shapes = {
         name: {n: p.shape for n, p in bank.named_parameters(recurse=False) if p.ndim == 3}
         for name, bank in banks.items()
@@ -278,12 +285,34 @@ def _report(matches: list[_Match], ranks: Mapping[str, int], scaling: float) -> 
     return "\n".join([f"LoRA: {total:,} parameters, alpha / r = {scaling:g}", *lines])
 
 
-def _switch_off_balance_losses(model: PreTrainedModel) -> str:
-    """Set their coefficients to zero; says what was on."""
+def check_not_offloaded(name: str, bank: nn.Module) -> None:
+    """Refuse a bank whose weights Accelerate brings to memory for each forward pass.
+
+    PEFT would leave its adapters without data, and fail in the first forward pass.
+
+    Raises:
+        ValueError: naming the first such parameter.
+    """
+    for parameter_name, parameter in bank.named_parameters(recurse=False):
+        if parameter.is_meta and hasattr(bank, "_hf_hook"):
+            raise ValueError(f"{name}.{parameter_name} is offloaded. {IN_MEMORY}")
+
+
+def _switch_off_balance_losses(model: PreTrainedModel, banks: Iterable[str]) -> str:
+    """Set their coefficients to zero, which the banks remember; says what was on."""
     config = model.config.get_text_config()
     on = {
         name: getattr(config, name, None) for name in _BALANCE_LOSSES if getattr(config, name, None)
     }
     for name in on:
         setattr(config, name, _BALANCE_LOSSES[name])
+    for bank in map(model.get_submodule, banks if on else ()):
+        bank.balance_losses_before_lora = (config, on)
     return ", ".join(f"{name} {value}" for name, value in on.items())
+
+
+def restore_balance_losses(bank: nn.Module) -> None:
+    """Undo what `expert_lora_config` set in the config of the bank's model, if it did."""
+    config, before = bank.__dict__.pop("balance_losses_before_lora", (None, {}))
+    for name, value in before.items():
+        setattr(config, name, value)

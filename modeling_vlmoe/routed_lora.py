@@ -6,6 +6,7 @@ its backward pass forms a gradient of that shape. Here neither exists: the base 
 and the two thin products follow the tokens. Two ways lead to the same numbers:
 - routed_lora_cpu.py, expert by expert, on CPUs, for silu-gated experts;
 - `_grouped`, grouped matrix products of the whole bank, for every device and layout.
+Both take int8 weights, one expert at a time: int8_experts.py.
 
 Rows are the (token, choice) pairs sorted by expert. Shapes: T tokens, k experts per token,
 S rows = T * k, E experts, H hidden, I intermediate, r rank.
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate, _grouped_linear
 
+from .int8_experts import int8_grouped_linear, stored
 from .routed_lora_cpu import routed_lora_cpu
 
 Tensor = torch.Tensor
@@ -52,7 +54,8 @@ def routed_lora_forward(
     autocast in autocast's dtype, as `F.linear` does.
 
     Args:
-        experts: a bank under transformers' `@use_experts_implementation`, weights frozen.
+        experts: a bank under transformers' `@use_experts_implementation`, weights frozen, plain or
+            int8 of torchao.
         hidden_states, top_k_index, top_k_weights: what its `forward` takes.
         adapters: by parameter name, the active ones, which add up.
         dropout: probability that an element of an adapter's input is dropped, row by row.
@@ -80,7 +83,7 @@ def routed_lora_forward(
     make = _factors if adapter_of_token is None else _factors_by_group
     factors = {n: make(each, experts.num_experts, low_rank_dtype) for n, each in adapters.items()}
     if by_kernel:
-        weights = (experts.gate_up_proj, experts.down_proj)
+        weights = (*stored(experts.gate_up_proj), *stored(experts.down_proj))
         loras = (factors.get("gate_up_proj"), factors.get("down_proj"))
         output = routed_lora_cpu(x, row_weights, order // k, ends, weights, *loras)
         return output.to(hidden_states.dtype)
@@ -144,20 +147,31 @@ def _fits_cpu_kernel(experts: Any, device: torch.device) -> bool:
 
 
 class _FrozenGroupedLinear(torch.autograd.Function):
-    """Grouped linear layer whose weights get no gradient, not even one that is thrown away."""
+    """Grouped linear layer whose weights get no gradient, not even one that is thrown away.
+
+    `scale` is that of int8 weights, or None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, is_transposed: bool) -> Tensor:
-        ctx.save_for_backward(weight, ends)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, ends: Tensor, is_transposed: bool
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, ends)
         ctx.is_transposed = is_transposed
-        return _grouped_linear(x, weight.to(x.dtype), ends, is_transposed=is_transposed)
+        return _frozen_grouped_linear(x, weight, scale, ends, is_transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, ends = ctx.saved_tensors
-        weight = weight.to(grads[0].dtype)
-        back = _grouped_linear(grads[0], weight, ends, is_transposed=not ctx.is_transposed)
-        return back, None, None, None
+        back = _frozen_grouped_linear(grads[0], *ctx.saved_tensors, not ctx.is_transposed)
+        return back, None, None, None, None
+
+
+def _frozen_grouped_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, ends: Tensor, is_transposed: bool
+) -> Tensor:
+    if scale is None:
+        return _grouped_linear(x, weight.to(x.dtype), ends, is_transposed=is_transposed)
+    return int8_grouped_linear(x.contiguous(), weight, scale, ends, is_transposed)
 
 
 def _grouped(
@@ -172,8 +186,8 @@ def _grouped(
     """(S, H) sorted by group -> (S, H), as transformers' grouped implementation."""
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     for name in (first, "down_proj"):
-        weight = getattr(experts, name)
-        projected = _FrozenGroupedLinear.apply(rows, weight, ends, experts.is_transposed)
+        weight, scale = stored(getattr(experts, name))
+        projected = _FrozenGroupedLinear.apply(rows, weight, scale, ends, experts.is_transposed)
         if experts.has_bias:
             projected = projected + getattr(experts, f"{name}_bias")[expert].to(projected.dtype)
         if name in factors:

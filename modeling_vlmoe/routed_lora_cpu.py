@@ -7,7 +7,8 @@ else for the block, so that many experts with few rows cost few calls.
 
 What the backward pass needs again is saved (the projections before the activation, and the products
 of rank r) or cheap to compute again (the activation). Base weights are frozen: no gradient of their
-shape exists at any time, nor an adapted copy of them. Products of rank r, and what is summed over
+shape exists at any time, nor an adapted copy of them; in int8 they are dequantised one expert at a
+time (int8_experts.py). Products of rank r, and what is summed over
 experts, are in at least fp32: rounding a number of such a small space is not averaged out.
 
 Both passes are operators of torch's library, opaque to torch.compile: the numbers of rows of the
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .int8_experts import Int8Experts
 
 Tensor = torch.Tensor
 
@@ -39,13 +42,24 @@ class _Block(NamedTuple):
 class _Projection(NamedTuple):
     """One projection of the bank, by expert: W (out, in), A (r, in), B (r, out)."""
 
-    weights: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | Int8Experts
+    width: int  # in
     a: tuple[Tensor, ...] | None
     b: tuple[Tensor, ...] | None
 
     @classmethod
-    def of(cls, weight: Tensor, a: Tensor | None, b: Tensor | None) -> "_Projection":
-        return cls(weight.unbind(), *(None if each is None else each.unbind() for each in (a, b)))
+    def of(
+        cls,
+        weight: Tensor,
+        scale: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        dtype: torch.dtype,
+    ) -> "_Projection":
+        """`scale` is that of int8 weights, which are read in `dtype`."""
+        weights = weight.unbind() if scale is None else Int8Experts(weight, scale, dtype)
+        low_rank = (None if each is None else each.unbind() for each in (a, b))
+        return cls(weights, weight.shape[2], *low_rank)
 
 
 def _blocks(ends: Tensor) -> Iterator[_Block]:
@@ -95,7 +109,7 @@ def _project_back(
         needs_x: whether the gradient of x is wanted; it is empty if not.
     """
     sizes, experts = block.sizes, block.experts
-    grad_x = grad.new_empty(len(grad) if needs_x else 0, by.weights[0].shape[1])
+    grad_x = grad.new_empty(len(grad) if needs_x else 0, by.width)
     parts = grad_x.split(sizes) if needs_x else ()
     for expert, grad_e, out_e in zip(experts, grad.split(sizes), parts, strict=False):
         torch.mm(grad_e, by.weights[expert].to(grad.dtype), out=out_e)
@@ -127,7 +141,9 @@ def _routed_lora(
     token: Tensor,
     ends: Tensor,
     gate_up: Tensor,
+    gate_up_scale: Tensor | None,
     down: Tensor,
+    down_scale: Tensor | None,
     gate_up_a: Tensor | None,
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
@@ -140,8 +156,8 @@ def _routed_lora(
     before = x.new_empty(rows if save else 0, width)
     ranks = [0 if a is None else a.shape[1] for a in (gate_up_a, down_a)]
     low_in, low_out = (x.new_empty(rows, rank, dtype=wide) for rank in ranks)
-    first = _Projection.of(gate_up, gate_up_a, gate_up_b)
-    second = _Projection.of(down, down_a, down_b)
+    first = _Projection.of(gate_up, gate_up_scale, gate_up_a, gate_up_b, x.dtype)
+    second = _Projection.of(down, down_scale, down_a, down_b, x.dtype)
     with torch.autocast("cpu", enabled=False):
         for block in _blocks(ends):
             own, where = block.rows, token[block.rows]
@@ -161,7 +177,9 @@ def _(
     token: Tensor,
     ends: Tensor,
     gate_up: Tensor,
+    gate_up_scale: Tensor | None,
     down: Tensor,
+    down_scale: Tensor | None,
     gate_up_a: Tensor | None,
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
@@ -184,7 +202,9 @@ def _routed_lora_backward(
     token: Tensor,
     ends: Tensor,
     gate_up: Tensor,
+    gate_up_scale: Tensor | None,
     down: Tensor,
+    down_scale: Tensor | None,
     gate_up_a: Tensor | None,
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
@@ -203,8 +223,8 @@ def _routed_lora_backward(
     grad_weights = torch.empty_like(row_weights)
     wide = grad_output.dtype  # at least fp32
     grad_x = grad_output.new_zeros(grad_output.shape if needs_x else 0)
-    first = _Projection.of(gate_up, gate_up_a, gate_up_b)
-    second = _Projection.of(down, down_a, down_b)
+    first = _Projection.of(gate_up, gate_up_scale, gate_up_a, gate_up_b, x.dtype)
+    second = _Projection.of(down, down_scale, down_a, down_b, x.dtype)
     with torch.autocast("cpu", enabled=False):
         for block in _blocks(ends):
             own, where = block.rows, token[block.rows]
@@ -243,7 +263,9 @@ def _(
     token: Tensor,
     ends: Tensor,
     gate_up: Tensor,
+    gate_up_scale: Tensor | None,
     down: Tensor,
+    down_scale: Tensor | None,
     gate_up_a: Tensor | None,
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
@@ -275,7 +297,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | N
     grads = torch.ops.vlmoe.routed_lora_backward(grad_output.contiguous(), x, *rest, bool(needs[0]))
     grad_x, grad_weights, *adapters = grads
     grad_x = grad_x.to(x.dtype) if needs[0] else None
-    inputs = (grad_x, grad_weights, None, None, None, None, *adapters, None)
+    inputs = (grad_x, grad_weights, *(None,) * 6, *adapters, None)
     return tuple(g if needed else None for g, needed in zip(inputs, needs, strict=True))
 
 
@@ -287,7 +309,7 @@ def routed_lora_cpu(
     row_weights: Tensor,
     token: Tensor,
     ends: Tensor,
-    weights: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     gate_up_lora: tuple[Tensor, Tensor] | None,
     down_lora: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
@@ -298,7 +320,8 @@ def routed_lora_cpu(
         row_weights: (S,) routing weights of the rows, which are sorted by expert.
         token: (S,) the token of each row.
         ends: (E,) where each expert's rows end.
-        weights: gate_up (E, 2 I, H) and down (E, H, I), frozen, of any floating dtype.
+        weights: gate_up (E, 2 I, H), its scales, down (E, H, I), its scales; frozen. Weights are of
+            any floating dtype and scales None, or weights are int8 and scales (E, rows, 1).
         gate_up_lora, down_lora: A (E, r, in) and B (E, r, out), scaling included, in x's dtype or,
             where that has low precision, in fp32.
     """
