@@ -14,22 +14,24 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+try:
+    from torchao.quantization import Int8Tensor
+    from torchao.utils import TorchAOBaseTensor
+except ImportError:  # then no tensor is one of them
+    Int8Tensor = TorchAOBaseTensor = ()
+
 Tensor = torch.Tensor
 
 
 def is_torchao(tensor: Tensor) -> bool:
     """Whether it is one of torchao's tensors, of whatever kind."""
-    return type(tensor.data).__module__.startswith("torchao.")
+    return isinstance(tensor, TorchAOBaseTensor)
 
 
 def is_int8(tensor: Tensor) -> bool:
     """Whether it is what `vlmoe.expert_int8_config` makes: int8 weights with a scale per row."""
-    if not is_torchao(tensor):
-        return False
-    from torchao.quantization import Int8Tensor
-
     return (
-        isinstance(tensor.data, Int8Tensor)
+        isinstance(tensor, Int8Tensor)
         and tensor.act_quant_kwargs is None
         and tensor.act_pre_scale is None
         and tensor.scale.shape == (*tensor.shape[:-1], 1)
