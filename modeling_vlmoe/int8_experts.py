@@ -96,7 +96,8 @@ class Int8Experts:
     def __init__(self, numbers: Tensor, scale: Tensor, dtype: torch.dtype):
         self.numbers, self.scales = numbers.unbind(), scale.unbind()
         self.wide = torch.empty_like(self.numbers[0], dtype=scale.dtype)
-        self.weight = self.wide if dtype == scale.dtype else self.wide.to(dtype)
+        same = dtype == scale.dtype
+        self.weight = self.wide if same else torch.empty_like(self.wide, dtype=dtype)
 
     def __getitem__(self, expert: int) -> Tensor:
         """(out, in), rounded once, as torchao's own `dequantize`."""

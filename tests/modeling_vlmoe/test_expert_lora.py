@@ -5,17 +5,29 @@ Every case runs one model twice, by PEFT's own path and by ours, and counts the 
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
-from vlmoe import disable_routed_lora, enable_routed_lora, hotswap_expert_lora
+from vlmoe import (
+    disable_routed_lora,
+    enable_routed_lora,
+    expert_lora_config,
+    hotswap_expert_lora,
+)
 from vlmoe.modeling_vlmoe import expert_lora
 
 Model = Callable[..., PreTrainedModel]
@@ -307,6 +319,14 @@ def backward_hook_on_bank(bank: torch.nn.Module, wrapper: torch.nn.Module) -> No
     bank.register_full_backward_hook(lambda *_: None)
 
 
+def backward_pre_hook_on_inner_wrapper(bank: torch.nn.Module, wrapper: torch.nn.Module) -> None:
+    wrapper.base_layer.register_full_backward_pre_hook(lambda *_: None)
+
+
+def accelerates_hook_on_bank(bank: torch.nn.Module, wrapper: torch.nn.Module) -> None:
+    add_hook_to_module(bank, AlignDevicesHook(execution_device="cpu"))
+
+
 def trainable_base(bank: torch.nn.Module, wrapper: torch.nn.Module) -> None:
     bank.down_proj.requires_grad_(True)
 
@@ -315,17 +335,47 @@ def expert_parallel(bank: torch.nn.Module, wrapper: torch.nn.Module) -> None:
     bank._is_expert_parallel = True
 
 
-# What may fall back to PEFT's own forward, and what the log says; test_expert_lora_training.py has
-# Accelerate's hooks.
+def distributed_tensors(bank: torch.nn.Module, wrapper: torch.nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    for module in wrapper.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            new = distribute_tensor(old.detach(), mesh, [Replicate()])
+            setattr(module, name, torch.nn.Parameter(new, requires_grad=old.requires_grad))
+    whole = [Replicate()]
+    wrapper.register_forward_pre_hook(
+        lambda module, args: tuple(DTensor.from_local(each, mesh, whole) for each in args)
+    )
+    wrapper.register_forward_hook(lambda module, args, output: output.full_tensor())
+
+
+# What may fall back to PEFT's own forward, and what the log says. Parameters without data are
+# refused: see `test_weights_without_data_are_refused_before_anything_is_computed`.
 FALLBACKS: dict[Callable[..., None], str] = {
     hook_on_bank: "VLMoEExperts has hooks",
     hook_on_inner_wrapper: "ParamWrapper has hooks",
     backward_hook_on_bank: "VLMoEExperts has hooks",
+    backward_pre_hook_on_inner_wrapper: "ParamWrapper has hooks",
+    accelerates_hook_on_bank: "VLMoEExperts has hooks",
     trainable_base: "the base weights are trainable",
     expert_parallel: "the experts are spread over ranks",
+    distributed_tensors: "a parameter is a DTensor",
 }
 
 
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group without other processes; plain tensors count as replicated."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    with implicit_replication():
+        yield
+    dist.destroy_process_group()
+
+
+def whole(tensors: Tensors) -> Tensors:
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("change", FALLBACKS)
 def test_fallbacks_run_pefts_forward_and_say_why_once(
     tiny_moe: Model,
@@ -333,17 +383,57 @@ def test_fallbacks_run_pefts_forward_and_say_why_once(
     change: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = get_peft_model(tiny_moe("VLMoEForConditionalGeneration"), lora())
+    model = get_peft_model(tiny_moe("VLMoEForConditionalGeneration", "batched_mm"), lora())
     randomize(model)
     wrapper = model.base_model.model.model.language_model.layers[1].mlp.experts
     change(wrapper.get_base_layer(), wrapper)
-    reference = run(model)
+    reference = whole(run(model))
     enable_routed_lora(model)
     logged: list[str] = []
     monkeypatch.setattr(expert_lora.logger, "warning_once", logged.append)
-    assert_close(run(model), reference)
+    assert_close(whole(run(model)), reference)
     assert len(calls) == LAYERS - 1
     assert [FALLBACKS[change] in line for line in logged] == [True]
+
+
+def test_weights_without_data_are_refused_before_anything_is_computed(
+    tiny_moe: Model, calls: list[type]
+) -> None:
+    model = get_peft_model(tiny_moe("VLMoEForConditionalGeneration"), lora())
+    enable_routed_lora(model)
+    wrapper = model.base_model.model.model.language_model.layers[0].mlp.experts
+    wrapper.get_base_layer().to("meta")
+    with pytest.raises(ValueError, match=r"gate_up_proj has no data.*needs the experts in memory"):
+        run(model)
+    assert not calls
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_experts_are_refused_before_and_after_injection(
+    tiny_moe: Model, tmp_path: Path, where: str
+) -> None:
+    model = tiny_moe("Qwen3MoeForCausalLM")
+    model.save_pretrained(tmp_path / "model")
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys([*names, *(f"model.layers.{i}" for i in range(LAYERS))], "cpu")
+    places["model.layers.1"] = "disk"
+    base = type(model).from_pretrained(
+        tmp_path / "model",
+        device_map=None if where == "cpu" else places,
+        offload_folder=tmp_path / "offload",
+    )
+    if where == "cpu":
+        cpu_offload(base, execution_device="cpu")
+    layer = 0 if where == "cpu" else 1
+    assert base.model.layers[layer].mlp.experts.down_proj.is_meta
+    assert torch.allclose(base(input_ids=INPUT_IDS).logits, model(input_ids=INPUT_IDS).logits)
+    name = rf"model\.layers\.{layer}\.mlp\.experts\.gate_up_proj is offloaded.*experts in memory"
+    with pytest.raises(ValueError, match=name):
+        expert_lora_config(base)
+    injected = get_peft_model(base, lora())  # by PEFT alone
+    with pytest.raises(ValueError, match=r"experts.*_proj is offloaded.*experts in memory"):
+        enable_routed_lora(injected)
+    assert not any(isinstance(each, expert_lora.ParamWrapper) for each in injected.modules())
 
 
 def test_hooks_on_the_outermost_wrapper_run_and_it_stays_routed(
