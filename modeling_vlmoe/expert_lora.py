@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
@@ -187,13 +188,18 @@ def hotswap_expert_lora(
         kwargs: those of PEFT's function.
 
     Raises:
-        ValueError: rank or number of experts differs; nothing is changed then.
+        ValueError: rank or number of experts differs, or the adapter's file is damaged; nothing is
+            changed then.
     """
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, peft_layers.ParamWrapper)}
     owners = {name.removeprefix("_orig_mod.") for name in wrappers}
     current = {key.removeprefix("_orig_mod."): t for key, t in model.state_dict().items()}
     from_hub = {k: v for k, v in kwargs.items() if k in ("revision", "subfolder", "token")}
-    for key, new in load_peft_weights(folder, device="cpu", **from_hub).items():
+    try:
+        weights = load_peft_weights(folder, device="cpu", **from_hub)
+    except SafetensorError as error:
+        raise ValueError(f"The adapter in {folder} is damaged: {error}.") from error
+    for key, new in weights.items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
         old = current.get(f"{module}.{matrix}.{adapter_name}.weight")
         if module in owners and old is not None and old.shape != new.shape:

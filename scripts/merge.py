@@ -39,9 +39,11 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
 
     Raises:
         FileNotFoundError: there is no such adapter or model.
-        ValueError: the adapter is damaged, of another model, or its merged weights are not finite.
+        ValueError: the adapter is damaged, of another model, or its merged weights are not finite;
+            or the model is quantised.
     """
     from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+    from vlmoe.modeling_vlmoe.quantization import quantized_experts
     from vlmoe.training.adapter_files import adapter_config, load_adapter
     from vlmoe.training.atomic_files import publish_folder, staging_folder
 
@@ -55,6 +57,11 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
     check_model_source(source)
     processor = VLMoEProcessor.from_pretrained(source)
     base = VLMoEForConditionalGeneration.from_pretrained(source)
+    if quantized_experts(base):
+        raise ValueError(
+            f"The experts of {source} are quantised, and LoRA cannot be merged into them; give the "
+            "model as it was before by --model."
+        )
     merged = load_adapter(base, folder).merge_and_unload(safe_merge=True)
     staging = staging_folder(output)
     merged.save_pretrained(staging)

@@ -123,6 +123,31 @@ def adapt(base: str, adapter: str, inputs: str) -> list[torch.Tensor]:
     return [plain, by_peft, by_auto_class]
 
 
+def train_adapter(base: str, adapter: str, inputs: str) -> torch.Tensor:
+    """LoRA on experts and attention by PEFT's own path, trained a little; its logits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(2)
+    config = LoraConfig(
+        r=3,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True)
+    model = get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    ids = torch.arange(6, 20).view(2, 7)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(adapter)
+    with torch.no_grad():
+        return model(**torch.load(inputs)).logits
+
+
 def resume(checkpoint: str, rows: str, output_dir: str, options: dict[str, Any]) -> int:
     """Go on training from a checkpoint with a plain Trainer; the step it ended at."""
     from transformers import (

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from reader_without_vlmoe import ask, read, read_text_model
 from safetensors.torch import load_file
@@ -28,6 +28,7 @@ from vlmoe import (
     enable_routed_lora,
     expert_lora_config,
 )
+from vlmoe.modeling_vlmoe import expert_lora
 
 READER = Path(__file__).parent / "reader_without_vlmoe.py"
 QUESTION = "what color is the shape?"
@@ -290,3 +291,33 @@ def test_training_goes_on_from_a_downloaded_checkpoint_and_an_adapter_loads_onto
     assert not torch.allclose(plain, logits, atol=0.1)
     code = {file.name for file in (trained / "checkpoint-4").glob("*.py")}
     assert {file.name for file in (folder / "resumed" / "checkpoint-4").glob("*.py")} == code
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_by_peft_without_the_package_is_routed_here(
+    without_vlmoe: Run,
+    saved_model: Path,
+    adapter: tuple[Path, Path, torch.Tensor],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, path = adapter[1], folder / "adapter by peft"
+    job = {"base": str(saved_model), "adapter": str(path), "inputs": str(inputs)}
+    (logits,) = without_vlmoe([("train_adapter", job)])
+    base = VLMoEForConditionalGeneration.from_pretrained(saved_model).eval()
+    calls: list[int] = []
+    routed = expert_lora.routed_lora_forward
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return routed(*args)
+
+    monkeypatch.setattr(expert_lora, "routed_lora_forward", counted)
+    with torch.no_grad():
+        plain = base(**torch.load(inputs)).logits
+        model = PeftModel.from_pretrained(base, path).eval()
+        enable_routed_lora(model)
+        ours = model(**torch.load(inputs)).logits
+    assert len(calls) == base.config.text_config.num_hidden_layers
+    torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, logits, atol=0.1)

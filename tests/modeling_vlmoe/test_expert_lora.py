@@ -16,6 +16,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -252,6 +253,42 @@ def test_hotswap_at_equal_rank_and_no_other(
         assert torch.equal(run(model)["logits"], before)
     hotswap_expert_lora(model, str(tmp_path / "3"), "default", torch_device="cpu")
     torch.testing.assert_close(compare(model)["logits"], expected)
+
+
+def flip_the_header(file: Path) -> None:
+    file.write_bytes(bytes(byte ^ 255 for byte in file.read_bytes()[:16]) + file.read_bytes()[16:])
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def one_expert_less(file: Path) -> None:
+    tensors = load_file(file)
+    tensors = {n: t[:9] if "lora_A" in n else t[:, :9] for n, t in tensors.items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_the_header, r"adapter in .* is damaged"),
+        (truncate, r"adapter in .* is damaged"),
+        (one_expert_less, r"shape \(9, .*at equal rank and number of experts"),
+    ],
+)
+def test_a_bad_adapter_is_not_swapped_in(
+    tiny_moe: Model, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    model = get_peft_model(tiny_moe("VLMoEForConditionalGeneration"), lora())
+    model.save_pretrained(tmp_path)
+    randomize(model)
+    enable_routed_lora(model)
+    before = run(model)
+    damage(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        hotswap_expert_lora(model, str(tmp_path), "default", torch_device="cpu")
+    assert_close(run(model), before, 0.0)
 
 
 def test_switching_is_idempotent_and_leaves_other_models_alone(

@@ -56,7 +56,8 @@ def step(model: torch.nn.Module, forward: Any, ids: torch.Tensor) -> dict[str, t
     return {"logits": logits.detach()} | grads
 
 
-def test_the_operators_of_the_kernel_are_well_formed() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_operators_of_the_kernel_are_well_formed(int8: bool) -> None:
     """Schema, fake tensors and autograd registration, as torch checks them."""
     torch.manual_seed(0)
     x = torch.randn(5, 6, requires_grad=True)
@@ -64,8 +65,19 @@ def test_the_operators_of_the_kernel_are_well_formed() -> None:
     token, ends = torch.arange(5).repeat(2), torch.tensor([4, 4, 10], dtype=torch.int32)
     gate_up, down = torch.randn(3, 8, 6), torch.randn(3, 6, 4)
     a, b = torch.randn(3, 2, 6, requires_grad=True), torch.randn(3, 2, 8, requires_grad=True)
-    arguments = (x, weights, token, ends, gate_up, down, a, b, None, None, True)
+    banks: list[Any] = [gate_up, None, down, None]
+    if int8:
+        banks = [*quantized(gate_up), *quantized(down)]
+        grouped = (torch.randn(10, 6), *banks[:2], ends, False)
+        torch.library.opcheck(torch.ops.vlmoe.int8_grouped_linear.default, grouped)
+    arguments = (x, weights, token, ends, *banks, a, b, None, None, True)
     torch.library.opcheck(torch.ops.vlmoe.routed_lora.default, arguments)
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers and scales of rows."""
+    scale = weight.abs().amax(-1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
 
 
 def test_generation_by_the_routed_path_gives_the_tokens_of_pefts(tiny_moe: Model) -> None:

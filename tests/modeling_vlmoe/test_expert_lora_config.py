@@ -1,6 +1,7 @@
 """`expert_lora_config`: what it names is what gets adapted; what it cannot do it says at once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +127,24 @@ def test_a_frozen_router_has_no_balance_loss(
         without.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
     torch.testing.assert_close(without.loss, logits)
+
+
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+def test_the_model_without_lora_has_its_balance_losses_again_and_saves_them(
+    tiny_moe: Model, end: str, tmp_path: Path
+) -> None:
+    model = tiny_moe(OURS, router_aux_loss_coef=0.5, router_global_entropy_coef={"text": 0.125})
+    before = model.config.to_dict()
+    expert_lora_config(model, r=2)
+    peft_model = get_peft_model(model, expert_lora_config(model))  # asked twice
+    enable_routed_lora(peft_model)
+    assert model.config.text_config.router_aux_loss_coef == 0
+    assert model.config.text_config.router_global_entropy_coef is None
+    plain = getattr(peft_model, end)()
+    assert plain.config.to_dict() == before
+    plain.save_pretrained(tmp_path)
+    saved = type(plain.config).from_pretrained(tmp_path).text_config
+    assert (saved.router_aux_loss_coef, saved.router_global_entropy_coef) == (0.5, {"text": 0.125})
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from vlmoe import (
     VLMoEForConditionalGeneration,
     VLMoEProcessor,
     enable_routed_lora,
+    expert_int8_config,
     expert_lora_config,
 )
+from vlmoe.training.adapter_files import load_adapter
 from vlmoe_cli import main
 
 IDS = torch.arange(6, 20).view(2, 7)
@@ -55,8 +57,13 @@ def test_a_merged_model_has_the_adapters_logits_and_needs_no_adapter(
     assert not list(output.glob("adapter*"))
 
 
-def break_header(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def flip_header(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(bytes(byte ^ 255 for byte in data[:16]) + data[16:])
 
 
 def other_number_of_experts(folder: Path) -> None:
@@ -77,7 +84,8 @@ def another_kind(folder: Path) -> None:
 
 
 DAMAGES = {
-    break_header: "is damaged: adapter_model.safetensors",
+    truncate: "is damaged: adapter_model.safetensors",
+    flip_header: "is damaged: adapter_model.safetensors",
     other_number_of_experts: "is of another model: base_model.model.model.language_model",
     one_tensor_less: "has shape None, this model needs",
     another_kind: "holds an adapter of type IA3, not LORA",
@@ -93,6 +101,40 @@ def test_a_bad_adapter_is_one_error_and_nothing_is_written(
     assert main.main(["merge", str(adapter), "--output_dir", str(output)]) == 2
     assert DAMAGES[damage] in capsys.readouterr().err.splitlines()[-1]
     assert not output.exists()
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
+    saved_model: Path, adapter: Path
+) -> None:
+    model = VLMoEForConditionalGeneration.from_pretrained(saved_model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other_number_of_experts(adapter)
+    with pytest.raises(ValueError, match="is of another model"):
+        load_adapter(model, adapter)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_quantised_experts_are_not_merged_but_their_adapter_is_into_the_plain_ones(
+    saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    int8, folder, output = tmp_path / "int8", tmp_path / "adapter", tmp_path / "merged"
+    VLMoEForConditionalGeneration.from_pretrained(
+        saved_model, quantization_config=expert_int8_config()
+    ).save_pretrained(int8)
+    VLMoEProcessor.from_pretrained(saved_model).save_pretrained(int8)
+    adapted(int8, r=3).save_pretrained(folder)
+    assert main.main(["merge", str(folder), "--output_dir", str(output)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"experts of {int8} are quantised" in error and "by --model" in error
+    assert not output.exists()
+    plain = ["--model", str(saved_model)]
+    assert main.main(["merge", str(folder), "--output_dir", str(output), *plain]) == 0
+    base = VLMoEForConditionalGeneration.from_pretrained(saved_model)
+    expected = PeftModel.from_pretrained(base, folder).eval()(input_ids=IDS).logits
+    merged = VLMoEForConditionalGeneration.from_pretrained(output)
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
