@@ -2,12 +2,15 @@
 """LoRA on experts: the routed path beside PEFT's own path on transformers' grouped_mm.
 
     OMP_NUM_THREADS=1 python benchmarks/expert_lora.py
+    OMP_NUM_THREADS=1 python benchmarks/expert_lora.py --int8
 
 One bank of experts with rank 8 on both parameters, forward and backward; and a whole training step
 (forward, backward and AdamW on text) of a small model: VLMoE with two layers of shape B. Every run
 of a case is a fresh process, the two paths in turn. Time is process CPU time on one thread, the
 median over a run's steps; memory is the peak resident size of the first step above the size after
-building. The table gives PEFT's figure divided by ours: the median over the runs.
+building. The table gives PEFT's figure divided by ours: the median over the runs. With `--int8` the
+two paths are the routed one on plain and on int8 experts, and the bytes of the experts are added to
+the memory.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import torch
 from measure import write_result
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torchao.quantization import quantize_
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import vlmoe
@@ -36,6 +40,8 @@ SHAPES = {  # experts, k, hidden, intermediate
 }
 TOKENS = (64, 512, 2048)
 MODEL_TOKENS = (64, 1024)
+PATHS = ("peft", "routed")
+INT8_PATHS = ("routed", "int8")
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 STEP_SECONDS = 2.0  # of CPU time, about, that a run spends on timed steps
 
@@ -63,12 +69,15 @@ class Bank(nn.Module):
 
 
 def with_adapters(model: nn.Module, path: str) -> nn.Module:
+    if path == "int8":
+        model.mlp.experts.config._experts_implementation = "eager"
+        quantize_(model, vlmoe.expert_int8_config().quant_type, filter_fn=None)
     config = LoraConfig(r=RANK, target_modules=[], target_parameters=TARGETS)
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    if path == "routed":
+    if path != "peft":
         expert_lora.enable_routed_lora(model)
     return model
 
@@ -147,25 +156,37 @@ def run_case(case: tuple[str, int, str, str]) -> dict[str, float]:
     return {"cpu_seconds": statistics.median(seconds), "peak_mib": memory}
 
 
-def measure(cases: list[tuple[str, int, str]], runs: int) -> dict[str, dict[str, list]]:
+def stored_mib(case: tuple[str, int, str, str]) -> float:
+    """MiB of the experts' weights: of int8 a byte each, and five for each row."""
+    experts, _, hidden, intermediate = SHAPES[case[0]]
+    rows, numbers = experts * (2 * intermediate + hidden), experts * 3 * hidden * intermediate
+    size = getattr(torch, case[2]).itemsize
+    return (numbers + 5 * rows if case[3] == "int8" else numbers * size) / 2**20
+
+
+def measure(
+    cases: list[tuple[str, int, str]], runs: int, paths: tuple[str, str] = PATHS
+) -> dict[str, dict[str, list]]:
     """Of each case and path, the figures of all runs."""
     results: dict[str, dict[str, list]] = {}
     context = multiprocessing.get_context("fork")
     for _ in range(runs):
         for case in cases:
-            for path in ("peft", "routed"):
+            for path in paths:
                 with context.Pool(1, maxtasksperchild=1) as pool:
                     result = pool.apply(run_case, ((*case, path),))
+                if paths == INT8_PATHS:
+                    result["peak_mib"] += stored_mib((*case, path))
                 key = " ".join(map(str, case))
                 results.setdefault(key, {}).setdefault(path, []).append(result)
     return results
 
 
 def ratios(paths: dict[str, list]) -> dict[str, float]:
-    """PEFT's figures divided by ours, run by run; the median, and of time also the extremes."""
-    pairs = list(zip(paths["peft"], paths["routed"], strict=True))
-    time_ratios = [peft["cpu_seconds"] / ours["cpu_seconds"] for peft, ours in pairs]
-    memory = [peft["peak_mib"] / max(ours["peak_mib"], 0.1) for peft, ours in pairs]
+    """The first path's figures divided by the second's, run by run: medians, times' extremes."""
+    pairs = list(zip(*paths.values(), strict=True))
+    time_ratios = [peer["cpu_seconds"] / ours["cpu_seconds"] for peer, ours in pairs]
+    memory = [peer["peak_mib"] / max(ours["peak_mib"], 0.1) for peer, ours in pairs]
     return {
         "time": round(statistics.median(time_ratios), 3),
         "time_lowest": round(min(time_ratios), 3),
@@ -181,17 +202,21 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", help="cases that start with this, nothing is written")
+    parser.add_argument("--int8", action="store_true", help="plain experts beside int8 experts")
     options = parser.parse_args()
+    paths = INT8_PATHS if options.int8 else PATHS
     torch.set_num_threads(1)
     cases = [(s, t, d) for d in ("float32", "bfloat16") for s in SHAPES for t in TOKENS]
-    cases += [("model", tokens, "float32") for tokens in MODEL_TOKENS]
+    if not options.int8:
+        cases += [("model", tokens, "float32") for tokens in MODEL_TOKENS]
     if options.only:
         cases = [case for case in cases if " ".join(map(str, case)).startswith(options.only)]
-    results = measure(cases, options.runs)
-    print(f"{'case':22} {'PEFT s':>9} {'routed s':>9} {'time':>6} {'lowest':>7} {'memory':>7}")
-    summary = {key: ratios(paths) for key, paths in results.items()}
-    for key, paths in results.items():
-        seconds = [statistics.median(r["cpu_seconds"] for r in runs) for runs in paths.values()]
+    results = measure(cases, options.runs, paths)
+    names = [f"{path} s" for path in paths]
+    print(f"{'case':22} {names[0]:>9} {names[1]:>9} {'time':>6} {'lowest':>7} {'memory':>7}")
+    summary = {key: ratios(runs) for key, runs in results.items()}
+    for key, runs in results.items():
+        seconds = [statistics.median(r["cpu_seconds"] for r in each) for each in runs.values()]
         ratio = summary[key]
         print(
             f"{key:22} {seconds[0]:9.4f} {seconds[1]:9.4f} {ratio['time']:6.2f} "
@@ -199,7 +224,8 @@ def main() -> None:
         )
     if not options.only:
         shapes = {"shapes": SHAPES, "rank": RANK, "runs": options.runs}
-        write_result("expert_lora", {**shapes, "peft_over_routed": summary, "cases": results})
+        name = "expert_lora_int8" if options.int8 else "expert_lora"
+        write_result(name, {**shapes, "_over_".join(paths): summary, "cases": results})
 
 
 if __name__ == "__main__":
