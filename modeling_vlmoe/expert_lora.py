@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
+from peft.tuners.lora import model as peft_lora
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.save_and_load import load_peft_weights
@@ -80,15 +81,6 @@ class ParamWrapper(peft_layers.ParamWrapper):
         adapters = _adapters(chain, own, keep_places=True)
         return routed_lora_forward(bank, x, choice, weights, adapters, dropout, of_token)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, which raises here where the weights are quantised."""
-        if _is_quantized(self):
-            raise ValueError(
-                f"LoRA cannot be merged into quantised experts ({self.parameter_name}). Save the "
-                "adapter, load the base model without `quantization_config`, and merge there."
-            )
-        super().merge(*args, **kwargs)
-
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As PEFT's: the bank, for good; the balance losses are what they were before LoRA."""
         bank = super().unload_and_optionally_merge_module(*args, **kwargs)
@@ -112,6 +104,17 @@ class ParamWrapper(peft_layers.ParamWrapper):
         logger.warning_once(f"LoRA on experts is computed by PEFT's own path: {reason}.")
 
 
+class LoraModel(peft_lora.LoraModel):
+    """PEFT's model of a model with quantised experts: it refuses to merge, before anything is."""
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        raise ValueError(
+            "LoRA cannot be merged into quantised experts. Save the adapter, load the base model "
+            "without `quantization_config`, and merge there."
+        )
+
+
 def enable_routed_lora(
     model: nn.Module,
     *,
@@ -126,6 +129,9 @@ def enable_routed_lora(
 
     The options are settings of this run: they are in no file, and PEFT can load what was trained.
 
+    Experts may be int8 (`vlmoe.expert_int8_config`), dequantised one at a time; then what needs
+    plain weights raises: merging, and all that would fall back to PEFT's own path.
+
     Args:
         model: changed in place; each call sets all options anew.
         dropout: probability of dropping elements of the adapters' inputs in training.
@@ -133,8 +139,8 @@ def enable_routed_lora(
             layers do not. B must be zero for all that do not train, and stays so. None: all train.
 
     Raises:
-        ValueError: no expert is adapted, a bank's layout does not fit, or an option is wrong;
-            nothing is changed then.
+        ValueError: no expert is adapted, a bank's layout does not fit, its weights are offloaded or
+            quantised in another way, or an option is wrong; nothing is changed then.
     """
     outermost = _outermost_wrappers(model)
     if not outermost:
@@ -153,6 +159,9 @@ def enable_routed_lora(
         wrapper.trained_experts = trained[name]
     if any(map(_is_quantized, outermost.values())):
         let_trainer_train(model)
+        for module in model.modules():
+            if type(module) is peft_lora.LoraModel:
+                module.__class__ = LoraModel
 
 
 def disable_routed_lora(model: nn.Module) -> None:

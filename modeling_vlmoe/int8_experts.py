@@ -38,7 +38,7 @@ def is_int8(tensor: Tensor) -> bool:
     )
 
 
-def stored(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+def stored(weight: Any) -> tuple[Tensor, Tensor | None]:
     """Plain weights and None, or the numbers (E, ., .) and scales (E, ., 1) of int8 weights."""
     return (weight.qdata, weight.scale) if is_int8(weight) else (weight, None)
 

@@ -162,7 +162,8 @@ class _FrozenGroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        back = _frozen_grouped_linear(grads[0], *ctx.saved_tensors, not ctx.is_transposed)
+        weight, scale, ends = ctx.saved_tensors
+        back = _frozen_grouped_linear(grads[0], weight, scale, ends, not ctx.is_transposed)
         return back, None, None, None, None
 
 

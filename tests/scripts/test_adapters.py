@@ -116,15 +116,24 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_quantised_experts_are_not_merged_but_their_adapter_is_into_the_plain_ones(
-    saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_int8_experts_are_trained_on_but_their_adapter_is_merged_into_plain_ones(
+    saved_model: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # TensorBoard's callback writes there after a finished run
     int8, folder, output = tmp_path / "int8", tmp_path / "adapter", tmp_path / "merged"
     VLMoEForConditionalGeneration.from_pretrained(
         saved_model, quantization_config=expert_int8_config()
     ).save_pretrained(int8)
     VLMoEProcessor.from_pretrained(saved_model).save_pretrained(int8)
-    adapted(int8, r=3).save_pretrained(folder)
+    command = ["train", "--model", str(int8), "--dataset", str(data_folder), "--lora", "--use_cpu"]
+    command += ["--output_dir", str(folder), "--max_steps", "2", "--learning_rate", "1e-2"]
+    assert main.main([*command, "--eval_split", "test"]) == 0
+    assert all(t.any() for n, t in load_file(folder / WEIGHTS).items() if "lora_B" in n)
+    capsys.readouterr()
     assert main.main(["merge", str(folder), "--output_dir", str(output)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"experts of {int8} are quantised" in error and "by --model" in error
