@@ -22,6 +22,8 @@ except ImportError:  # then no tensor is one of them
 
 Tensor = torch.Tensor
 
+CHUNK = 1 << 19  # numbers that are dequantised at once
+
 
 def is_torchao(tensor: Tensor) -> bool:
     """Whether it is one of torchao's tensors, of whatever kind."""
@@ -95,14 +97,21 @@ class Int8Experts:
 
     def __init__(self, numbers: Tensor, scale: Tensor, dtype: torch.dtype):
         self.numbers, self.scales = numbers.unbind(), scale.unbind()
-        self.wide = torch.empty_like(self.numbers[0], dtype=scale.dtype)
-        same = dtype == scale.dtype
-        self.weight = self.wide if same else torch.empty_like(self.wide, dtype=dtype)
+        self.rows = max(1, CHUNK // numbers.shape[2])
+        self.weight = torch.empty_like(self.numbers[0], dtype=dtype)
+        self.parts = self.weight.split(self.rows)
+        in_place = dtype == scale.dtype
+        self.wide = None if in_place else torch.empty_like(self.parts[0], dtype=scale.dtype)
 
     def __getitem__(self, expert: int) -> Tensor:
-        """(out, in), rounded once, as torchao's own `dequantize`."""
-        torch.mul(self.wide.copy_(self.numbers[expert]), self.scales[expert], out=self.wide)
-        return self.weight if self.weight is self.wide else self.weight.copy_(self.wide)
+        """(out, in), rounded once, as torchao's own `dequantize`; in parts that stay in cache."""
+        numbers, scales = (t[expert].split(self.rows) for t in (self.numbers, self.scales))
+        for number, scale, part in zip(numbers, scales, self.parts, strict=True):
+            wide = part if self.wide is None else self.wide[: len(number)]
+            torch.mul(wide.copy_(number), scale, out=wide)
+            if wide is not part:
+                part.copy_(wide)
+        return self.weight
 
 
 @torch.library.custom_op("vlmoe::int8_grouped_linear", mutates_args=())

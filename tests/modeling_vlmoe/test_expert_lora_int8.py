@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TorchAoConfig
 
 import vlmoe
 from vlmoe import enable_routed_lora, expert_int8_config, expert_lora_config
-from vlmoe.modeling_vlmoe import routed_lora, routed_lora_cpu
+from vlmoe.modeling_vlmoe import int8_experts, routed_lora, routed_lora_cpu
 from vlmoe.modeling_vlmoe.int8_experts import is_int8
 from vlmoe.modeling_vlmoe.quantization import EXPERT_PARAMETERS
 
@@ -58,6 +58,8 @@ def twins(tiny_moe: Model, tmp_path: Path) -> Callable[..., Twins]:
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute, with experts that are dequantised in parts."""
+    monkeypatch.setattr(int8_experts, "CHUNK", 200)
     if request.param == "grouped":
         monkeypatch.setattr(routed_lora, "_fits_cpu_kernel", lambda *_: False)
     return request.param
