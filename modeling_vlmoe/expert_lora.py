@@ -29,7 +29,8 @@ from .expert_lora_config import (
     expert_lora_config,
     restore_balance_losses,
 )
-from .int8_experts import check_quantized_bank, is_int8, is_torchao, let_trainer_train
+from .experts_dispatch import is_torchao
+from .int8_experts import check_quantized_bank, is_int8, let_trainer_train
 from .routed_lora import ExpertAdapter, routed_lora_forward
 
 logger = logging.get_logger(__name__)

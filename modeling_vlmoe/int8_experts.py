@@ -14,20 +14,16 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from .experts_dispatch import is_torchao
+
 try:
     from torchao.quantization import Int8Tensor
-    from torchao.utils import TorchAOBaseTensor
-except ImportError:  # then no tensor is one of them
-    Int8Tensor = TorchAOBaseTensor = ()
+except ImportError:  # then no tensor is one
+    Int8Tensor = ()
 
 Tensor = torch.Tensor
 
 CHUNK = 1 << 19  # numbers that are dequantised at once
-
-
-def is_torchao(tensor: Tensor) -> bool:
-    """Whether it is one of torchao's tensors, of whatever kind."""
-    return isinstance(tensor, TorchAOBaseTensor)
 
 
 def is_int8(tensor: Tensor) -> bool:
@@ -62,10 +58,10 @@ def check_quantized_bank(name: str, bank: nn.Module) -> None:
                 "`quantization_config=vlmoe.expert_int8_config()`."
             )
     implementation = getattr(getattr(bank, "config", None), "_experts_implementation", None)
-    if quantized and implementation not in (None, "eager"):
+    if quantized and implementation not in (None, "eager", "auto"):
         raise ValueError(
             f"{name}: the experts are int8, and `experts_implementation` is {implementation!r}; "
-            "allowed: 'eager'. Call `model.set_experts_implementation('eager')`."
+            "allowed: 'eager', 'auto'. Call `model.set_experts_implementation('eager')`."
         )
 
 

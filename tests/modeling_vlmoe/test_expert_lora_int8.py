@@ -39,12 +39,17 @@ OURS, QWEN, GPT_OSS = MODELS[0], "Qwen3MoeForCausalLM", "GptOssForCausalLM"
 def twins(tiny_moe: Model, tmp_path: Path) -> Callable[..., Twins]:
     """`twins(name, dtype)`: the model with int8 experts, and the one with their values."""
 
-    def make(name: str = OURS, dtype: torch.dtype = torch.float32, **fields: Any) -> Twins:
+    def make(
+        name: str = OURS,
+        dtype: torch.dtype = torch.float32,
+        implementation: str = "eager",
+        **fields: Any,
+    ) -> Twins:
         model = tiny_moe(name, "eager", **fields)
         folder = tmp_path / name
         model.save_pretrained(folder)
         load = type(model).from_pretrained
-        options = {"dtype": dtype, "experts_implementation": "eager"}
+        options = {"dtype": dtype, "experts_implementation": implementation}
         int8 = load(folder, quantization_config=expert_int8_config(), **options).eval()
         plain = load(folder, **options).eval()
         values = dict(int8.named_parameters())
@@ -83,11 +88,12 @@ def banks(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if is_int8(p)]
 
 
+@pytest.mark.parametrize("implementation", ["eager", "auto"])
 @pytest.mark.parametrize("name", [OURS, QWEN, GPT_OSS])
 def test_numbers_are_those_of_the_dequantised_weights_in_float64(
-    twins: Callable[..., Twins], calls: list[type], way: str, name: str
+    twins: Callable[..., Twins], calls: list[type], way: str, name: str, implementation: str
 ) -> None:
-    int8, plain = twins(name)
+    int8, plain = twins(name, implementation=implementation)
     ours = run(adapted(int8))
     assert len(calls) == LAYERS and len(banks(int8)) == 2 * LAYERS
     exact = run(by_peft(plain).double())
