@@ -50,12 +50,12 @@ def question_rows(split: str) -> "Dataset":
         rows.append(
             {
                 "id": f"easy_vqa/{split}/{image_id}",
-                "messages": [_conversation(*pair) for pair in questions],
+                "messages": [conversation(*pair) for pair in questions],
                 "images": [{"bytes": path.read_bytes(), "path": path.name}],
                 "question_type": [question_type(question) for question, _ in questions],
             }
         )
-    return _dataset(rows)
+    return dataset(rows)
 
 
 def caption_rows(split: str) -> "Dataset":
@@ -72,7 +72,7 @@ def caption_rows(split: str) -> "Dataset":
         rows.append(
             {
                 "id": f"easy_vqa_captions/{split}/{image_id}",
-                "messages": [_conversation(CAPTION_REQUEST, f"a {color} {shape}")],
+                "messages": [conversation(CAPTION_REQUEST, f"a {color} {shape}")],
                 "images": [{"bytes": path.read_bytes(), "path": path.name}],
                 "question_type": ["caption"],
             }
@@ -83,7 +83,7 @@ def caption_rows(split: str) -> "Dataset":
         len(rows),
         left_out,
     )
-    return _dataset(rows)
+    return dataset(rows)
 
 
 def derive_color_and_shape(
@@ -143,7 +143,7 @@ def _images(split: str) -> list[tuple[int, Path, list[tuple[str, str]]]]:
     ]
 
 
-def _conversation(question: str, answer: str) -> list[dict[str, Any]]:
+def conversation(question: str, answer: str) -> list[dict[str, Any]]:
     """One question about the image, with its answer."""
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
@@ -151,8 +151,9 @@ def _conversation(question: str, answer: str) -> list[dict[str, Any]]:
     ]
 
 
-def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
-    """The rows as a dataset with images left encoded."""
+def dataset(rows: list[dict[str, Any]]) -> "Dataset":
+    """Rows with the columns id, messages, images and question_type as a dataset with images left
+    encoded."""
     from datasets import Dataset
 
     return Dataset.from_list(rows, features=_features())

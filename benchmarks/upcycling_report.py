@@ -1,0 +1,130 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""What the upcycling benchmark has found so far: JSON, a table, and a figure."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import environment
+from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
+from upcycling_arms import ARMS, BASELINE, PLATEAU
+
+from vlmoe.training.atomic_files import write_json
+from vlmoe.training.figures import BLUE, GREY, ORANGE, new_figure, save_figure
+from vlmoe.training.training_stages import read_json
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # arm, seed
+COMPARED = [name for name in ARMS if name not in (PLATEAU, BASELINE, "question_only")]
+
+
+def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
+    """Gather the finished runs below `output_dir` into `results` and a PNG beside it, and return
+    the table."""
+    tasks = {path.parents[2].name for path in output_dir.glob("*/*/*/result.json")}
+    found = {task: finished(output_dir / task) for task in sorted(tasks)}
+    summaries = {task: summary(runs) for task, runs in found.items()}
+    for task in summaries:
+        summaries[task]["majority answer"] = read_json(output_dir / "data" / f"{task}.json")
+    settings = {"level": LEVEL, "resamples": RESAMPLES, **config}
+    write_json(results, {"environment": environment(), **settings, "tasks": summaries})
+    if summaries:
+        plot(summaries, results.with_suffix(".png"))
+    return "\n\n".join(table(task, found[task], each) for task, each in summaries.items())
+
+
+def finished(folder: Path) -> Runs:
+    """The results in a task's folder, arms in their order."""
+    runs: Runs = {}
+    for name in ARMS:
+        seeds = sorted(int(file.parts[-3]) for file in folder.glob(f"*/{name}/result.json"))
+        if seeds:
+            runs[name] = {s: read_json(folder / str(s) / name / "result.json") for s in seeds}
+    return runs
+
+
+def summary(runs: Runs) -> dict[str, Any]:
+    """Per arm its seeds without the single answers, and its difference to the baseline."""
+    arms: dict[str, Any] = {}
+    for name, seeds in runs.items():
+        kept = {
+            seed: {key: value for key, value in run.items() if key not in ("right", "images")}
+            for seed, run in seeds.items()
+        }
+        accuracies = [run["accuracy"] for run in seeds.values()]
+        arms[name] = {"mean accuracy": statistics.mean(accuracies), "seeds": kept}
+        common = [seed for seed in seeds if seed in runs.get(BASELINE, {})]
+        if name != BASELINE and common:
+            arms[name]["minus baseline"] = difference(
+                [seeds[seed] for seed in common], [runs[BASELINE][seed] for seed in common]
+            )
+    return {"arms": arms, "won": winner(arms)}
+
+
+def difference(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, float]:
+    """The paired bootstrap of two arms' runs, one of each seed in the same order."""
+    right = [
+        np.array([[int(digit) for digit in run["right"]] for run in arm]) for arm in (ours, peer)
+    ]
+    return paired_bootstrap(*right, groups=np.array(ours[0]["images"]))
+
+
+def winner(arms: dict[str, Any]) -> str | None:
+    """The label of the arm with the highest accuracy over the seeds, once the baseline has run."""
+    rivals = {name: arms[name]["mean accuracy"] for name in (BASELINE, *COMPARED) if name in arms}
+    if BASELINE not in rivals:
+        return None
+    return ARMS[max(rivals, key=lambda name: rivals[name])].label
+
+
+def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
+    """The task's arms, one line each, in Markdown."""
+    kinds = sorted({kind for seeds in runs.values() for run in seeds.values()
+                    for kind in run["accuracy_by_type"]})  # fmt: skip
+    head = ["arm", "seeds", "accuracy", "minus dense, continued", *kinds, "parameters"]
+    head += ["active", "MFLOP / token", "ms / step", "CPU min"]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, seeds in runs.items():
+        each = list(seeds.values())
+        gap = found["arms"][name].get("minus baseline")
+        rows.append(
+            [
+                ARMS[name].label,
+                str(len(each)),
+                f"{_mean(each, 'accuracy'):.2%}",
+                "" if gap is None else "{mean:+.2%} ({low:+.2%} to {high:+.2%})".format(**gap),
+                *(f"{_mean([run['accuracy_by_type'] for run in each], k):.1%}" for k in kinds),
+                f"{each[0]['parameters']['total']:,}",
+                f"{each[0]['parameters']['text_token']:,}",
+                f"{each[0]['flops_per_token'] / 1e6:.3f}",
+                f"{_mean(each, 'step_cpu_seconds') * 1e3:.0f}",
+                f"{_mean(each, 'cpu_seconds') / 60:.1f}",
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    won = found["won"] or "no arm yet"
+    return f"{task}: {won} won.\n\n" + "\n".join(lines)
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def plot(summaries: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Each arm's difference to the baseline in points, with its interval, one panel per task."""
+    figure = new_figure(5.2 * len(summaries) + 1.5, 3.4)
+    panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
+    for axis, (task, found) in zip(panels, summaries.items(), strict=True):
+        axis.axvline(0, color=GREY, linewidth=1)
+        for place, name in enumerate(COMPARED):
+            gap = found["arms"].get(name, {}).get("minus baseline")
+            if gap is not None:
+                color = ORANGE if ARMS[name].upcycling else BLUE
+                ends = [[100 * (gap["mean"] - gap["low"])], [100 * (gap["high"] - gap["mean"])]]
+                axis.errorbar(100 * gap["mean"], place, xerr=ends, fmt="o", color=color, capsize=4)
+        baseline = found["arms"].get(BASELINE)
+        share = "" if baseline is None else f" ({baseline['mean accuracy']:.1%})"
+        axis.set(title=task, xlabel=f"points above {ARMS[BASELINE].label}{share}")
+        axis.set_yticks(range(len(COMPARED)), [ARMS[name].label for name in COMPARED])
+        axis.set_ylim(len(COMPARED) - 0.5, -0.5)
+    return save_figure(figure, path)
