@@ -8,9 +8,10 @@ The folder holds `train` and `test`, which `vlmoe train --dataset outputs/compos
 - A picture is 48 x 48 pixels, white, with a grid of 3 x 3 cells. A shape stands alone in its cell,
   a pixel off the middle at most. It is a circle, square or triangle, of four colours, big or small;
   no two shapes of a picture have the same colour and shape, so that "the red circle" is one.
-- Types of questions: `place` ("what color is the thing at the top left?"), `find` ("which row is the red circle in?"), `count` ("how many red shapes are
-  there?"), `position` (left of, right of, above, below), `size` (bigger than, smaller than), `more`
-  ("are there more circles than squares?"), `extreme` ("what color is the leftmost thing?").
+- Types of questions: `place` ("what color is the thing at the top left?"), `find` ("which row is
+  the red circle in?"), `count` ("how many red shapes are there?"), `position` (left of, right of,
+  above, below), `size` (bigger than, smaller than), `more` ("are there more circles than
+  squares?"), `extreme` ("what color is the leftmost thing?").
 - Within each template every answer is equally frequent, so that the question alone does not help.
   A template is a question with "the red circle" and its like left out: those are as likely in each
   place of a question, whatever the answer.
@@ -215,9 +216,7 @@ def _extremes(scene: Scene) -> Iterator[Question]:
                 yield Question("extreme", text, text, answer)
 
 
-def balanced(
-    asked: list[tuple[int, Question]], rng: random.Random
-) -> dict[int, list[Question]]:
+def balanced(asked: list[tuple[int, Question]], rng: random.Random) -> dict[int, list[Question]]:
     """Of (picture, question) those that are kept, by picture: as many of each answer of a template
     as there are of its rarest one."""
     groups: dict[str, dict[str, list[tuple[int, Question]]]] = defaultdict(
@@ -269,9 +268,7 @@ def composition_rows(images: Mapping[str, int], seed: int = 0) -> dict[str, "Dat
     return splits
 
 
-def _dataset(
-    split: str, scenes: list[Scene], asked: Mapping[int, list[Question]]
-) -> "Dataset":
+def _dataset(split: str, scenes: list[Scene], asked: Mapping[int, list[Question]]) -> "Dataset":
     from vlmoe.training.easy_vqa import conversation, dataset
 
     return dataset(

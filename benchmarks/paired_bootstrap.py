@@ -13,7 +13,11 @@ LEVEL = 0.95
 
 
 def paired_bootstrap(
-    ours: np.ndarray, peer: np.ndarray, groups: np.ndarray | None = None, seed: int = 0
+    ours: np.ndarray,
+    peer: np.ndarray,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> dict[str, float]:
     """Mean of `ours - peer` and its 95% percentile interval.
 
@@ -24,7 +28,7 @@ def paired_bootstrap(
         ours, peer: (seeds, questions), 1 where the answer is right and 0 where it is wrong.
         groups: (questions,), the picture that a question is about: questions about one picture are
             drawn together, as they are right or wrong together. By default each for itself.
-        seed: of the draws.
+        seed, resamples: of the draws, and how many.
 
     Returns:
         `mean`, `low` and `high`, in -1..1.
@@ -36,7 +40,7 @@ def paired_bootstrap(
     if ours.shape != peer.shape or ours.ndim != 2 or 0 in ours.shape:
         raise ValueError(
             f"`ours` has shape {ours.shape}, `peer` {peer.shape}; allowed: the same (seeds, "
-            "questions), neither of them 0."
+            "questions), none of them 0."
         )
     difference = ours - peer
     seeds, questions = difference.shape
@@ -46,8 +50,8 @@ def paired_bootstrap(
     size = np.bincount(labels)  # (groups,)
     sums = np.stack([np.bincount(labels, weights=row) for row in difference])  # (seeds, groups)
     rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
+    means = np.empty(resamples)
+    for i in range(resamples):
         drawn_seeds = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds)
         drawn = np.bincount(rng.integers(len(size), size=len(size)), minlength=len(size))
         means[i] = drawn_seeds @ sums @ drawn / (seeds * (size @ drawn))

@@ -3,7 +3,8 @@
 them sparse and dense models that were trained from scratch for as long.
 
     OMP_NUM_THREADS=1 python benchmarks/upcycling.py
-    OMP_NUM_THREADS=1 python benchmarks/upcycling.py --tasks composition --seeds 0 --arms dense upcycled
+    OMP_NUM_THREADS=1 python benchmarks/upcycling.py --tasks composition --seeds 0 \\
+        --arms dense upcycled
     python benchmarks/upcycling.py --report_only
     OMP_NUM_THREADS=1 python benchmarks/upcycling.py --max_images 100 --max_steps 20 \\
         --output_dir outputs/try --results outputs/try/upcycling.json
@@ -18,72 +19,25 @@ What a killed run has finished is kept, and a run that was under way goes on fro
 """
 
 import argparse
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
 from measure import RESULTS
 from transformers.utils import logging
 from upcycling_arms import ARMS, PLATEAU, Arm, build, flops_per_token
+from upcycling_data import IMAGES, TASKS, prepare
 from upcycling_report import report
 from upcycling_training import Recipe, learn_to_see, one_thread, times, train_for, train_to_plateau
 
-from vlmoe import VLMoEConfig
 from vlmoe.training.atomic_files import write_json
 from vlmoe.training.data import load_rows
 from vlmoe.training.evaluation import evaluate_model
-from vlmoe.training.tokenizer import train_tokenizer
 from vlmoe.training.training_stages import read_json
-from vlmoe_cli.train import texts_of
 
-TASKS = ("composition", "easy_vqa")
-IMAGES = {"train": 8000, "validation": 200, "test": 600}
-HELD_OUT = 200
-"""Of easy-VQA's training images, the last ones, to tell a plateau."""
 EVALUATION_BATCH = 256
 LENGTH = 32
 """Of a question with its image, about, in tokens: for the operations of attention."""
-
-
-def prepare(task: str, folder: Path, max_images: int | None) -> Path:
-    """The task's splits `descriptions`, `train`, `validation` and `test`, and a tokenizer."""
-    if not folder.exists():
-        staging = folder.with_name(f".{folder.name}")
-        shutil.rmtree(staging, ignore_errors=True)
-        splits = composition(max_images) if task == "composition" else easy_vqa(max_images)
-        DatasetDict(splits).save_to_disk(staging / "data")
-        texts = (text for name in ("descriptions", "train") for text in texts_of(splits[name]))
-        vocabulary = VLMoEConfig.from_preset("tiny").text_config.vocab_size
-        train_tokenizer(texts, vocabulary).save_pretrained(staging / "tokenizer")
-        staging.rename(folder)
-    return folder
-
-
-def composition(max_images: int | None) -> dict[str, Any]:
-    from composition import composition_rows
-
-    return composition_rows({name: min(n, max_images or n) for name, n in IMAGES.items()})
-
-
-def easy_vqa(max_images: int | None) -> dict[str, Any]:
-    train, test = (load_rows("easy_vqa", split) for split in ("train", "test"))
-    kept = len(train) - HELD_OUT
-    splits = {
-        "descriptions": load_rows("easy_vqa_captions", "train"),
-        "train": train.select(range(kept)),
-        "validation": train.select(range(kept, len(train))),
-        "test": test,
-    }
-    held_out = {row.rpartition("/")[2] for row in splits["validation"]["id"]}
-    captions = splits["descriptions"]
-    seen = [i for i, row in enumerate(captions["id"]) if row.rpartition("/")[2] not in held_out]
-    splits["descriptions"] = captions.select(seen)
-    return {
-        name: rows.select(range(min(len(rows), max_images or len(rows))))
-        for name, rows in splits.items()
-    }
 
 
 def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from vlmoe import VLMoETextConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor, VLMoETextConfig
 from vlmoe_cli.loading import model_for_training
 from vlmoe_cli.options import ModelOptions
 
@@ -71,12 +71,8 @@ ARMS = {
         f"upcycled, {EXPERTS} x {SPLIT} experts, top {SPLIT}",
         upcycling={"num_experts": EXPERTS, "num_experts_per_tok": 1, "expert_split": SPLIT},
     ),
-    "sparse_scratch": Arm(
-        f"from scratch, {EXPERTS} experts, top {TOP_K}", from_scratch=True
-    ),
-    "dense_total": Arm(
-        "dense twin, equal total", mlp_width=twin_width(EXPERTS), from_scratch=True
-    ),
+    "sparse_scratch": Arm(f"from scratch, {EXPERTS} experts, top {TOP_K}", from_scratch=True),
+    "dense_total": Arm("dense twin, equal total", mlp_width=twin_width(EXPERTS), from_scratch=True),
     "dense_active": Arm("dense twin, equal active", mlp_width=twin_width(TOP_K), from_scratch=True),
     "question_only": Arm(
         "dense, never shown an image", mlp_width=WIDTH, from_scratch=True, with_images=False

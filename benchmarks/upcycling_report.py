@@ -25,7 +25,7 @@ def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
     found = {task: finished(output_dir / task) for task in sorted(tasks)}
     summaries = {task: summary(runs) for task, runs in found.items()}
     for task in summaries:
-        summaries[task]["majority answer"] = read_json(output_dir / "data" / f"{task}.json")
+        summaries[task]["majority answer"] = read_json(output_dir / "data" / task / "majority.json")
     settings = {"level": LEVEL, "resamples": RESAMPLES, **config}
     write_json(results, {"environment": environment(), **settings, "tasks": summaries})
     if summaries:
@@ -103,7 +103,9 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     won = found["won"] or "no arm yet"
-    return f"{task}: {won} won.\n\n" + "\n".join(lines)
+    guess = found["majority answer"]
+    blind = f"The most frequent answer to a question is right in {guess['by words']:.1%}."
+    return f"{task}: {won} won. {blind}\n\n" + "\n".join(lines)
 
 
 def _mean(runs: list[dict[str, Any]], key: str) -> float:

@@ -1,11 +1,13 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Training of the upcycling benchmark's arms: to a plateau, or for a number of steps.
 
-One recipe for all. Descriptions of pictures come first, then questions, with a new optimizer and
-warm-up for each stage. The dense model learns from questions at a constant rate until two evaluations in a row bring
-less than 0.2 points of validation accuracy. From there continued arms warm up anew, with a fresh
-optimizer, and go down to zero. An arm from scratch takes the dense model's steps and the further
-ones in one run: constant as long as the dense model, then down to zero over the further steps.
+One recipe for all. Descriptions of pictures come first, then questions; each stage has a warm-up
+and an optimizer of its own. The dense model learns from questions at a constant rate until two
+evaluations in a row bring less than 0.2 points of validation accuracy. From there continued arms
+warm up anew, with a fresh optimizer, and the rate falls to zero. An arm from scratch takes the
+dense model's steps and the further ones in one run: constant as long as the dense model, then
+falling to zero over the further steps. So every arm has the same rate at the same step, but for
+the second warm-up of the continued ones.
 """
 
 import statistics
