@@ -15,6 +15,7 @@ The folder holds `train` and `test`, which `vlmoe train --dataset outputs/compos
 - Within each template every answer is equally frequent, so that the question alone does not help.
   A template is a question with "the red circle" and its like left out: those are as likely in each
   place of a question, whatever the answer.
+- Training rows describe some things, too ("describe the top left.", "small red circle").
 - No picture is in both splits, nor twice in one. The same arguments give the same bytes.
 """
 
@@ -42,6 +43,9 @@ BACKGROUND = (255, 255, 255)
 NUMBERS = ("zero", "one", "two", "three")
 OBJECTS = (3, 6)
 DESCRIPTION = "describe the picture."
+DESCRIBED = 2
+"""Things of each training picture that are described one by one."""
+
 PLACES = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}
 PER_TYPE = {"place": 3, "find": 2, "position": 2, "size": 1, "more": 1, "extreme": 1}
 """Questions drawn from each picture, before the balancing; of `count` all."""
@@ -122,6 +126,15 @@ def picture(scene: Scene) -> bytes:
 def description(scene: Scene) -> str:
     """Place, size, colour and shape of each thing, in reading order."""
     return ", ".join(f"{thing.place} {thing.size} {thing.name}" for thing in scene)
+
+
+def single_descriptions(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """Some things described, by their place and by their name."""
+    for thing in rng.sample(scene, DESCRIBED):
+        by_place = f"describe the {thing.place}."
+        yield Question("description", by_place, by_place, f"{thing.size} {thing.name}")
+        by_name = f"describe the {thing.name}."
+        yield Question("description", by_name, by_name, f"{thing.size} {thing.place}")
 
 
 def candidates(scene: Scene, rng: random.Random) -> Iterator[Question]:
@@ -258,6 +271,9 @@ def composition_rows(images: Mapping[str, int], seed: int = 0) -> dict[str, "Dat
                 scenes.append(scene)
         asked = [(i, each) for i, scene in enumerate(scenes) for each in candidates(scene, rng)]
         kept = balanced(asked, rng)
+        if split == "train":
+            for i, scene in enumerate(scenes):
+                kept[i] += single_descriptions(scene, rng)
         splits[split] = _dataset(split, scenes, kept)
         if split == "train":
             described = {

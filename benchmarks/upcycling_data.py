@@ -17,9 +17,9 @@ from vlmoe.training.tokenizer import train_tokenizer
 from vlmoe_cli.train import texts_of
 
 TASKS = ("composition", "easy_vqa")
-IMAGES = {"train": 8000, "validation": 200, "test": 600}
+IMAGES = {"train": 8000, "validation": 300, "test": 600}
 """Of the compositional task."""
-HELD_OUT = 200
+HELD_OUT = 300
 """Of easy-VQA's training images, the last ones, to tell a plateau."""
 
 

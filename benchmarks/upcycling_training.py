@@ -34,7 +34,7 @@ class Recipe:
         learning_rate, weight_decay, adam_beta2: of AdamW.
         warmup_steps: of every run.
         evaluate_every: optimizer steps between evaluations, of the dense model on its way.
-        most_steps: of the dense model, if it reaches no plateau.
+        least_steps, most_steps: of the dense model; what comes before does not count as a plateau.
         further_steps: after it.
         plateau: least gain of accuracy that counts as one.
         patience: evaluations without such a gain that make a plateau.
@@ -42,21 +42,29 @@ class Recipe:
 
     see_images: int = 32
     see_steps: int = 500
-    images: int = 8
-    learning_rate: float = 3e-3
+    images: int = 6
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     warmup_steps: int = 50
-    evaluate_every: int = 200
+    evaluate_every: int = 250
+    least_steps: int = 1500
     most_steps: int = 3000
-    further_steps: int = 1000
+    further_steps: int = 750
     plateau: float = 0.002
     patience: int = 2
 
     def shortened(self, steps: int) -> "Recipe":
         """The same with at most so many steps of every kind."""
-        names = ("see_steps", "most_steps", "further_steps", "evaluate_every", "warmup_steps")
-        least = {"warmup_steps": steps // 4, "evaluate_every": max(1, steps // 4)}
+        names = (
+            "see_steps",
+            "least_steps",
+            "most_steps",
+            "further_steps",
+            "evaluate_every",
+            "warmup_steps",
+        )
+        least = {"least_steps": 0, "warmup_steps": steps // 4, "evaluate_every": max(1, steps // 4)}
         return replace(
             self, **{name: min(getattr(self, name), least.get(name, steps)) for name in names}
         )
@@ -84,7 +92,7 @@ def train_to_plateau(
         "eval_strategy": "steps",
         "eval_steps": recipe.evaluate_every,
     }
-    plateau = StopAtPlateau(recipe.plateau, recipe.patience)
+    plateau = StopAtPlateau(recipe.plateau, recipe.patience, recipe.least_steps)
     validation = rows["validation"]
     return _train(
         model, processor, rows["train"], recipe, folder, seed, schedule, plateau, validation
@@ -156,12 +164,15 @@ class StopAtPlateau(TrainerCallback):
     """Ends training when the last `patience` evaluations have not beaten the best one before them
     by `gain`. It reads Trainer's log, which a checkpoint keeps, and remembers nothing itself."""
 
-    def __init__(self, gain: float, patience: int):
-        self.gain, self.patience = gain, patience
+    def __init__(self, gain: float, patience: int, least_steps: int = 0):
+        self.gain, self.patience, self.least_steps = gain, patience, least_steps
 
     def is_reached(self, log_history: list[dict[str, Any]]) -> bool:
         """Whether the log ends on a plateau."""
-        found = [entry["eval_exact_match"] for entry in log_history if "eval_exact_match" in entry]
+        evaluations = [entry for entry in log_history if "eval_exact_match" in entry]
+        if not evaluations or evaluations[-1]["step"] < self.least_steps:
+            return False
+        found = [entry["eval_exact_match"] for entry in evaluations]
         before, last = found[: -self.patience], found[-self.patience :]
         return bool(before) and max(last) < max(before) + self.gain
 

@@ -79,6 +79,16 @@ def test_counted_operations_are_those_that_torch_counts(models: dict[str, Any], 
     assert flops_per_token(model.config.text_config, length) == pytest.approx(per_token, rel=0.01)
 
 
+def evaluations(accuracies: list[float]) -> list[dict[str, float]]:
+    return [{"eval_exact_match": each, "step": 10 * i} for i, each in enumerate(accuracies, 1)]
+
+
+def test_a_plateau_comes_not_before_the_least_steps() -> None:
+    history = evaluations([0.6, 0.6, 0.6])
+    assert StopAtPlateau(0.002, 2, least_steps=30).is_reached(history)
+    assert not StopAtPlateau(0.002, 2, least_steps=31).is_reached(history)
+
+
 def test_a_plateau_is_two_evaluations_without_a_gain_of_two_thousandths() -> None:
     stop = StopAtPlateau(0.002, 2)
     for accuracies, reached in (
@@ -89,7 +99,7 @@ def test_a_plateau_is_two_evaluations_without_a_gain_of_two_thousandths() -> Non
         ([0.6, 0.7, 0.5, 0.5], True),
         ([0.6, 0.5, 0.7], False),
     ):
-        history = [{"loss": 1.0}, *({"eval_exact_match": value} for value in accuracies)]
+        history = [{"loss": 1.0}, *evaluations(accuracies)]
         assert stop.is_reached(history) == reached, accuracies
         control = TrainerControl()
         stop.on_evaluate(None, SimpleNamespace(log_history=history), control)
