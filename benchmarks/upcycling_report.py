@@ -70,11 +70,16 @@ def difference(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[s
 
 
 def winner(arms: dict[str, Any]) -> str | None:
-    """The label of the arm with the highest accuracy over the seeds, once the baseline has run."""
-    rivals = {name: arms[name]["mean accuracy"] for name in (BASELINE, *COMPARED) if name in arms}
-    if BASELINE not in rivals:
+    """Which arm is best by its mean difference to the baseline, and whether the two are told apart
+    by its interval; None until the baseline and another arm have run."""
+    gaps = {name: arms[name]["minus baseline"] for name in COMPARED if name in arms}
+    if BASELINE not in arms or not gaps:
         return None
-    return ARMS[max(rivals, key=lambda name: rivals[name])].label
+    best = max(gaps, key=lambda name: gaps[name]["mean"])
+    if gaps[best]["mean"] <= 0:
+        return f'"{ARMS[BASELINE].label}" won'
+    sure = gaps[best]["low"] > 0
+    return f'"{ARMS[best].label}" won' + ("" if sure else ", but its interval holds 0")
 
 
 def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
@@ -102,10 +107,10 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
             ]
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    won = found["won"] or "no arm yet"
+    won = found["won"] or "no two arms have run yet"
     guess = found["majority answer"]
     blind = f"The most frequent answer to a question is right in {guess['by words']:.1%}."
-    return f"{task}: {won} won. {blind}\n\n" + "\n".join(lines)
+    return f"{task}: {won}. {blind}\n\n" + "\n".join(lines)
 
 
 def _mean(runs: list[dict[str, Any]], key: str) -> float:

@@ -29,7 +29,7 @@ class Recipe:
     """Numbers of the training, the same for every arm.
 
     Attributes:
-        see_images, see_steps: batch and optimizer steps of the stage of descriptions.
+        see_images, see_steps, see_learning_rate: of the stage of descriptions, as those below.
         images: of a batch of the later stage, each with all its questions.
         learning_rate, weight_decay, adam_beta2: of AdamW.
         warmup_steps: of every run.
@@ -42,6 +42,7 @@ class Recipe:
 
     see_images: int = 32
     see_steps: int = 500
+    see_learning_rate: float = 3e-3
     images: int = 6
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
@@ -79,6 +80,7 @@ def learn_to_see(
     """Train on descriptions for `see_steps`, with a rate that falls to zero."""
     schedule = _falling(recipe.see_steps, recipe.see_steps, recipe.warmup_steps)
     schedule |= {"per_device_train_batch_size": recipe.see_images}
+    schedule |= {"learning_rate": recipe.see_learning_rate}
     return _train(model, processor, rows["descriptions"], recipe, folder, seed, schedule)
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl
 from upcycling_arms import ARMS, BASELINE, PLATEAU, build, flops_per_token, new_model
 from upcycling_data import majority
+from upcycling_report import winner
 from upcycling_training import StopAtPlateau, times
 
 from vlmoe import VLMoEForConditionalGeneration
@@ -165,13 +166,34 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path: Path) -> None:
     subprocess.run(command(killed), check=True, **quiet)
     assert (own / PLATEAU / "result.json").stat().st_mtime_ns == before, "trained again"
     assert kept(killed) == kept(tmp_path / "whole")
+    for state in states[1:]:
+        trained = json.loads((own / state / "train_results.json").read_text())
+        assert trained["resumed_at_step"] in (3, 6, 9), "started anew"
     table = subprocess.run(
         command(killed, "--report_only"), check=True, capture_output=True, text=True
     ).stdout
-    assert "won." in table and "upcycled, 8 experts, top 2" in table
+    assert "won" in table and "upcycled, 8 experts, top 2" in table
     found = json.loads((killed / "r.json").read_text())["tasks"]["composition"]["arms"]
     assert found["upcycled"]["minus baseline"].keys() == {"mean", "low", "high"}
     assert (killed / "r.png").stat().st_size > 1000
+
+
+def test_the_winner_is_named_with_its_doubt() -> None:
+    def arms(**gaps: tuple[float, float]) -> dict[str, Any]:
+        found = {
+            name: {"minus baseline": {"mean": mean, "low": low}}
+            for name, (mean, low) in gaps.items()
+        }
+        return {BASELINE: {}, "question_only": {"minus baseline": {"mean": 1.0}}} | found
+
+    assert winner(arms()) is None
+    assert winner(arms(upcycled=(-0.1, -0.2))) == '"dense, continued" won'
+    assert winner(arms(upcycled=(0.1, 0.01), dense_total=(0.05, 0.02))) == (
+        '"upcycled, 8 experts, top 2" won'
+    )
+    assert winner(arms(upcycled=(0.1, 0.01), dense_total=(0.2, -0.1))) == (
+        '"dense twin, equal total" won, but its interval holds 0'
+    )
 
 
 def test_runs_of_another_recipe_are_not_mixed_in(tmp_path: Path) -> None:
