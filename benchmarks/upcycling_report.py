@@ -24,7 +24,11 @@ def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
     tasks = {path.parents[2].name for path in output_dir.glob("*/*/*/result.json")}
     found = {task: finished(output_dir / task) for task in sorted(tasks)}
     summaries = {task: summary(runs) for task, runs in found.items()}
+    most = config["recipe"]["most_steps"]
     for task in summaries:
+        dense = found[task].get(PLATEAU, {})
+        cut = [seed for seed, run in dense.items() if run["steps"] >= most]
+        summaries[task]["seeds without a plateau"] = cut
         summaries[task]["majority answer"] = read_json(output_dir / "data" / task / "majority.json")
     settings = {"level": LEVEL, "resamples": RESAMPLES, **config}
     write_json(results, {"environment": environment(), **settings, "tasks": summaries})
@@ -110,6 +114,9 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
     won = found["won"] or "no two arms have run yet"
     guess = found["majority answer"]
     blind = f"The most frequent answer to a question is right in {guess['by words']:.1%}."
+    cut = found["seeds without a plateau"]
+    if cut:
+        blind += f" The dense model was cut off before a plateau with the seeds {cut}."
     return f"{task}: {won}. {blind}\n\n" + "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ class Recipe:
     warmup_steps: int = 50
     evaluate_every: int = 250
     least_steps: int = 1500
-    most_steps: int = 3000
+    most_steps: int = 5000
     further_steps: int = 750
     plateau: float = 0.002
     patience: int = 2
