@@ -63,7 +63,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
     from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
     from vlmoe.processing.dense_processor import add_image_token
     from vlmoe.training.training_stages import saved_model
-    from vlmoe.training.upcycled_folder import folder_fingerprint, upcycle_folder
+    from vlmoe.training.upcycled_folder import source_fingerprint, upcycle_folder
     from vlmoe.training.upcycling_sample import prepared_sample
 
     output = require(options.output_dir, "output_dir", "upcycle")
@@ -81,7 +81,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
     )
     connector = _json_object(options.connector, "connector")
     sources = [source for source in (model, options.vision) if source]
-    request = vars(options) | {"files": [folder_fingerprint(source) for source in sources]}
+    request = vars(options) | {"files": [source_fingerprint(source) for source in sources]}
     if options.vision:
         tokenizer = AutoTokenizer.from_pretrained(model)
         image_token_id = add_image_token(tokenizer)

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
@@ -92,10 +93,12 @@ def upcycle_folder(
     return report
 
 
-def folder_fingerprint(source: str) -> dict[str, list[int]]:
-    """Size and time of each file of a local source, so that a changed one is seen."""
+def source_fingerprint(source: str) -> dict[str, Any]:
+    """Size and time of each file of a folder, the commit of a Hub id: a changed source is seen."""
     folder = Path(source).expanduser()
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return {"commit": AutoConfig.from_pretrained(source)._commit_hash}
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
 

@@ -1,5 +1,6 @@
 """`vlmoe upcycle`: model and processor of a dense folder become those of a sparse one."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from hub_process import command
+from huggingface_hub import HfApi, ModelCard
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -32,6 +34,7 @@ VISION = (*TEXT, "image_size", "patch_size")
 @pytest.fixture
 def dense_folder(tmp_path: Path, tiny_config: Callable[..., Any], tokenizer: Any) -> Path:
     """A tiny Idefics3 with processor, as it is on the Hub."""
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<fake_token_around_image>", "<end_of_utterance>"], special_tokens=True)
     tokenizer.chat_template = None
     config = tiny_config()
@@ -120,6 +123,29 @@ def test_encoder_and_language_model_become_a_model_that_answers(
     question = [{"type": "image", "image": make_image(0)}, {"type": "text", "text": "what is it?"}]
     answer = ask(text=[{"role": "user", "content": question}], max_new_tokens=3)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def push(folder: Path, name: str) -> None:
+    """In a process whose Hub is the test's."""
+    api = HfApi()
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=folder)
+
+
+def test_a_model_of_the_hub_is_a_source_and_the_card_names_it(
+    dense_folder: Path, tmp_path: Path, hub: Any, hub_process: Callable[..., Any]
+) -> None:
+    hub_process(push, dense_folder, "tester/dense")
+    output = tmp_path / "sparse"
+    code, printed, error = hub_process(
+        command, "upcycle", "tester/dense", "--output_dir", str(output), "--num_experts", "3"
+    )
+    assert code == 0, error
+    assert "tester/dense (idefics3)" in printed
+    card = ModelCard.load(output / "README.md")
+    assert card.data.base_model == ["tester/dense"] and card.data.license == "mit"
+    assert UpcyclingReport.load(output).error <= 1e-5
+    VLMoEProcessor.from_pretrained(output)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
 from vlmoe.modeling_vlmoe.upcycling.exactness import UpcyclingError
 from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
 from vlmoe.training import upcycled_folder
-from vlmoe.training.upcycled_folder import folder_fingerprint, upcycle_folder
+from vlmoe.training.upcycled_folder import source_fingerprint, upcycle_folder
 
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 KILLS = 5
@@ -53,7 +53,7 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable
 
 def convert(source: Path, target: Path, **options: Any) -> Any:
     asked = Upcycling.of(4, 2, **options)
-    request = {"options": str(asked), "files": folder_fingerprint(str(source))}
+    request = {"options": str(asked), "files": source_fingerprint(str(source))}
     return upcycle_folder(
         lambda sample_for: Conversion.begin(str(source), asked, sample_for),
         target,

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig
 
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.modeling_vlmoe import from_dense
 from vlmoe.modeling_vlmoe.upcycling.dense_configs import REFUSED, text_fields, vlmoe_fields
 
 
@@ -127,6 +128,17 @@ def test_a_quantised_or_rounded_source_is_refused(
         VLMoEForConditionalGeneration.from_dense(dense, 4, 2)
     with pytest.raises(ValueError, match=r"rotary table .*from_pretrained\(\.\.\., dtype="):
         VLMoEForConditionalGeneration.from_dense(dense_model().to(torch.bfloat16), 4, 2)
+
+
+def test_a_copy_of_the_code_from_the_hub_says_what_upcycling_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(from_dense, "import_module", missing)
+    with pytest.raises(ImportError, match="Upcycling needs the package: pip install vlmoe"):
+        VLMoEForConditionalGeneration.from_dense("user/dense")
 
 
 def test_what_is_no_dense_model_is_refused(
