@@ -20,8 +20,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
@@ -97,7 +96,7 @@ def source_fingerprint(source: str) -> dict[str, Any]:
     """Size and time of each file of a folder, the commit of a Hub id: a changed source is seen."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return {"commit": AutoConfig.from_pretrained(source)._commit_hash}
+        return {"config.json": cached_file(source, "config.json")}  # with the commit in its path
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
