@@ -1,7 +1,6 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """What benchmarks share: where they ran, alternating runs, a paired interval, a result file."""
 
-import json
 import math
 import os
 import platform
@@ -12,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from vlmoe.training.atomic_files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 STUDENT_T_975 = {9: 2.262, 19: 2.093, 29: 2.045}  # two-sided 95%, by degrees of freedom
@@ -70,8 +71,7 @@ def paired_ratio(ours: list[float], peer: list[float]) -> dict[str, float]:
 
 
 def write_result(name: str, result: dict) -> None:
-    """Write `results/<name>.json` with the environment beside the numbers."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write `results/<name>.json`, atomically, with the environment beside the numbers."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    write_json(path, {"environment": environment(), **result})
     print(f"Wrote {path}")

@@ -25,7 +25,7 @@ examples:
   vlmoe upcycle user/dense --output_dir outputs/half --sparse_layers second_half \\
       --fields '{"router_aux_loss_coef": 0.01}'
   vlmoe upcycle user/language-model --vision user/vision-encoder --output_dir outputs/sparse \\
-      --connector '{"pixel_shuffle_factor": 2}'"""
+      --connector '{"pixel_shuffle_factor": 2}' --chat_template chat_template.jinja"""
 
 
 def main(argv: list[str]) -> None:
@@ -56,11 +56,12 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
             does not compute what the dense one does.
         OSError: a file is missing or damaged, or the disk is full.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from vlmoe import VLMoEProcessor
     from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
     from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
+    from vlmoe.processing.chat_template import with_image_parts
     from vlmoe.processing.dense_processor import add_image_token
     from vlmoe.training.training_stages import saved_model
     from vlmoe.training.upcycled_folder import source_fingerprint, upcycle_folder
@@ -80,8 +81,10 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
         fields=_json_object(options.fields, "fields"),
     )
     connector = _json_object(options.connector, "connector")
+    template = _text_of(options.chat_template, "chat_template")
     sources = [source for source in (model, options.vision) if source]
     request = vars(options) | {"files": [source_fingerprint(source) for source in sources]}
+    request["chat_template"] = template
     if options.vision:
         tokenizer = AutoTokenizer.from_pretrained(model)
         image_token_id = add_image_token(tokenizer)
@@ -91,7 +94,9 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
             return Conversion.begin_vision_text(*parts, sample_for)
 
         def processor_for(config: Any) -> Any:
-            return VLMoEProcessor.for_config(config, tokenizer)
+            given = template or tokenizer.chat_template
+            given = with_image_parts(given) if isinstance(given, str) else given
+            return VLMoEProcessor.for_config(config, tokenizer, chat_template=given)
     else:
         if connector:
             raise ValueError("--connector is for --vision: a whole model keeps its connector.")
@@ -100,9 +105,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
             return Conversion.begin(model, asked, sample_for)
 
         def processor_for(config: Any) -> Any:
-            if AutoConfig.from_pretrained(model).model_type == config.model_type:
-                return VLMoEProcessor.from_pretrained(model)
-            return VLMoEProcessor.from_dense(model, config)
+            return _converted_processor(model, config, template)
 
     return upcycle_folder(
         begin,
@@ -113,6 +116,20 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
         bases=[saved_model(source) for source in sources],
         max_shard_size=options.max_shard_size,
     )
+
+
+def _converted_processor(model: str, config: Any, template: str | None) -> Any:
+    """The processor of a dense model, whose folder may be of VLMoE without experts."""
+    from transformers import AutoConfig
+
+    from vlmoe import VLMoEProcessor
+
+    if AutoConfig.from_pretrained(model).model_type == config.model_type:
+        processor = VLMoEProcessor.from_pretrained(model)
+    else:
+        processor = VLMoEProcessor.from_dense(model, config)
+    processor.chat_template = template or processor.chat_template
+    return processor
 
 
 def _layers(text: str) -> str | int | list[int]:
@@ -127,6 +144,19 @@ def _layers(text: str) -> str | int | list[int]:
             "commas, such as 0,2,5."
         ) from error
     return indices if "," in text else indices[0]
+
+
+def _text_of(path: str | None, option: str) -> str | None:
+    """What the file of an option holds."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{option} {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise ValueError(f"--{option} {path} is empty.")
+    return text
 
 
 def _json_object(text: str | None, option: str) -> dict[str, Any]:

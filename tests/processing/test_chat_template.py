@@ -1,11 +1,11 @@
-"""The default chat template, and the assistant mask over expanded images."""
+"""The default chat template, those of language models, and the assistant mask over images."""
 
 import copy
 
 import pytest
 import torch
 
-from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE
+from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE, with_image_parts
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 CONVERSATION = [
@@ -15,6 +15,12 @@ CONVERSATION = [
     {"role": "user", "content": "red?"},
     {"role": "assistant", "content": "no"},
 ]
+TEXT_ONLY = (
+    "{% for message in messages %}\n"
+    "{{ '[' + message['role'] + ']' + message['content'] + eos_token }}"
+    "{% if message.name %} by {{ message.name }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
 LEARNED = "a círcle 日本<|end|> no<|end|>"
 
 
@@ -116,3 +122,48 @@ def test_a_placeholder_written_by_a_user_is_text_when_sanitized(processor, make_
         processor_kwargs={"images": [make_image()]},
     )
     assert output["input_ids"][0].count(processor.image_token_id) == processor.image_seq_len
+
+
+@pytest.mark.parametrize("template", [TEXT_ONLY, "\n" + TEXT_ONLY, "  " + TEXT_ONLY])
+@pytest.mark.parametrize("generation", [False, True])
+def test_a_language_models_template_says_the_same_of_text_and_takes_parts(
+    tokenizer, template, generation
+):
+    options = {"tokenize": False, "add_generation_prompt": generation}
+    strings = [
+        {"role": "system", "content": " be\n<brief> & 'kind' "},
+        {"role": "user", "content": "", "name": "Ann"},
+        {"role": "assistant", "content": "日本\n"},
+    ]
+    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in strings]
+    text = tokenizer.apply_chat_template(strings, chat_template=template, **options)
+    wrapped = with_image_parts(template)
+    for messages in (strings, parts):
+        given = tokenizer.apply_chat_template(messages, chat_template=wrapped, **options)
+        assert given == text
+
+
+def test_a_language_models_template_shows_images_where_they_stand(tokenizer):
+    content = [
+        {"type": "text", "text": "this "},
+        {"type": "image"},
+        {"type": "text", "text": " and this"},
+        {"type": "image"},
+    ]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=with_image_parts(TEXT_ONLY, "<global-img>"),
+        tokenize=False,
+    )
+    assert "[user]this <global-img> and this<global-img><|end|>" in rendered
+
+
+def test_a_language_models_template_refuses_other_parts(tokenizer):
+    chat = [{"role": "user", "content": [{"type": "video"}]}]
+    with pytest.raises(Exception, match="allowed: image, text"):
+        tokenizer.apply_chat_template(chat, chat_template=with_image_parts(TEXT_ONLY))
+
+
+def test_a_template_that_names_image_parts_stays_as_it_is():
+    assert with_image_parts(DEFAULT_CHAT_TEMPLATE) == DEFAULT_CHAT_TEMPLATE
+    assert with_image_parts(TEXT_ONLY) != TEXT_ONLY
