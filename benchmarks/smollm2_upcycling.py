@@ -34,7 +34,7 @@ from measure import write_result
 CHAT_TEMPLATE = Path(__file__).with_name("smollm2_chat_template.jinja")
 CONNECTOR = {"pixel_shuffle_factor": 4, "projector_layer_norm": True}
 INSTRUCTION = "Answer in one word."
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 PROMPTS = (
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -434,7 +434,7 @@ def main() -> None:
         help="a vision encoder's folder or Hub id, or a VLMoE model whose tower is taken "
         "(default: one is trained)",
     )
-    parser.add_argument("--steps", type=int, default=100, help="training steps of 16 questions")
+    parser.add_argument("--steps", type=int, default=110, help="training steps of 8 questions")
     parser.add_argument("--questions", type=int, default=300, help="test questions")
     parser.add_argument("--note", help="a remark on the conditions, kept in the result file")
     options = parser.parse_args()
