@@ -398,8 +398,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         f"greedy texts     {text['equal']}/{text['prompts']} equal, {text['tokens']:,} tokens",
         "peak memory GiB  "
         + ", ".join(f"{name} {result['peak GiB']:.1f}" for name, result in results.items()),
-        "seconds          "
-        + ", ".join(f"{name} {result['seconds']:.0f}" for name, result in results.items()),
+        "CPU seconds      "
+        + ", ".join(f"{name} {result['cpu seconds']:.0f}" for name, result in results.items()),
         "",
     ]
     columns = {"majority answer": learned["majority answer"]}
