@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from .command_line import run_command
-from .options import CardOptions, command_options
+from .option_parser import command_options
+from .options import CardOptions
 
 EPILOG = """\
 examples:

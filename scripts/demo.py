@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command_line import run_command
-from .options import DemoOptions, command_options
+from .option_parser import command_options
+from .options import DemoOptions
 
 if TYPE_CHECKING:
     from .train import TrainResult

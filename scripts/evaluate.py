@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import run_command
-from .options import (
-    EvaluateOptions,
-    RuntimeOptions,
-    command_options,
-    require,
-)
+from .option_parser import command_options, require
+from .options import EvaluateOptions, RuntimeOptions
 
 EPILOG = """\
 examples:

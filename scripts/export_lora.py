@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from .command_line import run_command
-from .options import ExportLoraOptions, command_options, require
+from .option_parser import command_options, require
+from .options import ExportLoraOptions
 
 EPILOG = """\
 examples:

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import run_command
-from .options import (
-    GenerateOptions,
-    RuntimeOptions,
-    command_options,
-    require,
-)
+from .option_parser import command_options, require
+from .options import GenerateOptions, RuntimeOptions
 
 EPILOG = """\
 examples:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .command_line import run_command
 from .generate import prompt_inputs
-from .options import InspectOptions, RuntimeOptions, command_options, require
+from .option_parser import command_options, require
+from .options import InspectOptions, RuntimeOptions
 
 if TYPE_CHECKING:
     from vlmoe.training.inspection_report import Inspection

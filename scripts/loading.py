@@ -18,7 +18,8 @@ from vlmoe.training.checkpoints import model_problems
 from vlmoe.training.file_checks import tensor_shapes
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 
-from .options import LoraOptions, ModelOptions, RuntimeOptions, close_matches
+from .option_parser import close_matches
+from .options import LoraOptions, ModelOptions, RuntimeOptions
 
 ModelAndProcessor = tuple[VLMoEForConditionalGeneration, VLMoEProcessor]
 

@@ -12,7 +12,7 @@ import importlib
 import sys
 
 from .command_line import EXIT_ERROR, run_command
-from .options import close_matches
+from .option_parser import close_matches
 
 COMMANDS = {
     "train": "Train a model from a preset, or go on with a saved one.",

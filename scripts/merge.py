@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from .command_line import run_command
-from .options import MergeOptions, command_options, require
+from .option_parser import command_options, require
+from .options import MergeOptions
 
 EPILOG = """\
 examples:

@@ -21,7 +21,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from .command_line import run_command
-from .options import PushOptions, command_options, require
+from .option_parser import command_options, require
+from .options import PushOptions
 
 EPILOG = """\
 examples:

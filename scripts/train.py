@@ -30,16 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command_line import run_command
-from .options import (
-    TRAINING_DEFAULTS,
-    DataOptions,
-    LoraOptions,
-    ModelOptions,
-    OptionParser,
-    PushOptions,
-    add_options,
-    require,
-)
+from .option_parser import OptionParser, add_options, require
+from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions, PushOptions
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions, parse_options
+from .option_parser import parse_options
+from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions
 
 
 def training_arguments(**values: Any) -> TrainingArguments:

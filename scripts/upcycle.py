@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import run_command
-from .options import UpcycleOptions, command_options, require
+from .option_parser import command_options, require
+from .options import UpcycleOptions
 
 EPILOG = """\
 examples:
@@ -56,19 +57,33 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
             does not compute what the dense one does.
         OSError: a file is missing or damaged, or the disk is full.
     """
-    from transformers import AutoTokenizer
-
-    from vlmoe import VLMoEProcessor
-    from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
-    from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
-    from vlmoe.processing.chat_template import with_image_parts
-    from vlmoe.processing.dense_processor import add_image_token
     from vlmoe.training.training_stages import saved_model
     from vlmoe.training.upcycled_folder import source_fingerprint, upcycle_folder
     from vlmoe.training.upcycling_sample import prepared_sample
 
     output = require(options.output_dir, "output_dir", "upcycle")
-    asked = Upcycling(
+    template = _text_of(options.chat_template, "chat_template")
+    begin, processor_for = (_vision_and_text if options.vision else _whole)(
+        model, options, template
+    )
+    sources = [source for source in (model, options.vision) if source]
+    request = vars(options) | {"model": model, "chat_template": template}
+    return upcycle_folder(
+        begin,
+        Path(output),
+        request | {"files": [source_fingerprint(source) for source in sources]},
+        processor_for=processor_for,
+        sample_for=lambda processor: prepared_sample(processor, with_images=not options.vision),
+        bases=[saved_model(source) for source in sources],
+        max_shard_size=options.max_shard_size,
+    )
+
+
+def _asked(options: UpcycleOptions) -> Any:
+    """The options as an `Upcycling`."""
+    from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
+
+    return Upcycling(
         num_experts=options.num_experts,
         num_experts_per_tok=options.num_experts_per_tok,
         expert_split=options.expert_split,
@@ -80,56 +95,49 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
         seed=options.seed,
         fields=_json_object(options.fields, "fields"),
     )
-    connector = _json_object(options.connector, "connector")
-    template = _text_of(options.chat_template, "chat_template")
-    sources = [source for source in (model, options.vision) if source]
-    request = vars(options) | {"files": [source_fingerprint(source) for source in sources]}
-    request["chat_template"] = template
-    if options.vision:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        image_token_id = add_image_token(tokenizer)
-
-        def begin(sample_for: Any) -> Conversion:
-            parts = options.vision, model, asked, image_token_id, connector
-            return Conversion.begin_vision_text(*parts, sample_for)
-
-        def processor_for(config: Any) -> Any:
-            given = template or tokenizer.chat_template
-            given = with_image_parts(given) if isinstance(given, str) else given
-            return VLMoEProcessor.for_config(config, tokenizer, chat_template=given)
-    else:
-        if connector:
-            raise ValueError("--connector is for --vision: a whole model keeps its connector.")
-
-        def begin(sample_for: Any) -> Conversion:
-            return Conversion.begin(model, asked, sample_for)
-
-        def processor_for(config: Any) -> Any:
-            return _converted_processor(model, config, template)
-
-    return upcycle_folder(
-        begin,
-        Path(output),
-        request | {"model": model},
-        processor_for=processor_for,
-        sample_for=lambda processor: prepared_sample(processor, with_images=not options.vision),
-        bases=[saved_model(source) for source in sources],
-        max_shard_size=options.max_shard_size,
-    )
 
 
-def _converted_processor(model: str, config: Any, template: str | None) -> Any:
-    """The processor of a dense model, whose folder may be of VLMoE without experts."""
+def _whole(model: str, options: UpcycleOptions, template: str | None) -> tuple[Any, Any]:
+    """For a vision-language model: what begins the conversion, and what makes the processor."""
     from transformers import AutoConfig
 
     from vlmoe import VLMoEProcessor
+    from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
 
-    if AutoConfig.from_pretrained(model).model_type == config.model_type:
-        processor = VLMoEProcessor.from_pretrained(model)
-    else:
-        processor = VLMoEProcessor.from_dense(model, config)
-    processor.chat_template = template or processor.chat_template
-    return processor
+    if options.connector:
+        raise ValueError("--connector is for --vision: a whole model keeps its connector.")
+    asked = _asked(options)
+
+    def processor_for(config: Any) -> Any:
+        if AutoConfig.from_pretrained(model).model_type == config.model_type:
+            processor = VLMoEProcessor.from_pretrained(model)  # of a VLMoE without experts
+        else:
+            processor = VLMoEProcessor.from_dense(model, config)
+        processor.chat_template = template or processor.chat_template
+        return processor
+
+    return lambda sample_for: Conversion.begin(model, asked, sample_for), processor_for
+
+
+def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) -> tuple[Any, Any]:
+    """The same for a language model and a vision encoder."""
+    from transformers import AutoTokenizer
+
+    from vlmoe import VLMoEProcessor
+    from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
+    from vlmoe.processing.chat_template import with_image_parts
+    from vlmoe.processing.dense_processor import add_image_token
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    connector = _json_object(options.connector, "connector")
+    parts = options.vision, model, _asked(options), add_image_token(tokenizer), connector
+
+    def processor_for(config: Any) -> Any:
+        given = template or tokenizer.chat_template
+        given = with_image_parts(given) if isinstance(given, str) else given
+        return VLMoEProcessor.for_config(config, tokenizer, chat_template=given)
+
+    return lambda sample_for: Conversion.begin_vision_text(*parts, sample_for), processor_for
 
 
 def _layers(text: str) -> str | int | list[int]:

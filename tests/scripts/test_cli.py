@@ -10,6 +10,7 @@ import pytest
 
 from vlmoe_cli import evaluate, generate, main
 from vlmoe_cli.command_line import run_command
+from vlmoe_cli.option_parser import OptionParser, add_options, parse_options, read_config
 from vlmoe_cli.options import (
     TRAINING_DEFAULTS,
     CardOptions,
@@ -21,13 +22,9 @@ from vlmoe_cli.options import (
     LoraOptions,
     MergeOptions,
     ModelOptions,
-    OptionParser,
     PushOptions,
     RuntimeOptions,
     UpcycleOptions,
-    add_options,
-    parse_options,
-    read_config,
 )
 from vlmoe_cli.training_arguments import parse_training, training_arguments
 
