@@ -249,7 +249,10 @@ class UpcycleOptions:
     connector: str | None = option(
         """With --vision: the connector's fields as JSON, such as '{"pixel_shuffle_factor": 2}'."""
     )
-    chat_template: str | None = option("A Jinja file in place of the source's chat template.")
+    chat_template: str | None = option(
+        "A Jinja file in place of the source's chat template. To train, the assistant's turns must "
+        "stand between {% generation %} and {% endgeneration %}."
+    )
     max_shard_size: str = option("Of a weights file.", "5GB")
 
 

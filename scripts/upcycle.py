@@ -7,9 +7,7 @@
 
 Model and processor are converted, both models answer the same pictures and texts, and the report
 is saved beside the model; if their logits differ by more than 1e-5, the command fails. A run that
-was killed goes on where it was when it is started again. To train the model, its chat template
-must have the assistant's turns between {% generation %} and {% endgeneration %}: `--chat_template`
-gives another one. That of a language model takes image parts, too.
+was killed goes on where it was when it is started again.
 """
 
 import json
