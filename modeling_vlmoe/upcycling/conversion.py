@@ -182,7 +182,8 @@ class Conversion:
             "image_token_id": image_token_id,
             "tie_word_embeddings": _is_tied(model),
         }
-        weights = {f"{TOWER}{name}": tensor for name, tensor in encoder.state_dict().items()}
+        tower = encoder.state_dict()
+        weights = {f"{TOWER}{name}": tensor.to(model.dtype) for name, tensor in tower.items()}
         weights |= model.state_dict()
         config = options.sparse_config(dense)
         sample, source = sample_for(config), f"{vision_source} + {text_source}"

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
+)
 
 from vlmoe import VLMoEForConditionalGeneration
 
@@ -166,6 +171,24 @@ def test_vision_tower_and_connector_get_experts_that_are_copies(
     real = inputs["attention_mask"].bool()
     assert error(outputs.logits[real], dense(**dense_inputs).logits[real]) <= 1e-5
     assert [logits.shape[-1] for logits in outputs.vision_router_logits] == [3, 3, 5]
+
+
+@torch.no_grad()
+def test_the_vision_half_of_a_dual_encoder_is_taken_in_the_language_models_dtype(
+    dense_parts: Callable[..., Any], vision_sizes: dict[str, Any], tmp_path: Any
+) -> None:
+    dual = CLIPModel(CLIPConfig(vision_config=vision_sizes, text_config={"num_hidden_layers": 1}))
+    dual.save_pretrained(tmp_path / "dual")
+    _, text = dense_parts()
+    text.save_pretrained(tmp_path / "text")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.bfloat16)
+    model = VLMoEForConditionalGeneration.from_vision_text(tmp_path / "dual", text, 4, 2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.upcycling_report.error <= 1e-5
+    tower, taken = model.model.vision_tower.state_dict(), dual.vision_model.state_dict()
+    assert tower.keys() == taken.keys()
+    for name, tensor in tower.items():
+        assert torch.equal(tensor, taken[name].bfloat16()), name
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
