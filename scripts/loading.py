@@ -18,7 +18,7 @@ from vlmoe.training.checkpoints import model_problems
 from vlmoe.training.file_checks import tensor_shapes
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 
-from .option_parser import close_matches
+from .option_parser import close_matches, json_object
 from .options import LoraOptions, ModelOptions, RuntimeOptions
 
 ModelAndProcessor = tuple[VLMoEForConditionalGeneration, VLMoEProcessor]
@@ -39,7 +39,7 @@ def model_for_training(
         ValueError: an option has a wrong value, or the checkpoint is of another model.
         FileNotFoundError: there is no such folder.
     """
-    overrides = _read_overrides(options.model_overrides)
+    overrides = json_object(options.model_overrides, "model_overrides")
     dtype = _dtype(options.dtype)
     processor = None if checkpoint is None else VLMoEProcessor.from_pretrained(checkpoint)
     if is_preset(options.model):
@@ -239,16 +239,6 @@ def _choose_implementations(
         model.set_attn_implementation(options.attn_implementation)
     if options.experts_implementation:
         model.set_experts_implementation(options.experts_implementation)
-
-
-def _read_overrides(text: str | None) -> dict[str, Any]:
-    try:
-        overrides = json.loads(text) if text else {}
-    except ValueError as error:
-        raise ValueError(f"--model_overrides is not valid JSON: {error}") from error
-    if not isinstance(overrides, dict):
-        raise ValueError(f"--model_overrides must be a JSON object of config fields; got {text}.")
-    return overrides
 
 
 def _require_known_fields(overrides: dict[str, Any]) -> None:

@@ -116,6 +116,21 @@ def command_options(
     return parsed
 
 
+def json_object(text: str | None, option: str) -> dict[str, Any]:
+    """The JSON object that an option's text holds; empty without a text.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+    try:
+        given = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f"--{option} is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--{option} must be a JSON object of fields; got {text}.")
+    return given
+
+
 def as_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Values of a config file as defaults of a parser: numbers as text, which argparse checks."""
     return {

@@ -10,13 +10,12 @@ is saved beside the model; if their logits differ by more than 1e-5, the command
 was killed goes on where it was when it is started again.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from .command_line import run_command
-from .option_parser import command_options, require
+from .option_parser import command_options, json_object, require
 from .options import UpcycleOptions
 
 EPILOG = """\
@@ -93,7 +92,7 @@ def _asked(options: UpcycleOptions) -> Any:
         noise_ratio=options.noise_ratio,
         router_std=options.router_std,
         seed=options.seed,
-        fields=_json_object(options.fields, "fields"),
+        fields=json_object(options.fields, "fields"),
     )
 
 
@@ -129,7 +128,7 @@ def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) 
     from vlmoe.processing.dense_processor import add_image_token
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    connector = _json_object(options.connector, "connector")
+    connector = json_object(options.connector, "connector")
     parts = options.vision, model, _asked(options), add_image_token(tokenizer), connector
 
     def processor_for(config: Any) -> Any:
@@ -165,16 +164,6 @@ def _text_of(path: str | None, option: str) -> str | None:
     if not text.strip():
         raise ValueError(f"--{option} {path} is empty.")
     return text
-
-
-def _json_object(text: str | None, option: str) -> dict[str, Any]:
-    try:
-        given = json.loads(text) if text else {}
-    except ValueError as error:
-        raise ValueError(f"--{option} is not valid JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"--{option} must be a JSON object; got {text}.")
-    return given
 
 
 if __name__ == "__main__":

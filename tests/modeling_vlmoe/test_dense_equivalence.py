@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from dense_fields import (
+    GRANITE,
+    HALF_ROPE,
+    LLAMA3_ROPE,
+    TEXT_SIZES,
+    VISION_SIZES,
+    randomised,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -31,22 +38,7 @@ from transformers import (
 from vlmoe import VLMoEForConditionalGeneration
 
 BATCH, LENGTH, WINDOW = 3, 13, 5
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 PER_LAYER = ["full_attention", "sliding_attention", "full_attention"]
-GRANITE = {
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.7,
-    "attention_multiplier": 0.2,
-    "logits_scaling": 2.0,
-}
 
 # family: its config class, its own fields, our fields that are not simply of the same name
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any]]] = {
@@ -68,9 +60,6 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any]
     "phi3": (Phi3Config, {}, {}),
     "phi3_partial_rotary": (Phi3Config, {"rope_parameters": HALF_ROPE}, {}),
 }
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-TEXT_SIZES = (*SIZES, "vocab_size", "num_key_value_heads", "max_position_embeddings")
-VISION_SIZES = (*SIZES, "image_size", "patch_size")
 SAME_NAME = (
     *("head_dim", "rope_parameters", "sliding_window", "layer_types", "no_rope_layers"),
     *("rms_norm_eps", "hidden_act", "tie_word_embeddings", *GRANITE),
@@ -82,16 +71,6 @@ SPARSITY: dict[str, tuple[dict[str, Any], list[int]]] = {
     "no_sparse_layer": ({"mlp_only_layers": [0, 1, 2]}, []),
     "every_other_layer_sparse": ({"decoder_sparse_step": 2}, [1]),
 }
-
-
-@torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
-    """Weights large enough that every part of the model shows in the logits; norms around one."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        mean = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
-        parameter.normal_(mean, 0.2)
-    return model.eval()
 
 
 def split_fused(
