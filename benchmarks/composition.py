@@ -1,20 +1,20 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A compositional task: pictures of three to six shapes, questions with answers of one word.
+"""A compositional task: pictures of five to eight shapes, questions with answers of one word.
 
-    python benchmarks/composition.py --output_dir outputs/composition --train 8000 --test 600
+    python benchmarks/composition.py --output_dir outputs/composition --train 12000 --test 600
 
 The folder holds `train` and `test`, which `vlmoe train --dataset outputs/composition` reads.
 
 - A picture is 48 x 48 pixels, white, with a grid of 3 x 3 cells. A shape stands alone in its cell,
   a pixel off the middle at most. It is a circle, square or triangle, of four colours, big or small;
   no two shapes of a picture have the same colour and shape, so that "the red circle" is one.
-- Types of questions: `place` ("what color is the thing at the top left?"), `find` ("which row is
-  the red circle in?"), `count` ("how many red shapes are there?"), `position` (left of, right of,
-  above, below), `size` (bigger than, smaller than), `more` ("are there more circles than
-  squares?"), `extreme` ("what color is the leftmost thing?").
+- Types of questions, all of several steps: `count` ("how many big red shapes are there?"), `side`
+  ("how many circles are left of the red square?"), `beside` ("what color is the shape directly
+  above the red circle?"), `same` ("how many shapes have the color of the one at the top left?"),
+  `more` ("are there more red shapes than circles?"), `extreme` ("what size is the leftmost
+  circle?"), `position` ("is the red circle left of the blue square?").
 - Within each template every answer is equally frequent, so that the question alone does not help.
-  A template is a question with "the red circle" and its like left out: those are as likely in each
-  place of a question, whatever the answer.
+  A template is a question without what tells nothing of its answer, such as the name in `position`.
 - Training rows describe some things, too ("describe the top left.", "small red circle").
 - No picture is in both splits, nor twice in one. The same arguments give the same bytes.
 """
@@ -23,9 +23,9 @@ import argparse
 import io
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +40,18 @@ SHAPES = ("circle", "square", "triangle")
 HALF = {"small": 3, "big": 6}  # half of the width, in pixels
 CELLS, CELL = 3, 16
 BACKGROUND = (255, 255, 255)
-NUMBERS = ("zero", "one", "two", "three")
-OBJECTS = (3, 6)
+NUMBERS = ("zero", "one", "two", "three", "four")
+OBJECTS = (5, 8)
 DESCRIPTION = "describe the picture."
 DESCRIBED = 2
 """Things of each training picture that are described one by one."""
 
 PLACES = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}
-PER_TYPE = {"place": 3, "find": 2, "position": 2, "size": 1, "more": 1, "extreme": 1}
-"""Questions drawn from each picture, before the balancing; of `count` all."""
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Where things lie that have this relation to another: columns to the right, rows down."""
+EXTREMES = {"leftmost": "left of", "rightmost": "right of", "highest": "above", "lowest": "below"}
+PER_TYPE = {"count": 5, "side": 4, "beside": 2, "same": 2, "more": 2, "extreme": 2, "position": 1}
+"""Questions drawn from each picture, before the balancing."""
 
 
 @dataclass(frozen=True)
@@ -139,94 +142,122 @@ def single_descriptions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 def candidates(scene: Scene, rng: random.Random) -> Iterator[Question]:
     """Questions about a scene, before the balancing."""
-    yield from _counts(scene)
-    pairs = list(combinations(scene, 2))
+    pairs = list(permutations(scene, 2))
     drawn = {
-        "place": [q for thing in scene for q in _places(thing)],
-        "find": [q for thing in scene for q in _finds(thing)],
-        "position": [q for pair in pairs for q in _positions(*pair)],
-        "size": [q for pair in pairs for q in _sizes(*pair)],
+        "count": list(_counts(scene)),
+        "side": [q for thing in scene for q in _sides(thing, scene)],
+        "beside": [q for pair in pairs for q in _besides(*pair)],
+        "same": [q for thing in scene for q in _sames(thing, scene)],
         "more": list(_mores(scene)),
         "extreme": list(_extremes(scene)),
+        "position": [q for pair in pairs for q in _positions(*pair)],
     }
     for kind, questions in drawn.items():
         yield from rng.sample(questions, min(PER_TYPE[kind], len(questions)))
 
 
-def _counts(scene: Scene) -> Iterator[Question]:
-    for word, number in _totals(scene).items():
-        what = f"{word}s" if word in SHAPES else f"{word} shapes"
-        text = f"how many {what} are there?"
-        if number < len(NUMBERS):
-            yield Question("count", text, text, NUMBERS[number])
+def _number(things: Iterable[Thing], word: str) -> int:
+    """How many of these have this colour, shape or size; "" for all."""
+    return sum(word in ("", thing.color, thing.shape, thing.size) for thing in things)
 
 
-def _totals(scene: Scene) -> dict[str, int]:
-    """How many things there are of each colour and shape."""
-    words = (*COLORS, *SHAPES)
-    return {word: sum(word in (t.color, t.shape) for t in scene) for word in words}
+def _plural(word: str) -> str:
+    return f"{word}s" if word in SHAPES else f"{word} shapes".strip()
 
 
-def _places(thing: Thing) -> Iterator[Question]:
-    for asked in ("color", "shape", "size"):
-        text = f"what {asked} is the thing at the {thing.place}?"
-        yield Question("place", text, text, getattr(thing, asked))
-
-
-def _finds(thing: Thing) -> Iterator[Question]:
-    yield Question("find", "what size", f"what size is the {thing.name}?", thing.size)
-    for axis, words in PLACES.items():
-        text = f"which {axis} is the {thing.name} in?"
-        yield Question("find", f"which {axis}", text, words[getattr(thing, axis)])
-
-
-def _positions(first: Thing, second: Thing) -> Iterator[Question]:
-    for words, axis in ((("left of", "right of"), "column"), (("above", "below"), "row")):
-        places = getattr(first, axis), getattr(second, axis)
-        if places[0] != places[1]:
-            yield from _yes_no("position", words, (first, second), places)
-
-
-def _sizes(first: Thing, second: Thing) -> Iterator[Question]:
-    sizes = HALF[first.size], HALF[second.size]
-    if sizes[0] != sizes[1]:
-        words = ("smaller than", "bigger than")
-        yield from _yes_no("size", words, (first, second), sizes)
-
-
-def _yes_no(
-    kind: str, words: tuple[str, str], things: tuple[Thing, Thing], values: tuple[int, int]
+def _numbered(
+    kind: str, template: str, text: str, number: int, allowed: range
 ) -> Iterator[Question]:
-    """Each word of less and more about two things in both orders."""
-    for a, b in ((0, 1), (1, 0)):
-        for word, holds in zip(words, (values[a] < values[b], values[a] > values[b]), strict=True):
-            text = f"is the {things[a].name} {word} the {things[b].name}?"
-            yield Question(kind, word, text, "yes" if holds else "no")
+    """A question for a number, unless the answer is one that rarely comes up."""
+    if number in allowed:
+        yield Question(kind, template, text, NUMBERS[number])
+
+
+def _counts(scene: Scene) -> Iterator[Question]:
+    for word in (*COLORS, *SHAPES):
+        allowed = range(1, 4) if word in SHAPES else range(4)
+        text = f"how many {_plural(word)} are there?"
+        yield from _numbered("count", text, text, _number(scene, word), allowed)
+        for size in HALF:
+            text = f"how many {size} {_plural(word)} are there?"
+            number = _number([thing for thing in scene if thing.size == size], word)
+            yield from _numbered("count", text, text, number, range(3))
+
+
+def _sides(thing: Thing, scene: Scene) -> Iterator[Question]:
+    for relation in RELATIONS:
+        there = [other for other in scene if _holds(other, relation, thing)]
+        for word in ("", *COLORS, *SHAPES):
+            if word not in (thing.color, thing.shape):  # of these it is one itself
+                allowed = range(3 if word else 5)
+                template = f"how many {_plural(word)} are {relation}"
+                text = f"{template} the {thing.name}?"
+                yield from _numbered("side", template, text, _number(there, word), allowed)
+
+
+def _besides(thing: Thing, other: Thing) -> Iterator[Question]:
+    """What lies in the next cell; a colour is likelier when the thing does not have it."""
+    for relation, (right, down) in RELATIONS.items():
+        if (other.column, other.row) == (thing.column + right, thing.row + down):
+            for asked in ("color", "shape", "size"):
+                text = f"what {asked} is the shape directly {relation} the"
+                own = "" if asked == "size" else getattr(thing, asked)
+                answer = getattr(other, asked)
+                yield Question("beside", f"{text} {own}", f"{text} {thing.name}?", answer)
+
+
+def _sames(thing: Thing, scene: Scene) -> Iterator[Question]:
+    for asked, allowed in (("color", range(1, 4)), ("shape", range(1, 5))):
+        template = f"how many shapes have the {asked} of the one at the"
+        number = _number(scene, getattr(thing, asked))
+        text = f"{template} {thing.place}?"
+        yield from _numbered("same", template, text, number, allowed)
 
 
 def _mores(scene: Scene) -> Iterator[Question]:
-    totals = _totals(scene)
-    for group in (tuple(COLORS), SHAPES):
-        for a, b in combinations(group, 2):
-            for one, other in ((a, b), (b, a)):
-                if totals[one] != totals[other]:
-                    name = "{}s" if group is SHAPES else "{} shapes"
-                    text = f"are there more {name.format(one)} than {name.format(other)}?"
-                    answer = "yes" if totals[one] > totals[other] else "no"
-                    yield Question("more", text, text, answer)
+    for one, other in (*permutations((*COLORS, *SHAPES), 2), *permutations(HALF)):
+        numbers = _number(scene, one), _number(scene, other)
+        if numbers[0] != numbers[1]:
+            text = f"are there more {_plural(one)} than {_plural(other)}?"
+            yield Question("more", text, text, _yes_no(numbers[0] > numbers[1]))
 
 
 def _extremes(scene: Scene) -> Iterator[Question]:
-    for word, axis, sign in (
-        *(("leftmost", "column", 1), ("rightmost", "column", -1)),
-        *(("highest", "row", 1), ("lowest", "row", -1)),
-    ):
-        places = [sign * getattr(thing, axis) for thing in scene]
-        if places.count(min(places)) == 1:
-            thing = scene[places.index(min(places))]
-            for asked, answer in (("color", thing.color), ("shape", thing.shape)):
-                text = f"what {asked} is the {word} thing?"
-                yield Question("extreme", text, text, answer)
+    for word, relation in EXTREMES.items():
+        for color in COLORS:
+            same = [thing for thing in scene if thing.color == color]
+            yield from _extreme(same, word, relation, f"{color} shape", ("shape", "size"))
+        for shape in SHAPES:
+            same = [thing for thing in scene if thing.shape == shape]
+            yield from _extreme(same, word, relation, shape, ("color", "size"))
+
+
+def _extreme(
+    among: list[Thing], word: str, relation: str, name: str, features: tuple[str, ...]
+) -> Iterator[Question]:
+    """About the one of several things that has the relation to all others, if there is one."""
+    for thing in among if len(among) > 1 else []:
+        if all(_holds(thing, relation, other) for other in among if other != thing):
+            for asked in features:
+                text = f"what {asked} is the {word}"
+                yield Question("extreme", text, f"{text} {name}?", getattr(thing, asked))
+
+
+def _positions(first: Thing, second: Thing) -> Iterator[Question]:
+    for relation, (right, _) in RELATIONS.items():
+        if (first.column != second.column) if right else (first.row != second.row):
+            text = f"is the {first.name} {relation} the {second.name}?"
+            yield Question("position", relation, text, _yes_no(_holds(first, relation, second)))
+
+
+def _holds(first: Thing, relation: str, second: Thing) -> bool:
+    """Whether the first is left of the second, or what else the relation says; not how far."""
+    right, down = RELATIONS[relation]
+    return right * (first.column - second.column) + down * (first.row - second.row) > 0
+
+
+def _yes_no(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def balanced(asked: list[tuple[int, Question]], rng: random.Random) -> dict[int, list[Question]]:
@@ -306,7 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", type=int, default=8000, help="pictures")
+    parser.add_argument("--train", type=int, default=12000, help="pictures")
     parser.add_argument("--test", type=int, default=600, help="pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/composition"))

@@ -19,6 +19,7 @@ What a killed run has finished is kept, and a run that was under way goes on fro
 """
 
 import argparse
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,18 @@ def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> d
     model = trained.model.eval()
     answers = evaluate_model(model, processor, rows["test"], EVALUATION_BATCH)
     result = describe(arm, model, trained, parts, answers)
+    result["accuracy_in_training"] = seen_accuracy(model, processor, rows)
     write_json(own / "result.json", result)
     return result
+
+
+def seen_accuracy(model: Any, processor: Any, rows: dict[str, Any]) -> float:
+    """Accuracy on questions of the first training pictures, as many as there are for validation,
+    to tell overfitting; descriptions are left out."""
+    pictures = range(min(len(rows["train"]), len(rows["validation"])))
+    answers = evaluate_model(model, processor, rows["train"].select(pictures), EVALUATION_BATCH)
+    records = [each for each in answers["predictions"] if each["question_type"] != "description"]
+    return statistics.mean(record["correct"] for record in records)
 
 
 def describe(

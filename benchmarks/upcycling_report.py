@@ -90,8 +90,8 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
     """The task's arms, one line each, in Markdown."""
     kinds = sorted({kind for seeds in runs.values() for run in seeds.values()
                     for kind in run["accuracy_by_type"]})  # fmt: skip
-    head = ["arm", "seeds", "accuracy", "minus dense, continued", *kinds, "parameters"]
-    head += ["active", "MFLOP / token", "ms / step", "CPU min"]
+    head = ["arm", "seeds", "accuracy", "minus dense, continued", *kinds, "in training"]
+    head += ["parameters", "active", "MFLOP / token", "ms / step", "CPU min"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, seeds in runs.items():
         each = list(seeds.values())
@@ -103,6 +103,7 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
                 f"{_mean(each, 'accuracy'):.2%}",
                 "" if gap is None else "{mean:+.2%} ({low:+.2%} to {high:+.2%})".format(**gap),
                 *(f"{_mean([run['accuracy_by_type'] for run in each], k):.1%}" for k in kinds),
+                f"{_mean(each, 'accuracy_in_training'):.1%}",
                 f"{each[0]['parameters']['total']:,}",
                 f"{each[0]['parameters']['text_token']:,}",
                 f"{each[0]['flops_per_token'] / 1e6:.3f}",

@@ -15,7 +15,14 @@ IMAGES = {"train": 400, "test": 100}
 COLORS = {(220, 40, 40): "red", (40, 160, 60): "green", (40, 80, 220): "blue"}
 COLORS[240, 200, 40] = "yellow"
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
-NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three", "four")
+HOLDS = {
+    "left of": lambda one, other: one["column"] < other["column"],
+    "right of": lambda one, other: one["column"] > other["column"],
+    "above": lambda one, other: one["row"] < other["row"],
+    "below": lambda one, other: one["row"] > other["row"],
+}
+ENDS = {"leftmost": "left of", "rightmost": "right of", "highest": "above", "lowest": "below"}
 Seen = dict[str, dict]  # by colour and shape
 
 
@@ -50,48 +57,55 @@ def things(image: np.ndarray) -> Seen:
     return found
 
 
+def such(words: str, among: list[dict]) -> list[dict]:
+    """Those that "big red shapes" or "circles" mean."""
+    features = [word.removesuffix("s") for word in words.split()]
+    features = [word for word in features if word != "shape"]
+    return [each for each in among if all(word in each.values() for word in features)]
+
+
 def answer(question: str, seen: Seen) -> str:
     """The answer to a question, by its words."""
     all_things = list(seen.values())
-    words = question.removesuffix("?").split()
-
-    def number(word: str) -> int:
-        stem = word.removesuffix("s")
-        return sum(stem in (thing["color"], thing["shape"]) for thing in all_things)
-
-    if words[:2] == ["how", "many"]:
-        return NUMBERS[number(words[2])]
-    if match := re.fullmatch(r"which (row|column) is the (\w+ \w+) in\?", question):
-        return (ROWS if match[1] == "row" else COLUMNS)[seen[match[2]][match[1]]]
-    if match := re.fullmatch(r"what size is the (\w+ \w+)\?", question):
-        return seen[match[1]]["size"]
-    if match := re.fullmatch(r"what (\w+) is the thing at the (\w+) (\w+)\?", question):
+    if match := re.fullmatch(r"how many ([\w ]+) are there\?", question):
+        return NUMBERS[len(such(match[1], all_things))]
+    sides = "left of|right of|above|below"
+    if match := re.fullmatch(rf"how many ([\w ]+) are ({sides}) the (\w+ \w+)\?", question):
+        there = [each for each in all_things if HOLDS[match[2]](each, seen[match[3]])]
+        return NUMBERS[len(such(match[1], there))]
+    if match := re.fullmatch(
+        rf"what (\w+) is the shape directly ({sides}) the (\w+ \w+)\?", question
+    ):
+        thing = seen[match[3]]
+        [beside] = [
+            each
+            for each in all_things
+            if HOLDS[match[2]](each, thing)
+            and abs(each["row"] - thing["row"]) + abs(each["column"] - thing["column"]) == 1
+        ]
+        return beside[match[1]]
+    if match := re.fullmatch(
+        r"how many shapes have the (\w+) of the one at the (\w+) (\w+)\?", question
+    ):
         place = ROWS.index(match[2]), COLUMNS.index(match[3])
         [thing] = [each for each in all_things if (each["row"], each["column"]) == place]
+        return NUMBERS[sum(each[match[1]] == thing[match[1]] for each in all_things)]
+    if match := re.fullmatch(r"are there more ([\w ]+) than ([\w ]+)\?", question):
+        one, other = (len(such(words, all_things)) for words in match.groups())
+        assert one != other
+        return "yes" if one > other else "no"
+    if match := re.fullmatch(r"what (\w+) is the (\w+) ([\w ]+)\?", question):
+        among = such(match[3], all_things)
+        assert len(among) > 1
+        [thing] = [
+            each
+            for each in among
+            if sum(HOLDS[ENDS[match[2]]](each, other) for other in among) == len(among) - 1
+        ]
         return thing[match[1]]
-    if match := re.fullmatch(r"what (\w+) is the (\w+) thing\?", question):
-        axis = "column" if match[2] in ("leftmost", "rightmost") else "row"
-        end = min if match[2] in ("leftmost", "highest") else max
-        best = end(thing[axis] for thing in all_things)
-        [thing] = [each for each in all_things if each[axis] == best]
-        return thing[match[1]]
-    if match := re.fullmatch(
-        r"are there more (\w+)(?: shapes)? than (\w+)(?: shapes)?\?", question
-    ):
-        return "yes" if number(match[1]) > number(match[2]) else "no"
-    match = re.fullmatch(r"is the (\w+ \w+) ([\w ]+) the (\w+ \w+)\?", question)
+    match = re.fullmatch(rf"is the (\w+ \w+) ({sides}) the (\w+ \w+)\?", question)
     assert match, question
-    one, other = seen[match[1]], seen[match[3]]
-    big = one["size"] == "big", other["size"] == "big"
-    holds = {
-        "left of": one["column"] < other["column"],
-        "right of": one["column"] > other["column"],
-        "above": one["row"] < other["row"],
-        "below": one["row"] > other["row"],
-        "bigger than": big == (True, False),
-        "smaller than": big == (False, True),
-    }
-    return "yes" if holds[match[2]] else "no"
+    return "yes" if HOLDS[match[2]](seen[match[1]], seen[match[3]]) else "no"
 
 
 def one_described(request: str, seen: Seen) -> str:
@@ -118,7 +132,7 @@ def test_every_answer_is_what_the_pixels_say(splits: dict[str, Dataset]) -> None
         checked = Counter()
         for row in splits[split]:
             seen = things(pixels(row))
-            assert 3 <= len(seen) <= 6
+            assert 5 <= len(seen) <= 8
             for question, given, kind in asked([row]):
                 if kind == "description":
                     assert split == "train"
@@ -127,7 +141,7 @@ def test_every_answer_is_what_the_pixels_say(splits: dict[str, Dataset]) -> None
                 assert given == answer(question, seen), (row["id"], question)
                 assert " " not in given
                 checked[kind] += 1
-        kinds = {"place", "find", "count", "position", "size", "more", "extreme"}
+        kinds = {"count", "side", "beside", "same", "more", "extreme", "position"}
         assert set(checked) == kinds and min(checked.values()) > 20
 
 
@@ -153,16 +167,28 @@ def test_no_picture_is_in_both_splits_nor_twice_in_one(splits: dict[str, Dataset
 def test_the_question_does_not_tell_the_answer(splits: dict[str, Dataset]) -> None:
     templates: dict[str, Counter] = defaultdict(Counter)
     for question, given, kind in asked(splits["train"]):
-        if kind == "description":
-            continue
-        names = r"the (red|green|blue|yellow) (circle|square|triangle)"
-        templates[re.sub(names, "it", question)][given] += 1
-    for template, answers in templates.items():
-        assert len(answers) > 1, template
-        assert len(set(answers.values())) == 1, template
+        if kind != "description":
+            templates[template(question, kind)][given] += 1
+    for words, answers in templates.items():
+        assert len(answers) > 1, words
+        assert len(set(answers.values())) == 1, words
     total = sum(map(Counter.total, templates.values()))
     majority = sum(max(answers.values()) for answers in templates.values()) / total
-    assert majority < 0.5
+    assert majority < 0.45
+
+
+def template(question: str, kind: str) -> str:
+    """The question without the words that tell nothing."""
+    if kind == "beside":  # the next one has another colour than this one more often than not
+        asked_for = question.split()[1]
+        names = {"color": r"\1", "shape": r"\2", "size": "it"}[asked_for]
+        return re.sub(r"(\w+) (\w+)\?", names, question)
+    if kind == "extreme":
+        return " ".join(question.split()[:5])
+    if kind == "same":
+        return question.rpartition(" at the ")[0]
+    names = r"the (red|green|blue|yellow) (circle|square|triangle)"
+    return re.sub(names, "it", question)
 
 
 def test_the_exact_words_of_training_questions_do_not_tell_test_answers(
