@@ -185,6 +185,9 @@ def template(question: str, kind: str) -> str:
         return re.sub(r"(\w+) (\w+)\?", names, question)
     if kind == "extreme":
         return " ".join(question.split()[:5])
+    if kind == "side":  # "how many circles are left of the red circle": one less, it is one itself
+        words = question.removesuffix("?").replace("s ", " ").split()
+        assert len(words) == len(set(words)), question
     if kind == "same":
         return question.rpartition(" at the ")[0]
     names = r"the (red|green|blue|yellow) (circle|square|triangle)"
