@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A compositional task: pictures of five to eight shapes, questions with answers of one word.
+"""A compositional task: pictures of four to six shapes, questions with answers of one word.
 
     python benchmarks/composition.py --output_dir outputs/composition --train 12000 --test 600
 
@@ -8,11 +8,11 @@ The folder holds `train` and `test`, which `vlmoe train --dataset outputs/compos
 - A picture is 48 x 48 pixels, white, with a grid of 3 x 3 cells. A shape stands alone in its cell,
   a pixel off the middle at most. It is a circle, square or triangle, of four colours, big or small;
   no two shapes of a picture have the same colour and shape, so that "the red circle" is one.
-- Types of questions, all of several steps: `count` ("how many big red shapes are there?"), `side`
-  ("how many circles are left of the red square?"), `beside` ("what color is the shape directly
-  above the red circle?"), `same` ("how many shapes have the color of the one at the top left?"),
-  `more` ("are there more red shapes than circles?"), `extreme` ("what size is the leftmost
-  circle?"), `position` ("is the red circle left of the blue square?").
+- Types of questions: `find` ("which row is the red circle in?"), `count` ("how many red shapes are
+  there?"), `side` ("how many circles are left of the red square?"), `beside` ("what color is
+  the shape directly above the red circle?"), `more` ("are there more red shapes than circles?"),
+  `extreme` ("what size is the leftmost circle?"), `position` ("is the red circle left of the blue
+  square?").
 - Within each template every answer is equally frequent, so that the question alone does not help.
   A template is a question without what tells nothing of its answer, such as the name in `position`.
 - Training rows describe some things, too ("describe the top left.", "small red circle").
@@ -40,8 +40,8 @@ SHAPES = ("circle", "square", "triangle")
 HALF = {"small": 3, "big": 6}  # half of the width, in pixels
 CELLS, CELL = 3, 16
 BACKGROUND = (255, 255, 255)
-NUMBERS = ("zero", "one", "two", "three", "four")
-OBJECTS = (5, 8)
+NUMBERS = ("zero", "one", "two", "three")
+OBJECTS = (4, 6)
 DESCRIPTION = "describe the picture."
 DESCRIBED = 2
 """Things of each training picture that are described one by one."""
@@ -50,7 +50,7 @@ PLACES = {"column": ("left", "middle", "right"), "row": ("top", "middle", "botto
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Where things lie that have this relation to another: columns to the right, rows down."""
 EXTREMES = {"leftmost": "left of", "rightmost": "right of", "highest": "above", "lowest": "below"}
-PER_TYPE = {"count": 5, "side": 4, "beside": 2, "same": 2, "more": 2, "extreme": 2, "position": 1}
+PER_TYPE = {"find": 2, "count": 3, "side": 2, "beside": 2, "more": 1, "extreme": 2, "position": 2}
 """Questions drawn from each picture, before the balancing."""
 
 
@@ -144,10 +144,10 @@ def candidates(scene: Scene, rng: random.Random) -> Iterator[Question]:
     """Questions about a scene, before the balancing."""
     pairs = list(permutations(scene, 2))
     drawn = {
+        "find": [q for thing in scene for q in _finds(thing)],
         "count": list(_counts(scene)),
         "side": [q for thing in scene for q in _sides(thing, scene)],
         "beside": [q for pair in pairs for q in _besides(*pair)],
-        "same": [q for thing in scene for q in _sames(thing, scene)],
         "more": list(_mores(scene)),
         "extreme": list(_extremes(scene)),
         "position": [q for pair in pairs for q in _positions(*pair)],
@@ -165,6 +165,12 @@ def _plural(word: str) -> str:
     return f"{word}s" if word in SHAPES else f"{word} shapes".strip()
 
 
+def _kind(word: str) -> str:
+    """Colours are alike, whatever is asked, and so are shapes."""
+    kinds = {"color": COLORS, "shape": SHAPES, "size": HALF}
+    return next((kind for kind, words in kinds.items() if word in words), "")
+
+
 def _numbered(
     kind: str, template: str, text: str, number: int, allowed: range
 ) -> Iterator[Question]:
@@ -173,15 +179,18 @@ def _numbered(
         yield Question(kind, template, text, NUMBERS[number])
 
 
+def _finds(thing: Thing) -> Iterator[Question]:
+    yield Question("find", "what size", f"what size is the {thing.name}?", thing.size)
+    for axis, words in PLACES.items():
+        text = f"which {axis} is the {thing.name} in?"
+        yield Question("find", f"which {axis}", text, words[getattr(thing, axis)])
+
+
 def _counts(scene: Scene) -> Iterator[Question]:
     for word in (*COLORS, *SHAPES):
-        allowed = range(1, 4) if word in SHAPES else range(4)
+        allowed = range(1, 4) if word in SHAPES else range(3)
         text = f"how many {_plural(word)} are there?"
         yield from _numbered("count", text, text, _number(scene, word), allowed)
-        for size in HALF:
-            text = f"how many {size} {_plural(word)} are there?"
-            number = _number([thing for thing in scene if thing.size == size], word)
-            yield from _numbered("count", text, text, number, range(3))
 
 
 def _sides(thing: Thing, scene: Scene) -> Iterator[Question]:
@@ -189,10 +198,9 @@ def _sides(thing: Thing, scene: Scene) -> Iterator[Question]:
         there = [other for other in scene if _holds(other, relation, thing)]
         for word in ("", *COLORS, *SHAPES):
             if word not in (thing.color, thing.shape):  # of these it is one itself
-                allowed = range(3 if word else 5)
-                template = f"how many {_plural(word)} are {relation}"
-                text = f"{template} the {thing.name}?"
-                yield from _numbered("side", template, text, _number(there, word), allowed)
+                text = f"how many {_plural(word)} are {relation} the {thing.name}?"
+                template = f"{_kind(word)} {relation}"
+                yield from _numbered("side", template, text, _number(there, word), range(3))
 
 
 def _besides(thing: Thing, other: Thing) -> Iterator[Question]:
@@ -206,20 +214,13 @@ def _besides(thing: Thing, other: Thing) -> Iterator[Question]:
                 yield Question("beside", f"{text} {own}", f"{text} {thing.name}?", answer)
 
 
-def _sames(thing: Thing, scene: Scene) -> Iterator[Question]:
-    for asked, allowed in (("color", range(1, 4)), ("shape", range(1, 5))):
-        template = f"how many shapes have the {asked} of the one at the"
-        number = _number(scene, getattr(thing, asked))
-        text = f"{template} {thing.place}?"
-        yield from _numbered("same", template, text, number, allowed)
-
-
 def _mores(scene: Scene) -> Iterator[Question]:
     for one, other in (*permutations((*COLORS, *SHAPES), 2), *permutations(HALF)):
         numbers = _number(scene, one), _number(scene, other)
         if numbers[0] != numbers[1]:
             text = f"are there more {_plural(one)} than {_plural(other)}?"
-            yield Question("more", text, text, _yes_no(numbers[0] > numbers[1]))
+            template = f"{_kind(one)} {_kind(other)}"
+            yield Question("more", template, text, _yes_no(numbers[0] > numbers[1]))
 
 
 def _extremes(scene: Scene) -> Iterator[Question]:

@@ -13,7 +13,7 @@ from vlmoe_cli.loading import model_for_training
 from vlmoe_cli.options import ModelOptions
 
 EXPERTS, TOP_K, SPLIT = 8, 2, 2
-WIDTH, HIDDEN, LAYERS = 64, 64, 4  # of the dense decoder; WIDTH is its MLP's
+WIDTH, HIDDEN, LAYERS = 48, 64, 4  # of the dense decoder; WIDTH is its MLP's
 SIZES: dict[str, Any] = {
     "pixel_shuffle_factor": 1,
     "vision_config": {

@@ -41,17 +41,17 @@ class Recipe:
     """
 
     see_images: int = 32
-    see_steps: int = 500
+    see_steps: int = 600
     see_learning_rate: float = 3e-3
     images: int = 6
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     warmup_steps: int = 50
-    evaluate_every: int = 250
+    evaluate_every: int = 500
     least_steps: int = 1500
-    most_steps: int = 5000
-    further_steps: int = 750
+    most_steps: int = 3500
+    further_steps: int = 500
     plateau: float = 0.002
     patience: int = 2
 
