@@ -126,6 +126,24 @@ def test_majority_knows_words_and_types() -> None:
     assert majority(train, test) == {"by words": 0.75, "by type": 0.5}
 
 
+def test_accuracy_in_training_is_of_questions_not_of_descriptions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = {"messages": [], "images": [], "question_type": []}
+    pictures = dataset([{"id": str(i), **row} for i in range(5)])
+    records = [("count", True), ("find", False), ("description", True), ("description", True)]
+    asked: list[int] = []
+
+    def answers(model: Any, processor: Any, rows: Any, batch: int) -> dict[str, Any]:
+        asked.append(len(rows))
+        return {"predictions": [{"question_type": k, "correct": c} for k, c in records]}
+
+    monkeypatch.setattr(upcycling, "evaluate_model", answers)
+    rows = {"train": pictures, "validation": pictures.select(range(3))}
+    assert upcycling.seen_accuracy(None, None, rows) == 0.5
+    assert asked == [3]
+
+
 def command(folder: Path, *more: str) -> list[str]:
     options = ["--tasks", "composition", "--seeds", "3", "--arms", *ARMS_RUN, *more]
     sizes = ["--max_images", "60", "--max_steps", "12", "--output_dir", str(folder)]
