@@ -86,7 +86,7 @@ def upcycle_folder(
     model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
     report = replace(conversion.check(model, tensors), bases=list(bases))
     report.save(staging)
-    write_model_card(staging)
+    write_model_card(staging, metadata={"model_name": target.name})
     os.replace(staging, target)
     _request_file(target).unlink()
     return report

@@ -112,14 +112,17 @@ def in_process() -> Callable[..., int]:
 def test_a_killed_conversion_goes_on_and_ends_with_the_same_bytes(
     dense_folder: Path, in_process: Callable[..., int], tmp_path: Path
 ) -> None:
-    whole, log = tmp_path / "whole", tmp_path / "log"
+    whole, log = tmp_path / "whole" / "sparse", tmp_path / "log"
+    whole.parent.mkdir()
     assert in_process(dense_folder, whole, 10**9, log) == 0
     writes = int(log.read_text())
     shards = list(whole.glob("*.safetensors"))
     assert len(shards) >= 8 and writes > len(shards)
 
-    target = tmp_path / "killed"
-    staging = target.with_name(".killed.upcycling")
+    assert "\n# sparse\n" in (whole / "README.md").read_text()
+    target = tmp_path / "killed" / "sparse"
+    target.parent.mkdir()
+    staging = target.with_name(".sparse.upcycling")
     for at in sorted(random.Random(0).sample(range(2, writes), KILLS)):
         shutil.rmtree(staging, ignore_errors=True)
         assert in_process(dense_folder, target, at, log) == -signal.SIGKILL
@@ -131,7 +134,7 @@ def test_a_killed_conversion_goes_on_and_ends_with_the_same_bytes(
             if name.endswith(".safetensors"):
                 assert (target / name).stat().st_mtime_ns == time, f"{name} was written again"
         assert_same_files(whole, target)
-        assert sorted(os.listdir(tmp_path)) == ["killed", "log", "whole"]
+        assert os.listdir(target.parent) == ["sparse"]
         shutil.rmtree(target)
 
 
