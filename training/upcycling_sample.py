@@ -5,7 +5,9 @@ import copy
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from ..modeling_vlmoe.upcycling.exactness import drawn_picture
 
 TEXTS = (
     " Compare the two pictures: which shapes and colours do both of them have?",
@@ -36,18 +38,9 @@ def prepared_sample(processor: Any, with_images: bool = True) -> dict[str, torch
 
 
 def drawn_pictures() -> list[Image.Image]:
-    """A wide picture and a high one, of shapes on a ground of several colours."""
-    pictures = []
-    for width, height in ((640, 360), (300, 420)):
-        picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
-        draw = ImageDraw.Draw(picture)
-        draw.ellipse((width // 8, height // 8, width // 2, height // 2), fill="gold")
-        draw.rectangle((width // 2, height // 2, width - 20, height - 30), fill="teal")
-        draw.polygon(
-            [(width // 3, height - 9), (width // 2, height // 2), (9, height - 40)], fill="crimson"
-        )
-        pictures.append(picture)
-    return pictures
+    """A wide picture and a high one."""
+    wide = drawn_picture(640, 360, ("white", "gold", "teal"))
+    return [wide, drawn_picture(300, 420, ("navy", "crimson", "olive"))]
 
 
 __all__ = ["drawn_pictures", "prepared_sample"]

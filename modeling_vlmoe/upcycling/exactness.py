@@ -178,11 +178,10 @@ def _drawn_tiles(config: VLMoEConfig) -> tuple[Tensor, Tensor]:
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else size
     pixels, mask = torch.zeros(3, 3, 3, height, width), torch.zeros(3, 3, height, width).long()
-    for i, (row, tile) in enumerate([(0, 0), (0, 2), (1, 0)]):  # tile 1 of row 0 is padding
-        picture = Image.new("RGB", (width, height), ("navy", "white", "olive")[i])
-        draw, far = ImageDraw.Draw(picture), (width - 2 - i, height - 3)
-        draw.ellipse((i + 1, 2, far[0], far[1] // 2), fill=("gold", "red", "white")[i])
-        draw.rectangle((width // 3, height // 2, *far), fill=("white", "teal", "black")[i])
+    colors = [("navy", "gold", "white"), ("white", "red", "teal"), ("olive", "white", "black")]
+    places = [(0, 0), (0, 2), (1, 0)]  # tile 1 of row 0 is padding
+    for (row, tile), each in zip(places, colors, strict=True):
+        picture = drawn_picture(width, height, each)
         values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
         pixels[row, tile], mask[row, tile] = values, 1
     patch = vision.patch_size
@@ -190,3 +189,12 @@ def _drawn_tiles(config: VLMoEConfig) -> tuple[Tensor, Tensor]:
         pixels[1, 0, :, -patch:] = 0
         mask[1, 0, -patch:] = 0
     return pixels, mask
+
+
+def drawn_picture(width: int, height: int, colors: tuple[str, str, str]) -> Image.Image:
+    """An ellipse and a rectangle on a ground; the colours of ground, ellipse and rectangle."""
+    picture = Image.new("RGB", (width, height), colors[0])
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((1, 2, 2 * width // 3, height // 2), fill=colors[1])
+    draw.rectangle((width // 3, height // 2, width - 2, height - 3), fill=colors[2])
+    return picture
