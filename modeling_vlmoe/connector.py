@@ -88,19 +88,16 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def patch_mask(pixel_mask: torch.Tensor, vision_config: Any) -> dict[str, torch.Tensor]:
-    """(tiles, height, width), 1 for real pixels -> the argument of a tower that leaves patches out.
+def patch_mask(pixel_mask: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(tiles, height, width), 1 for real pixels -> (tiles, rows, columns).
 
-    `patch_attention_mask` (tiles, rows, columns) is True where a patch holds a real pixel, as in
-    Idefics3. A tile that is all padding, which while compiling is still there, counts as whole:
-    attention to nothing would be NaN. Empty for towers that take no mask.
+    True where a patch holds a real pixel, as in Idefics3: the `patch_attention_mask` of
+    `TOWERS_WITH_PATCH_MASK`. A tile that is all padding, which while compiling is still there,
+    counts as whole: attention to nothing would be NaN.
     """
-    if vision_config.model_type not in TOWERS_WITH_PATCH_MASK:
-        return {}
-    size = vision_config.patch_size
-    patches = pixel_mask.unfold(1, size, size).unfold(2, size, size)
+    patches = pixel_mask.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size)
     real = patches.flatten(-2).any(-1)  # (tiles, rows, columns)
-    return {"patch_attention_mask": real | ~real.flatten(1).any(-1)[:, None, None]}
+    return real | ~real.flatten(1).any(-1)[:, None, None]
 
 
 def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:

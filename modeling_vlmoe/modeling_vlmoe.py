@@ -32,6 +32,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .active_parameters import active_parameters
 from .connector import (
+    TOWERS_WITH_PATCH_MASK,
     VLMoEConnector,
     blank_image,
     encode_tiles,
@@ -111,8 +112,11 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if pixel_attention_mask is not None:
             pixel_mask = pixel_attention_mask.flatten(0, 1)  # (tiles, height, width)
             real = pixel_mask.flatten(1).any(-1)
-            tiles, pixel_mask = _select_real(tiles, real), _select_real(pixel_mask, real)
-            kwargs |= patch_mask(pixel_mask, self.config.vision_config)
+            tiles = _select_real(tiles, real)
+            vision = self.config.vision_config
+            if vision.model_type in TOWERS_WITH_PATCH_MASK:
+                pixel_mask = _select_real(pixel_mask, real)
+                kwargs |= {"patch_attention_mask": patch_mask(pixel_mask, vision.patch_size)}
         if tiles.shape[0] == 0:  # rows without images, cut from a batch with images
             return VLMoEImageFeatures(
                 pooler_output=tiles.new_empty(0, 0, self.config.text_config.hidden_size)

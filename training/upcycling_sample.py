@@ -5,7 +5,6 @@ import copy
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..modeling_vlmoe.upcycling.exactness import drawn_picture
 
@@ -27,7 +26,9 @@ def prepared_sample(processor: Any, with_images: bool = True) -> dict[str, torch
     if processor.tokenizer.pad_token is None:  # masked anyway
         processor.tokenizer = copy.deepcopy(processor.tokenizer)
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    shown = [drawn_pictures(), drawn_pictures()[1:], []] if with_images else [[], [], []]
+    wide = drawn_picture(640, 360, ("white", "gold", "teal"))
+    high = drawn_picture(300, 420, ("navy", "crimson", "olive"))
+    shown = [[wide, high], [high], []] if with_images else [[], [], []]
     texts = [
         processor.image_token * len(pictures) + text
         for pictures, text in zip(shown, TEXTS, strict=True)
@@ -35,12 +36,3 @@ def prepared_sample(processor: Any, with_images: bool = True) -> dict[str, torch
     images = {"images": shown} if with_images else {}
     inputs = processor(text=texts, **images, padding=True, padding_side="left", return_tensors="pt")
     return dict(inputs)
-
-
-def drawn_pictures() -> list[Image.Image]:
-    """A wide picture and a high one."""
-    wide = drawn_picture(640, 360, ("white", "gold", "teal"))
-    return [wide, drawn_picture(300, 420, ("navy", "crimson", "olive"))]
-
-
-__all__ = ["drawn_pictures", "prepared_sample"]
