@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A compositional task: pictures of four to six shapes, questions with answers of one word.
+"""A compositional task: pictures of two to six shapes, questions with answers of one word.
 
     python benchmarks/composition.py --output_dir outputs/composition --train 12000 --test 600
 
@@ -8,11 +8,11 @@ The folder holds `train` and `test`, which `vlmoe train --dataset outputs/compos
 - A picture is 48 x 48 pixels, white, with a grid of 3 x 3 cells. A shape stands alone in its cell,
   a pixel off the middle at most. It is a circle, square or triangle, of four colours, big or small;
   no two shapes of a picture have the same colour and shape, so that "the red circle" is one.
-- Types of questions: `find` ("which row is the red circle in?"), `count` ("how many red shapes are
-  there?"), `side` ("how many circles are left of the red square?"), `beside` ("what color is
-  the shape directly above the red circle?"), `more` ("are there more red shapes than circles?"),
-  `extreme` ("what size is the leftmost circle?"), `position` ("is the red circle left of the blue
-  square?").
+- Types of questions: `place` ("what size is the shape at the top left?"), `find` ("which row is
+  the red circle in?"), `count` ("how many red shapes are there?"), `side` ("how many circles are
+  left of the red square?"), `beside` ("what color is the shape directly above the red circle?"),
+  `more` ("are there more red shapes than circles?"), `extreme` ("what size is the leftmost
+  circle?"), `position` ("is the red circle left of the blue square?").
 - Within each template every answer is equally frequent, so that the question alone does not help.
   A template is a question without what tells nothing of its answer, such as the name in `position`.
 - Training rows describe some things, too ("describe the top left.", "small red circle").
@@ -41,7 +41,7 @@ HALF = {"small": 3, "big": 6}  # half of the width, in pixels
 CELLS, CELL = 3, 16
 BACKGROUND = (255, 255, 255)
 NUMBERS = ("zero", "one", "two", "three")
-OBJECTS = (4, 6)
+OBJECTS = (2, 6)
 DESCRIPTION = "describe the picture."
 DESCRIBED = 2
 """Things of each training picture that are described one by one."""
@@ -50,8 +50,11 @@ PLACES = {"column": ("left", "middle", "right"), "row": ("top", "middle", "botto
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Where things lie that have this relation to another: columns to the right, rows down."""
 EXTREMES = {"leftmost": "left of", "rightmost": "right of", "highest": "above", "lowest": "below"}
-PER_TYPE = {"find": 2, "count": 3, "side": 2, "beside": 2, "more": 1, "extreme": 2, "position": 2}
-"""Questions drawn from each picture, before the balancing."""
+PER_TYPE = {"place": 3, "find": 2, "count": 2, "side": 2, "beside": 2, "more": 1, "extreme": 1}
+PER_TYPE |= {"position": 1}
+"""Questions drawn from each picture, before the balancing. Those about places are easy, as are
+pictures of few shapes; without them a tiny model takes many times as long to learn to find a shape.
+"""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ def candidates(scene: Scene, rng: random.Random) -> Iterator[Question]:
     """Questions about a scene, before the balancing."""
     pairs = list(permutations(scene, 2))
     drawn = {
+        "place": [q for thing in scene for q in _places(thing)],
         "find": [q for thing in scene for q in _finds(thing)],
         "count": list(_counts(scene)),
         "side": [q for thing in scene for q in _sides(thing, scene)],
@@ -177,6 +181,12 @@ def _numbered(
     """A question for a number, unless the answer is one that rarely comes up."""
     if number in allowed:
         yield Question(kind, template, text, NUMBERS[number])
+
+
+def _places(thing: Thing) -> Iterator[Question]:
+    for asked in ("color", "shape", "size"):
+        text = f"what {asked} is the shape at the {thing.place}?"
+        yield Question("place", text, text, getattr(thing, asked))
 
 
 def _finds(thing: Thing) -> Iterator[Question]:
@@ -263,7 +273,7 @@ def _yes_no(holds: bool) -> str:
 
 def balanced(asked: list[tuple[int, Question]], rng: random.Random) -> dict[int, list[Question]]:
     """Of (picture, question) those that are kept, by picture: as many of each answer of a template
-    as there are of its rarest one."""
+    as there are of its rarest one, and none where only one answer came up."""
     groups: dict[str, dict[str, list[tuple[int, Question]]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -271,7 +281,7 @@ def balanced(asked: list[tuple[int, Question]], rng: random.Random) -> dict[int,
         groups[question.template][question.answer].append((number, question))
     kept: dict[int, list[Question]] = defaultdict(list)
     for answers in groups.values():
-        fewest = min(map(len, answers.values()))
+        fewest = min(map(len, answers.values())) if len(answers) > 1 else 0  # one tells itself
         for each in answers.values():
             for number, question in rng.sample(each, fewest):
                 kept[number].append(question)

@@ -50,7 +50,7 @@ class Recipe:
     warmup_steps: int = 50
     evaluate_every: int = 500
     least_steps: int = 1500
-    most_steps: int = 4500
+    most_steps: int = 10000
     further_steps: int = 500
     plateau: float = 0.002
     patience: int = 2
