@@ -4,10 +4,9 @@
 One recipe for all. Descriptions of pictures come first, then questions; each stage has a warm-up
 and an optimizer of its own. The dense model learns from questions at a constant rate until two
 evaluations in a row bring less than 0.2 points of validation accuracy. From there continued arms
-warm up anew, with a fresh optimizer, and the rate falls to zero. An arm from scratch takes the
-dense model's steps and the further ones in one run: constant as long as the dense model, then
-falling to zero over the further steps. So every arm has the same rate at the same step, but for
-the second warm-up of the continued ones.
+warm up anew, with a fresh optimizer; over their last steps the rate falls to zero. An arm from
+scratch takes the dense model's steps and the further ones in one run. So every arm has the same
+rate at the same step, but for the second warm-up of the continued ones.
 """
 
 import statistics
@@ -36,6 +35,7 @@ class Recipe:
         evaluate_every: optimizer steps between evaluations, of the dense model on its way.
         least_steps, most_steps: of the dense model; what comes before does not count as a plateau.
         further_steps: after it.
+        decay_steps: the last of every run but the dense model's, in which the rate falls.
         plateau: least gain of accuracy that counts as one.
         patience: evaluations without such a gain that make a plateau.
     """
@@ -51,7 +51,8 @@ class Recipe:
     evaluate_every: int = 500
     least_steps: int = 1500
     most_steps: int = 10000
-    further_steps: int = 500
+    further_steps: int = 2000
+    decay_steps: int = 500
     plateau: float = 0.002
     patience: int = 2
 
@@ -62,6 +63,7 @@ class Recipe:
             "least_steps",
             "most_steps",
             "further_steps",
+            "decay_steps",
             "evaluate_every",
             "warmup_steps",
         )
@@ -104,8 +106,8 @@ def train_to_plateau(
 def train_for(
     model: Any, processor: Any, rows: Rows, recipe: Recipe, folder: Path, seed: int, steps: int
 ) -> TrainResult:
-    """Train for `steps`, the last `further_steps` of them with a falling rate."""
-    schedule = _falling(steps, recipe.further_steps, recipe.warmup_steps)
+    """Train for `steps`, the last `decay_steps` of them with a falling rate."""
+    schedule = _falling(steps, recipe.decay_steps, recipe.warmup_steps)
     return _train(model, processor, rows["train"], recipe, folder, seed, schedule)
 
 
