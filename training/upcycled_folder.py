@@ -126,8 +126,6 @@ def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) ->
     """Write the shards that are missing, and the index; returns the report's tensors."""
     with torch.device("meta"):
         skeleton = VLMoEForConditionalGeneration(conversion.config)
-    frozen = skeleton.model.unused_vision_parameters
-    conversion.parameters = conversion.count_dense(frozen)
     tied = set(skeleton.all_tied_weights_keys)
     target = {name: t for name, t in skeleton.state_dict().items() if name not in tied}
     plan = conversion.plan(target)

@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 
 from ...configuration.configuration_vlmoe import VLMoEConfig
 from ..active_parameters import active_parameters
+from ..connector import unused_vision_parameters
 from ..modeling_vlmoe_text import damaged_file
 from .dense_configs import text_fields, vision_fields, vlmoe_fields
 from .exactness import TOLERANCE, Outputs, UpcyclingError, drawn_sample, outputs_of
@@ -225,7 +226,7 @@ class Conversion:
             weights=weights,
             sample=sample,
             reference=(in_fp32, stored),
-            parameters={},
+            parameters=_count_dense(weights, config),
             new_parts=new_parts,
         )
 
@@ -243,25 +244,6 @@ class Conversion:
         for name, origin in plan.items():
             target[name].copy_(origin.tensor(self.weights))
         return plan
-
-    def count_dense(self, frozen: list[str]) -> dict[str, int]:
-        """Parameters of the dense model, counted as `active_parameters` does."""
-        sizes = {
-            name: piece.of(self.weights).numel()
-            for name, piece in dense_pieces(self.weights, self.config).items()
-        }
-        if self.config.tie_word_embeddings:
-            sizes.pop(HEAD, None)
-        vision = sum(n for name, n in sizes.items() if name.startswith((TOWER, CONNECTOR)))
-        frozen_size = sum(sizes.get(f"{TOWER}{name}", 0) for name in frozen)
-        decoder = sum(
-            n for name, n in sizes.items() if name.startswith(DECODER) and name != EMBEDDING
-        ) + sizes.get(HEAD, sizes[EMBEDDING])
-        return {
-            "total": sum(sizes.values()),
-            "image_token": vision - frozen_size + decoder,
-            "text_token": self.config.text_config.hidden_size + decoder,
-        }
 
     def check(self, model: Any, tensors: list[dict[str, Any]]) -> UpcyclingReport:
         """Ask the sparse model the sample and report.
@@ -313,6 +295,24 @@ class Conversion:
         )
 
 
+def _count_dense(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str, int]:
+    """Parameters of the dense model, counted as `active_parameters` does."""
+    pieces = dense_pieces(weights, config)
+    sizes = {name: piece.of(weights).numel() for name, piece in pieces.items()}
+    if config.tie_word_embeddings:
+        sizes.pop(HEAD, None)
+    vision = sum(n for name, n in sizes.items() if name.startswith((TOWER, CONNECTOR)))
+    frozen = sum(sizes.get(f"{TOWER}{name}", 0) for name in unused_vision_parameters(config))
+    decoder = sum(
+        n for name, n in sizes.items() if name.startswith(DECODER) and name != EMBEDDING
+    ) + sizes.get(HEAD, sizes[EMBEDDING])
+    return {
+        "total": sum(sizes.values()),
+        "image_token": vision - frozen + decoder,
+        "text_token": config.text_config.hidden_size + decoder,
+    }
+
+
 def described(plan: Mapping[str, Origin], target: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """The tensors of a report."""
     return [
@@ -332,7 +332,6 @@ def converted(model_class: Any, conversion: Conversion) -> Any:
         model = model_class._from_config(conversion.config, dtype=conversion.dtype)
     model.tie_weights()
     plan = conversion.fill(model)
-    conversion.parameters = conversion.count_dense(model.model.unused_vision_parameters)
     conversion.weights = {}
     if conversion.generation_config is not None:
         model.generation_config = conversion.generation_config
