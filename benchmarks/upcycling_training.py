@@ -2,11 +2,11 @@
 """Training of the upcycling benchmark's arms: to a plateau, or for a number of steps.
 
 One recipe for all. Descriptions of pictures come first, then questions; each stage has a warm-up
-and an optimizer of its own. The dense model learns from questions at a constant rate until two
-evaluations in a row bring less than 0.2 points of validation accuracy. From there continued arms
-warm up anew, with a fresh optimizer; over their last steps the rate falls to zero. An arm from
-scratch takes the dense model's steps and the further ones in one run. So every arm has the same
-rate at the same step, but for the second warm-up of the continued ones.
+and an optimizer of its own. The dense model learns from questions at the full rate, then the rate
+falls to a tenth, and there it stays until two evaluations in a row bring less than 0.2 points of
+validation accuracy. From this model continued arms warm up anew to the full rate, with a fresh
+optimizer. An arm from scratch takes the dense model's steps and the further ones in one run at the
+full rate. Over the last steps of both the rate falls to zero.
 """
 
 import statistics
@@ -32,10 +32,12 @@ class Recipe:
         images: of a batch of the later stage, each with all its questions.
         learning_rate, weight_decay, adam_beta2: of AdamW.
         warmup_steps: of every run.
+        steady_steps: of the dense model, the warm-up among them, before its rate falls.
+        decay_steps: in which a rate falls; the last of every run but the dense model's.
+        low_rate: what is left of the dense model's rate then, as a share.
         evaluate_every: optimizer steps between evaluations, of the dense model on its way.
-        least_steps, most_steps: of the dense model; what comes before does not count as a plateau.
+        most_steps: of the dense model, plateau or not.
         further_steps: after it.
-        decay_steps: the last of every run but the dense model's, in which the rate falls.
         plateau: least gain of accuracy that counts as one.
         patience: evaluations without such a gain that make a plateau.
     """
@@ -48,29 +50,27 @@ class Recipe:
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     warmup_steps: int = 50
-    evaluate_every: int = 500
-    least_steps: int = 1500
+    steady_steps: int = 3000
+    decay_steps: int = 500
+    low_rate: float = 0.1
+    evaluate_every: int = 250
     most_steps: int = 10000
     further_steps: int = 2000
-    decay_steps: int = 500
     plateau: float = 0.002
     patience: int = 2
 
     def shortened(self, steps: int) -> "Recipe":
         """The same with at most so many steps of every kind."""
-        names = (
-            "see_steps",
-            "least_steps",
-            "most_steps",
-            "further_steps",
-            "decay_steps",
-            "evaluate_every",
-            "warmup_steps",
-        )
-        least = {"least_steps": 0, "warmup_steps": steps // 4, "evaluate_every": max(1, steps // 4)}
-        return replace(
-            self, **{name: min(getattr(self, name), least.get(name, steps)) for name in names}
-        )
+        quarter = max(1, steps // 4)
+        most = {"see_steps": steps, "most_steps": steps, "further_steps": steps}
+        most |= {"steady_steps": 2 * quarter, "decay_steps": quarter}
+        most |= {"evaluate_every": quarter, "warmup_steps": quarter}
+        return replace(self, **{name: min(getattr(self, name), n) for name, n in most.items()})
+
+    @property
+    def least_steps(self) -> int:
+        """Of the dense model: a plateau is one of the low rate."""
+        return self.steady_steps + self.decay_steps + self.patience * self.evaluate_every
 
 
 Rows = dict[str, Any]
@@ -89,9 +89,15 @@ def learn_to_see(
 def train_to_plateau(
     model: Any, processor: Any, rows: Rows, recipe: Recipe, folder: Path, seed: int
 ) -> TrainResult:
-    """Train with a constant rate until validation accuracy stands still, or for `most_steps`."""
+    """Train until validation accuracy stands still at the low rate, or for `most_steps`."""
     schedule = {
-        "lr_scheduler_type": "constant_with_warmup",
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {
+            "num_stable_steps": recipe.steady_steps - recipe.warmup_steps,
+            "num_decay_steps": recipe.decay_steps,
+            "decay_type": "linear",
+            "min_lr_ratio": recipe.low_rate,
+        },
         "max_steps": recipe.most_steps,
         "eval_strategy": "steps",
         "eval_steps": recipe.evaluate_every,
@@ -165,8 +171,9 @@ def _train(
 
 
 class StopAtPlateau(TrainerCallback):
-    """Ends training when the last `patience` evaluations have not beaten the best one before them
-    by `gain`. It reads Trainer's log, which a checkpoint keeps, and remembers nothing itself."""
+    """Ends training, not before `least_steps`, when the last `patience` evaluations have not beaten
+    the best one before them by `gain`. It reads Trainer's log, which a checkpoint keeps, and
+    remembers nothing itself."""
 
     def __init__(self, gain: float, patience: int, least_steps: int = 0):
         self.gain, self.patience, self.least_steps = gain, patience, least_steps
