@@ -18,7 +18,7 @@ from transformers import TrainerControl
 from upcycling_arms import ARMS, BASELINE, PLATEAU, build, flops_per_token, new_model
 from upcycling_data import majority
 from upcycling_report import winner
-from upcycling_training import StopAtPlateau, times
+from upcycling_training import Recipe, StopAtPlateau, times
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.training.easy_vqa import conversation, dataset
@@ -169,6 +169,13 @@ def kill_when(process: subprocess.Popen, condition: Any) -> None:
     process.wait()
 
 
+def last_rate(model: Path) -> float:
+    """The learning rate that was logged last."""
+    [state] = model.glob("checkpoint-*/trainer_state.json")
+    history = json.loads(state.read_text())["log_history"]
+    return [entry["learning_rate"] for entry in history if "learning_rate" in entry][-1]
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path: Path) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -187,6 +194,9 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path: Path) -> None:
     for state in states[1:]:
         trained = json.loads((own / state / "train_results.json").read_text())
         assert trained["resumed_at_step"] in (3, 6, 9), "started anew"
+    assert last_rate(own / PLATEAU / "model") == pytest.approx(0.1 * Recipe.learning_rate)
+    for arm in (BASELINE, "upcycled"):
+        assert last_rate(own / arm / "model") == pytest.approx(Recipe.learning_rate / 3)  # then 0
     table = subprocess.run(
         command(killed, "--report_only"), check=True, capture_output=True, text=True
     ).stdout
