@@ -86,10 +86,11 @@ def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> d
 
 def seen_accuracy(model: Any, processor: Any, rows: dict[str, Any]) -> float:
     """Accuracy on questions of the first training pictures, as many as there are for validation,
-    to tell overfitting; descriptions are left out."""
+    to tell overfitting; of the types that the test has."""
+    types = {each for row in rows["test"]["question_type"] for each in row}
     pictures = range(min(len(rows["train"]), len(rows["validation"])))
     answers = evaluate_model(model, processor, rows["train"].select(pictures), EVALUATION_BATCH)
-    records = [each for each in answers["predictions"] if each["question_type"] != "description"]
+    records = [each for each in answers["predictions"] if each["question_type"] in types]
     return statistics.mean(record["correct"] for record in records)
 
 

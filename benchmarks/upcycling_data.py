@@ -17,7 +17,7 @@ from vlmoe.training.tokenizer import train_tokenizer
 from vlmoe_cli.train import texts_of
 
 TASKS = ("composition", "easy_vqa")
-IMAGES = {"train": 12000, "validation": 300, "test": 600}
+IMAGES = {"train": 12000, "validation": 300, "test": 1200}
 """Of the compositional task."""
 HELD_OUT = 300
 """Of easy-VQA's training images, the last ones, to tell a plateau."""

@@ -126,12 +126,12 @@ def test_majority_knows_words_and_types() -> None:
     assert majority(train, test) == {"by words": 0.75, "by type": 0.5}
 
 
-def test_accuracy_in_training_is_of_questions_not_of_descriptions(
+def test_accuracy_in_training_is_of_the_types_that_the_test_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    row = {"messages": [], "images": [], "question_type": []}
+    row = {"messages": [], "images": [], "question_type": ["count", "side"]}
     pictures = dataset([{"id": str(i), **row} for i in range(5)])
-    records = [("count", True), ("find", False), ("description", True), ("description", True)]
+    records = [("count", True), ("side", False), ("find", True), ("description", True)]
     asked: list[int] = []
 
     def answers(model: Any, processor: Any, rows: Any, batch: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_accuracy_in_training_is_of_questions_not_of_descriptions(
         return {"predictions": [{"question_type": k, "correct": c} for k, c in records]}
 
     monkeypatch.setattr(upcycling, "evaluate_model", answers)
-    rows = {"train": pictures, "validation": pictures.select(range(3))}
+    rows = {"train": pictures, "validation": pictures.select(range(3)), "test": pictures}
     assert upcycling.seen_accuracy(None, None, rows) == 0.5
     assert asked == [3]
 
