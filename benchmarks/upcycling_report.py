@@ -76,7 +76,11 @@ def difference(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[s
 def winner(arms: dict[str, Any]) -> str | None:
     """Which arm is best by its mean difference to the baseline, and whether the two are told apart
     by its interval; None until the baseline and another arm have run."""
-    gaps = {name: arms[name]["minus baseline"] for name in COMPARED if name in arms}
+    gaps = {
+        name: arms[name]["minus baseline"]
+        for name in COMPARED
+        if "minus baseline" in arms.get(name, {})
+    }
     if BASELINE not in arms or not gaps:
         return None
     best = max(gaps, key=lambda name: gaps[name]["mean"])

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl
 from upcycling_arms import ARMS, BASELINE, PLATEAU, build, flops_per_token, new_model
 from upcycling_data import majority
-from upcycling_report import winner
+from upcycling_report import summary, winner
 from upcycling_training import Recipe, StopAtPlateau, times
 
 from vlmoe import VLMoEForConditionalGeneration
@@ -222,6 +222,18 @@ def test_the_winner_is_named_with_its_doubt() -> None:
     assert winner(arms(upcycled=(0.1, 0.01), dense_total=(0.2, -0.1))) == (
         '"dense twin, equal total" won, but its interval holds 0'
     )
+
+
+def test_seeds_that_the_baseline_lacks_are_reported_and_not_compared() -> None:
+    def run(right: str) -> dict[str, Any]:
+        return {"accuracy": 0.5, "right": right, "images": ["a", "b"]}
+
+    runs = {BASELINE: {0: run("01")}, "upcycled": {0: run("11"), 1: run("00")}}
+    found = summary(runs | {"dense_total": {1: run("10")}})
+    assert set(found["arms"]["upcycled"]["seeds"]) == {0, 1}
+    assert found["arms"]["upcycled"]["minus baseline"]["mean"] == pytest.approx(0.5)
+    assert "minus baseline" not in found["arms"]["dense_total"]
+    assert found["won"].startswith('"upcycled')
 
 
 def test_runs_of_another_recipe_are_not_mixed_in(tmp_path: Path) -> None:
