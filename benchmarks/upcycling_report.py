@@ -84,10 +84,12 @@ def winner(arms: dict[str, Any]) -> str | None:
     if BASELINE not in arms or not gaps:
         return None
     best = max(gaps, key=lambda name: gaps[name]["mean"])
-    if gaps[best]["mean"] <= 0:
-        return f'"{ARMS[BASELINE].label}" won'
-    sure = gaps[best]["low"] > 0
-    return f'"{ARMS[best].label}" won' + ("" if sure else ", but its interval holds 0")
+    gap = gaps[best]
+    if gap["mean"] > 0:
+        won, sure, whose = best, gap["low"] > 0, "its interval"
+    else:
+        won, sure, whose = BASELINE, gap["high"] < 0, f'the interval of "{ARMS[best].label}"'
+    return f'"{ARMS[won].label}" won' + ("" if sure else f", but {whose} holds 0")
 
 
 def table(task: str, runs: Runs, found: dict[str, Any]) -> str:

@@ -207,19 +207,22 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_the_winner_is_named_with_its_doubt() -> None:
-    def arms(**gaps: tuple[float, float]) -> dict[str, Any]:
+    def arms(**gaps: tuple[float, float, float]) -> dict[str, Any]:
         found = {
-            name: {"minus baseline": {"mean": mean, "low": low}}
-            for name, (mean, low) in gaps.items()
+            name: {"minus baseline": dict(zip(("low", "mean", "high"), gap, strict=True))}
+            for name, gap in gaps.items()
         }
         return {BASELINE: {}, "question_only": {"minus baseline": {"mean": 1.0}}} | found
 
     assert winner(arms()) is None
-    assert winner(arms(upcycled=(-0.1, -0.2))) == '"dense, continued" won'
-    assert winner(arms(upcycled=(0.1, 0.01), dense_total=(0.05, 0.02))) == (
+    assert winner(arms(upcycled=(-0.2, -0.1, -0.05))) == '"dense, continued" won'
+    assert winner(arms(upcycled=(-0.2, -0.1, 0.01), dense_total=(-0.4, -0.3, -0.2))) == (
+        '"dense, continued" won, but the interval of "upcycled, 8 experts, top 2" holds 0'
+    )
+    assert winner(arms(upcycled=(0.01, 0.1, 0.2), dense_total=(0.02, 0.05, 0.1))) == (
         '"upcycled, 8 experts, top 2" won'
     )
-    assert winner(arms(upcycled=(0.1, 0.01), dense_total=(0.2, -0.1))) == (
+    assert winner(arms(upcycled=(0.01, 0.1, 0.2), dense_total=(-0.1, 0.2, 0.4))) == (
         '"dense twin, equal total" won, but its interval holds 0'
     )
 
