@@ -96,8 +96,8 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
     """The task's arms, one line each, in Markdown."""
     kinds = sorted({kind for seeds in runs.values() for run in seeds.values()
                     for kind in run["accuracy_by_type"]})  # fmt: skip
-    head = ["arm", "seeds", "accuracy", "minus dense, continued", *kinds, "in training"]
-    head += ["parameters", "active", "MFLOP / token", "ms / step", "CPU min"]
+    head = ["arm", "accuracy", "each seed", f"points above {ARMS[BASELINE].label}", *kinds]
+    head += ["in training", "parameters", "active", "MFLOP / token", "ms / step", "CPU min"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, seeds in runs.items():
         each = list(seeds.values())
@@ -105,9 +105,9 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
         rows.append(
             [
                 ARMS[name].label,
-                str(len(each)),
                 f"{_mean(each, 'accuracy'):.2%}",
-                "" if gap is None else "{mean:+.2%} ({low:+.2%} to {high:+.2%})".format(**gap),
+                ", ".join(f"{run['accuracy']:.1%}" for run in each),
+                "" if gap is None else _points(gap),
                 *(f"{_mean([run['accuracy_by_type'] for run in each], k):.1%}" for k in kinds),
                 f"{_mean(each, 'accuracy_in_training'):.1%}",
                 f"{each[0]['parameters']['total']:,}",
@@ -127,12 +127,24 @@ def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
     return f"{task}: {won}. {blind}\n\n" + "\n".join(lines)
 
 
+def _points(gap: dict[str, float]) -> str:
+    mean, low, high = (100 * gap[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def _mean(runs: list[dict[str, Any]], key: str) -> float:
     return statistics.mean(run[key] for run in runs)
 
 
+def _gaps_of_seeds(arm: dict[str, Any], baseline: dict[str, Any]) -> list[float]:
+    """An arm's accuracy above the baseline's, in points, for each seed that both have run."""
+    ours, peer = arm["seeds"], baseline["seeds"]
+    return [100 * (ours[s]["accuracy"] - peer[s]["accuracy"]) for s in ours if s in peer]
+
+
 def plot(summaries: dict[str, dict[str, Any]], path: Path) -> Path:
-    """Each arm's difference to the baseline in points, with its interval, one panel per task."""
+    """Each arm's difference to the baseline in points, with its interval and each seed's, one panel
+    per task."""
     figure = new_figure(5.2 * len(summaries) + 1.5, 3.4)
     panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
     for axis, (task, found) in zip(panels, summaries.items(), strict=True):
@@ -143,6 +155,8 @@ def plot(summaries: dict[str, dict[str, Any]], path: Path) -> Path:
                 color = ORANGE if ARMS[name].upcycling else BLUE
                 ends = [[100 * (gap["mean"] - gap["low"])], [100 * (gap["high"] - gap["mean"])]]
                 axis.errorbar(100 * gap["mean"], place, xerr=ends, fmt="o", color=color, capsize=4)
+                each = _gaps_of_seeds(found["arms"][name], found["arms"][BASELINE])
+                axis.plot(each, [place + 0.28] * len(each), "|", color=color)
         baseline = found["arms"].get(BASELINE)
         share = "" if baseline is None else f" ({baseline['mean accuracy']:.1%})"
         axis.set(title=task, xlabel=f"points above {ARMS[BASELINE].label}{share}")
