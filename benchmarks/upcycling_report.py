@@ -76,12 +76,8 @@ def difference(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[s
 def winner(arms: dict[str, Any]) -> str | None:
     """Which arm is best by its mean difference to the baseline, and whether the two are told apart
     by its interval; None until the baseline and another arm have run."""
-    gaps = {
-        name: arms[name]["minus baseline"]
-        for name in COMPARED
-        if "minus baseline" in arms.get(name, {})
-    }
-    if BASELINE not in arms or not gaps:
+    gaps = _compared(arms)
+    if not gaps:
         return None
     best = max(gaps, key=lambda name: gaps[name]["mean"])
     gap = gaps[best]
@@ -90,6 +86,12 @@ def winner(arms: dict[str, Any]) -> str | None:
     else:
         won, sure, whose = BASELINE, gap["high"] < 0, f'the interval of "{ARMS[best].label}"'
     return f'"{ARMS[won].label}" won' + ("" if sure else f", but {whose} holds 0")
+
+
+def _compared(arms: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The differences to the baseline, of the arms that have one."""
+    found = {name: arms.get(name, {}).get("minus baseline") for name in COMPARED}
+    return {name: gap for name, gap in found.items() if gap is not None}
 
 
 def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
@@ -149,14 +151,12 @@ def plot(summaries: dict[str, dict[str, Any]], path: Path) -> Path:
     panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
     for axis, (task, found) in zip(panels, summaries.items(), strict=True):
         axis.axvline(0, color=GREY, linewidth=1)
-        for place, name in enumerate(COMPARED):
-            gap = found["arms"].get(name, {}).get("minus baseline")
-            if gap is not None:
-                color = ORANGE if ARMS[name].upcycling else BLUE
-                ends = [[100 * (gap["mean"] - gap["low"])], [100 * (gap["high"] - gap["mean"])]]
-                axis.errorbar(100 * gap["mean"], place, xerr=ends, fmt="o", color=color, capsize=4)
-                each = _gaps_of_seeds(found["arms"][name], found["arms"][BASELINE])
-                axis.plot(each, [place + 0.28] * len(each), "|", color=color)
+        for name, gap in _compared(found["arms"]).items():
+            place, color = COMPARED.index(name), ORANGE if ARMS[name].upcycling else BLUE
+            ends = [[100 * (gap["mean"] - gap["low"])], [100 * (gap["high"] - gap["mean"])]]
+            axis.errorbar(100 * gap["mean"], place, xerr=ends, fmt="o", color=color, capsize=4)
+            each = _gaps_of_seeds(found["arms"][name], found["arms"][BASELINE])
+            axis.plot(each, [place + 0.28] * len(each), "|", color=color)
         baseline = found["arms"].get(BASELINE)
         share = "" if baseline is None else f" ({baseline['mean accuracy']:.1%})"
         axis.set(title=task, xlabel=f"points above {ARMS[BASELINE].label}{share}")
