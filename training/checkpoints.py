@@ -7,6 +7,9 @@
 that folder. A run that is killed while it writes leaves a folder that has to be told from a whole
 one, so each file is judged (file_checks.py), and `trainer_state.json` must count as many steps as
 the folder's name says.
+
+A folder that cannot be resumed from may hold good weights all the same: they are never deleted, at
+most their folder is renamed.
 """
 
 import itertools
@@ -14,6 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,12 @@ NO_WORDS = ("", "false", "no", "none")
 
 _WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
+_SINGLE_WEIGHTS = (
+    *_WEIGHT_FILES,
+    *(f"{name}.index.json" for name in _WEIGHT_FILES),
+    *_PICKLED_WEIGHTS,
+)
+_SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")  # FSDP, DeepSpeed
 _FULL_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What stands for the optimizer: plain Trainer, FSDP (one file, or a folder of shards), DeepSpeed.
 _OPTIMIZER_PATTERNS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
@@ -82,17 +92,17 @@ def checkpoint_step(folder: Path) -> int:
 def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means, or None to start from the beginning.
 
-    - `last` or `true`: the newest whole checkpoint in `output_dir`; where there is none, training
-      starts from the beginning, so that one command both starts a run and continues it after a
-      kill;
+    - `last` or `true`: the newest whole checkpoint in `output_dir`; where there is none but what a
+      kill left of a save, training starts from the beginning, so that one command both starts a
+      run and continues it after a kill;
     - a path: that checkpoint, which must be whole;
     - nothing, or `false`: a new run, for which `output_dir` must not hold checkpoints of another
       one.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: the checkpoint is not whole, or a new run would mix with the checkpoints of an
-            older one.
+        ValueError: the checkpoint is not whole, `last` finds only finished checkpoints that cannot
+            be resumed from, or a new run would mix with the checkpoints of an older one.
     """
     word = "" if resume is None else str(resume)
     if word.lower() in NO_WORDS:
@@ -106,6 +116,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path |
     if word.lower() in LAST_WORDS:
         checkpoint = last_complete_checkpoint(output_dir)
         if checkpoint is None:
+            _require_only_unfinished(output_dir)
             logger.warning(
                 "%s holds no complete checkpoint: training starts from the beginning.", output_dir
             )
@@ -113,27 +124,43 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path |
     return require_complete(word)
 
 
+def _require_only_unfinished(output_dir: str | Path) -> None:
+    """Refuse to start over where the weights of a finished checkpoint could be gone on from.
+
+    Trainer writes `trainer_state.json` last: without it a kill ended the save.
+
+    Raises:
+        ValueError: names the newest such checkpoint, what it lacks, and the way on.
+    """
+    for folder in reversed(checkpoint_folders(output_dir)):
+        if has_whole_weights(folder) and not list(_state_problems(folder)):
+            raise _not_resumable(folder, checkpoint_problems(folder))
+
+
 def set_aside_newer(output_dir: str | Path, checkpoint: Path | None) -> None:
     """Take checkpoints later than `checkpoint` (None: all) out of the way of the run that starts
     there.
 
     Trainer would write into such folders, file by file, and a kill would leave old and new files
-    mixed. Incomplete ones are deleted; complete ones, of a course that is given up, are renamed to
-    `replaced-checkpoint-<step>`.
+    mixed. Complete ones, of a course that is given up, are renamed to
+    `_replaced-checkpoint-<step>`, incomplete ones to `_incomplete-checkpoint-<step>`; only what
+    holds no whole weights is deleted. Trainer does not push names that start so.
     """
     start = -1 if checkpoint is None else read_state(checkpoint)["global_step"]
     for folder in checkpoint_folders(output_dir):
         if checkpoint_step(folder) <= start or (checkpoint and folder.samefile(checkpoint)):
             continue
-        if checkpoint_problems(folder):
-            logger.warning("Deleting the incomplete checkpoint %s.", folder)
+        problems = checkpoint_problems(folder)
+        if problems and not has_whole_weights(folder):
+            logger.warning("Deleting the incomplete checkpoint %s: no whole weights.", folder)
             remove_folder(folder)
-        else:
-            target = _free_name(folder.with_name(f"replaced-{folder.name}"))
-            logger.warning(
-                "%s is later than where this run starts: renamed to %s.", folder, target.name
-            )
-            folder.rename(target)
+            continue
+        kind = "incomplete" if problems else "replaced"
+        target = _free_name(folder.with_name(f"_{kind}-{folder.name}"))
+        logger.warning(
+            "%s is later than where this run starts: renamed to %s.", folder, target.name
+        )
+        folder.rename(target)
 
 
 def _free_name(path: Path) -> Path:
@@ -156,8 +183,46 @@ def require_complete(path: str | Path) -> Path:
         )
     problems = checkpoint_problems(folder)
     if problems:
-        raise ValueError(f"The checkpoint {folder} cannot be resumed from: {'; '.join(problems)}.")
+        raise _not_resumable(folder, problems)
     return folder
+
+
+def has_whole_weights(folder: Path) -> bool:
+    """Whether a folder holds weights that may be good.
+
+    Files of safetensors and pickles must read whole, all shards of an index be there. What cannot
+    be judged without loading, such as shards of FSDP or DeepSpeed, counts as whole.
+    """
+    names = {path.name for path in folder.iterdir() if not _is_empty(path)}
+    if any(fnmatch(name, pattern) for name in names for pattern in _SHARDED_WEIGHTS):
+        return True
+    damaged = {problem.partition(":")[0] for problem in content_problems(folder)}
+    return any(
+        name in _SINGLE_WEIGHTS and not damaged & _shards(folder / name) for name in names - damaged
+    )
+
+
+def _shards(file: Path) -> set[str]:
+    """The files that a whole index names; of another file, none."""
+    is_index = file.name.endswith(".index.json")
+    return set(json.loads(file.read_bytes())["weight_map"].values()) if is_index else set()
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir()) if path.is_dir() else not path.is_file() or not path.stat().st_size
+
+
+def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
+    """The error for a checkpoint that is not whole, with the way on where its weights are."""
+    way_on = ""
+    if not list(_model_presence_problems(folder)) and has_whole_weights(folder):
+        way_on = (
+            f" To go on from its weights, with a new optimizer: --model {folder}, another "
+            "--output_dir, and no --resume_from_checkpoint."
+        )
+    return ValueError(
+        f"The checkpoint {folder} cannot be resumed from: {'; '.join(problems)}.{way_on}"
+    )
 
 
 def model_problems(path: str | Path) -> list[str]:
@@ -207,13 +272,13 @@ def _presence_problems(folder: Path) -> Iterator[str]:
 
 
 def _model_presence_problems(folder: Path) -> Iterator[str]:
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir() if path.exists()]  # no dangling links
     has_weights = any(
         name in names
         for name in (*_WEIGHT_FILES, *(f"{file}.index.json" for file in _WEIGHT_FILES))
     )
     if not has_weights and not any(
-        name.startswith(("pytorch_model_fsdp", "global_step")) for name in names
+        fnmatch(name, pattern) for name in names for pattern in _SHARDED_WEIGHTS
     ):
         pickled = [name for name in _PICKLED_WEIGHTS if name in names]
         if pickled:

@@ -14,6 +14,7 @@ from vlmoe.training.checkpoints import (
     checkpoint_folders,
     checkpoint_problems,
     find_checkpoint,
+    has_whole_weights,
     last_complete_checkpoint,
     model_problems,
     set_aside_newer,
@@ -168,11 +169,12 @@ def test_last_means_the_newest_whole_checkpoint(run_copy: Path, word: str | bool
     assert find_checkpoint(word, run_copy) == run_copy / "checkpoint-1"
 
 
-def test_last_starts_from_the_beginning_where_nothing_is_whole(
+def test_last_starts_from_the_beginning_where_kills_left_nothing_else(
     run_copy: Path, tmp_path: Path
 ) -> None:
-    for step in (1, 2):
-        (run_copy / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    for name in ("trainer_state.json", "optimizer.pt"):  # written after the weights
+        (run_copy / "checkpoint-1" / name).unlink()
+    truncate(run_copy / "checkpoint-2" / "model.safetensors")
     assert find_checkpoint("last", run_copy) is None
     assert find_checkpoint("last", tmp_path / "new") is None
 
@@ -195,5 +197,103 @@ def test_later_checkpoints_make_way_for_the_run_that_starts_earlier(run_copy: Pa
     shutil.copytree(run_copy / "checkpoint-1", run_copy / "checkpoint-3")  # incomplete: wrong step
     set_aside_newer(run_copy, run_copy / "checkpoint-1")
     assert [folder.name for folder in checkpoint_folders(run_copy)] == ["checkpoint-1"]
-    assert checkpoint_problems(run_copy / "replaced-checkpoint-2") == []
-    assert not list(run_copy.glob("*checkpoint-3*"))
+    assert checkpoint_problems(run_copy / "_replaced-checkpoint-2") == []
+    assert (run_copy / "_incomplete-checkpoint-3" / "model.safetensors").is_file()
+
+
+def without_optimizer(checkpoint: Path) -> None:
+    """As --save_only_model leaves it."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).unlink()
+
+
+def without_scheduler(checkpoint: Path) -> None:
+    (checkpoint / "scheduler.pt").unlink()
+
+
+def without_processor(checkpoint: Path) -> None:
+    (checkpoint / "processor_config.json").unlink()
+
+
+def pickled(checkpoint: Path) -> None:
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+
+
+def sharded_by_fsdp(checkpoint: Path) -> None:
+    shards = checkpoint / "pytorch_model_fsdp_0"
+    shards.mkdir()
+    (checkpoint / "model.safetensors").rename(shards / "__0_0.distcp")
+    (checkpoint / "scheduler.pt").unlink()
+
+
+NOT_RESUMABLE = {
+    without_optimizer: "optimizer.pt: missing",
+    without_scheduler: "scheduler.pt: missing",
+    without_processor: "processor_config.json: missing",
+    pickled: "pytorch_model.bin: pickled weights",
+    sharded_by_fsdp: "scheduler.pt: missing",
+}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize("change", NOT_RESUMABLE, ids=lambda change: change.__name__)
+def test_last_stops_where_only_the_weights_could_be_gone_on_from(
+    run_copy: Path, change: Callable[[Path], None]
+) -> None:
+    for step in (1, 2):
+        change(run_copy / f"checkpoint-{step}")
+    before = files_of(run_copy)
+    with pytest.raises(ValueError, match=f"checkpoint-2 cannot be .*{NOT_RESUMABLE[change]}") as e:
+        find_checkpoint("last", run_copy)
+    usable = change in (without_optimizer, without_scheduler, sharded_by_fsdp)
+    assert (f"--model {run_copy / 'checkpoint-2'}" in str(e.value)) == usable
+    assert files_of(run_copy) == before
+
+
+@pytest.mark.parametrize("change", NOT_RESUMABLE, ids=lambda change: change.__name__)
+def test_good_weights_are_renamed_and_never_deleted(
+    run_copy: Path, change: Callable[[Path], None]
+) -> None:
+    change(run_copy / "checkpoint-2")
+    before = files_of(run_copy / "checkpoint-2")
+    found = find_checkpoint("last", run_copy)
+    assert found == run_copy / "checkpoint-1"
+    set_aside_newer(run_copy, found)
+    assert files_of(run_copy / "_incomplete-checkpoint-2") == before
+    shutil.copytree(run_copy / "_incomplete-checkpoint-2", run_copy / "checkpoint-2")
+    set_aside_newer(run_copy, found)
+    assert files_of(run_copy / "_incomplete-checkpoint-2.1") == before
+
+
+@pytest.mark.parametrize("damage", [truncate, truncate_a_little, empty, overwrite_start])
+def test_half_written_weights_are_deleted(run_copy: Path, damage: Callable[[Path], None]) -> None:
+    damage(run_copy / "checkpoint-2" / "model.safetensors")
+    set_aside_newer(run_copy, run_copy / "checkpoint-1")
+    assert not list(run_copy.glob("*checkpoint-2*"))
+
+
+def test_shards_count_as_whole_only_together(
+    tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="40KB")
+    assert has_whole_weights(tmp_path)
+    shard = max(tmp_path.glob("model-*.safetensors"))
+    truncate(shard)
+    assert not has_whole_weights(tmp_path)
+    shard.unlink()
+    assert not has_whole_weights(tmp_path)
+
+
+def test_a_link_to_nothing_is_no_file(run_copy: Path) -> None:
+    weights = run_copy / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(run_copy / "nowhere")
+    assert model_problems(run_copy) == ["model.safetensors: missing"]
