@@ -4,20 +4,25 @@
 A row is `{"messages": [...], "images": [...]}`. `messages` is one conversation (a list of turns
 `{"role": ..., "content": ...}`) or a list of conversations about the same images. `content` is a
 string or a list of parts, `{"type": "image"}` or `{"type": "text", "text": ...}`; keys with the
-value None, which Arrow adds, count as absent. Every conversation names every image of its row once,
-in order. `question_type`, optional, is a string or one string per conversation; `id`, optional,
-names the row in messages.
+value None, which Arrow adds, count as absent, and any other key is an error. Every conversation
+names every image of its row once, in order. `question_type`, optional, is a string or one string
+per conversation; `id`, optional, names the row in messages.
 
 Here each conversation becomes a tuple of `Turn`s: hashable, so that it can be a cache key.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
+
+from .field_names import did_you_mean, misspelled
 
 ROLES = ("system", "user", "assistant")
 IMAGE = None
 """Stands for an image among the parts of a `Turn`; text parts are strings."""
+COLUMNS = ("messages", "images", "question_type")
+MESSAGE_KEYS = ("role", "content")
+PART_KEYS = {"text": ("type", "text"), "image": ("type",)}
 
 
 class Turn(NamedTuple):
@@ -61,6 +66,7 @@ def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
     if not isinstance(row, Mapping):
         raise ValueError(f"row {position} of the batch is a {type(row).__name__}, not a mapping.")
     name = row_name(row, position)
+    require_known_columns(row.keys(), name)
     messages = row.get("messages")
     if not _is_list(messages) or not messages:
         raise ValueError(
@@ -81,6 +87,26 @@ def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
             )
     types = _question_types(row.get("question_type"), len(conversations), name)
     return ParsedRow(name, conversations, images, types)
+
+
+def require_known_columns(columns: Collection[str], name: str) -> None:
+    """Raise `ValueError` for a column that is a misspelled one of `COLUMNS`."""
+    wrong = misspelled(columns, COLUMNS)
+    if wrong is not None:
+        raise ValueError(
+            f"{name}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename or "
+            "remove it."
+        )
+
+
+def require_known_keys(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Raise `ValueError` for a key with a value that is none of `known`: it would be lost."""
+    for key, value in given.items():
+        if key not in known and value is not None:
+            raise ValueError(
+                f"{what} has the key {key!r}, which is not read{did_you_mean(str(key), known)}; "
+                f"its keys are {' and '.join(f'`{each}`' for each in known)}. Remove it."
+            )
 
 
 def row_name(row: Mapping[str, Any], position: int) -> str:
@@ -147,7 +173,15 @@ def _parse_conversation(messages: Any, name: str) -> Conversation:
 def _parse_turn(message: Any, name: str) -> Turn:
     """One message as a `Turn`, checked."""
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise ValueError(f"{name}: a message needs `role` and `content`, got {message!r:.80}.")
+        near = ""
+        if isinstance(message, dict):
+            lacking = [key for key in MESSAGE_KEYS if key not in message]
+            near = next(filter(None, (did_you_mean(str(key), lacking) for key in message)), "")
+        raise ValueError(
+            f"{name}: a message needs `role` and `content`, got {message!r:.80}{near}."
+        )
+    if len(message) > len(MESSAGE_KEYS):
+        require_known_keys(message, MESSAGE_KEYS, f"{name}: a message")
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise ValueError(f"{name}: unknown role {role!r}; allowed are {', '.join(ROLES)}.")
@@ -166,7 +200,10 @@ def _parse_turn(message: Any, name: str) -> Turn:
 
 def _parse_part(part: Any, name: str) -> str | None:
     """A text part's string, or `IMAGE`."""
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = str(part.get("type")) if isinstance(part, dict) else ""
+    known = PART_KEYS.get(kind, ())
+    if known and len(part) > len(known):
+        require_known_keys(part, known, f"{name}: a part of type {kind!r}")
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if kind == "image":

@@ -4,7 +4,8 @@
 `load_rows` gives a `datasets.Dataset` with the columns
 
 - `id`: string, names the row in errors: the source's own `id`, or "split[number]";
-- `messages`: as the source has them; `conversations.py` describes the form;
+- `messages`: as the source has them; `conversations.py` describes the form, `row_formats.py` the
+  forms of other projects that are read as it;
 - `images`: `List(datasets.Image(decode=False))`. Images stay encoded until they are collated, which
   is several times faster (the collator remembers processed images by their bytes) and lets a broken
   one be reported by name. `vlmoe.training.images.open_image(row["images"][0], row["id"])` gives a
@@ -12,15 +13,20 @@
 - `question_type`, if the source has it: a string or one per conversation, for tables by type.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .conversations import has_image_parts, without_image_parts
+from .conversations import COLUMNS, has_image_parts, without_image_parts
+from .field_names import misspelled
 from .images import altered_image
-from .local_files import FORMATS, IMAGE_COLUMNS, read_local, with_image_column
+from .local_files import FORMATS, read_local, with_image_column
+from .row_formats import IMAGE_COLUMNS, READ_AS_WELL, as_conversations
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 ROWS_CHECKED_FOR_IMAGES = 100
 
@@ -38,8 +44,8 @@ def load_rows(
 
     Arguments:
         source: `easy_vqa`, `easy_vqa_captions`, a parquet, json or jsonl file, a folder of them, an
-            image folder with `metadata.jsonl`, a folder written by `save_to_disk`, or the id of a
-            dataset on the Hub.
+            image folder with `metadata.jsonl` or with a caption in a text file beside each
+            picture, a folder written by `save_to_disk`, or the id of a dataset on the Hub.
         split: its name; on the Hub also a slice such as `train[:10%]`.
         limit: keep the first rows only.
         altered_copies: append so many copies of every row with its images shifted a little, every
@@ -82,7 +88,7 @@ def _read(source: str, split: str, config_name: str | None) -> "Dataset":
         return read_local(path, split)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in FORMATS:
         raise FileNotFoundError(f"there is no file or folder {source}.")
-    return with_image_column(_read_hub(source, split, config_name), None)
+    return with_image_column(as_conversations(_read_hub(source, split, config_name), source), None)
 
 
 def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
@@ -106,11 +112,22 @@ def _standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
 
     if len(rows) == 0:
         raise ValueError(f"empty dataset: split {split!r} of {source} has no rows.")
-    if "messages" not in rows.column_names:
+    columns = rows.column_names
+    wrong = misspelled(columns, ("id", *COLUMNS))
+    if wrong is not None:
         raise ValueError(
-            f"{source} lacks the column `messages`; it has: {', '.join(rows.column_names)}. Needed "
-            "are `messages` (conversations) and, for images, `images` (a list of images per row)."
+            f"{source}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename "
+            "or remove it."
         )
+    if "messages" not in columns:
+        raise ValueError(
+            f"{source} lacks the column `messages`; it has: {', '.join(columns)}. Needed are "
+            "`messages` (conversations) and, for images, `images` (a list of images per row), or "
+            f"{READ_AS_WELL}."
+        )
+    unread = [name for name in columns if name not in ("id", *COLUMNS)]
+    if unread:
+        logger.warning("%s: these columns are not read: %s.", source, ", ".join(unread))
     if "images" not in rows.column_names:
         first = rows.select(range(min(ROWS_CHECKED_FOR_IMAGES, len(rows))))["messages"]
         if any(has_image_parts(messages) for messages in first):

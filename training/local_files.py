@@ -6,6 +6,8 @@
   everything is `train`.
 - A folder with `metadata.jsonl` files is an image folder: its splits are the folders of those
   files, and its rows name images in `file_name` (one) or `images` (a list).
+- A folder of pictures, each with its caption in a text file of the same name (`a.png`, `a.txt`),
+  has the splits that its sub-folders are named after.
 - Image paths are relative to the file that names them.
 """
 
@@ -15,6 +17,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .caption_folders import caption_rows, captioned_pictures
+from .row_formats import IMAGE_COLUMNS, as_conversations
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +33,6 @@ SPLIT_WORDS = {
     "test": "test|testing|eval|evaluation",
 }
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
-IMAGE_COLUMNS = ("images", "image", "file_name")
 
 
 def read_local(path: Path, split: str) -> "Dataset":
@@ -38,13 +42,17 @@ def read_local(path: Path, split: str) -> "Dataset":
     that does not fit, each naming the culprit.
     """
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return with_image_column(_read_saved(path, split), path)
+        return with_image_column(as_conversations(_read_saved(path, split), str(path)), path)
     files = _pick_split(path, files_by_split(path), split)
+    if files[0].suffix not in FORMATS:
+        return with_image_column(as_conversations(caption_rows(files, path), str(path)), path)
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)
     parts = [
-        with_image_column(_read_files(kind, group), folder)
+        with_image_column(
+            as_conversations(_read_files(kind, group), ", ".join(map(str, group))), folder
+        )
         for (kind, folder), group in groups.items()
     ]
     if len(parts) == 1:
@@ -71,7 +79,13 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
         return _group((file, _split_of_folder(file.parent, path)) for file in metadata)
     files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
     if not files:
-        raise ValueError(f"{path} is a folder without any {', '.join(FORMATS)} file.")
+        pictures = captioned_pictures(path)
+        if not pictures:
+            raise ValueError(
+                f"{path} is a folder without any {', '.join(FORMATS)} file, and without pictures "
+                "that have their caption in a text file beside them."
+            )
+        return _group((file, _split_of_folder(file.parent, path)) for file in pictures)
     named_files = [
         (file, _split_name(file.stem) or _split_of_folder(file.parent, path)) for file in files
     ]

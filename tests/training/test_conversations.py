@@ -138,3 +138,39 @@ def test_image_parts_are_found_at_any_nesting() -> None:
     assert has_image_parts([image_question(), ANSWER])
     assert has_image_parts([[USER, ANSWER], [image_question()]])
     assert not has_image_parts([USER, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mesages": [USER, ANSWER]}, "column 'mesages' is not read .did you mean 'messages'"),
+        ({"imagse": ["a.png"]}, "column 'imagse' is not read .did you mean 'images'"),
+        ({"image": "a.png"}, "column 'image' is not read .did you mean 'images'"),
+        ({"question_typ": "count"}, "column 'question_typ' is not read .* 'question_type'"),
+        ({"messages": [{"rol": "user", "content": "a"}, ANSWER]}, r"\(did you mean 'role'\?\)"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "key 'weight', which is not read"),
+        (
+            {"messages": [{**USER, "contents": "b"}, ANSWER]},
+            "key 'contents', which is not read .did you mean 'content'",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a", "txt": "b"}]}
+                ]
+            },
+            "part of type 'text' has the key 'txt', .*did you mean 'text'",
+        ),
+    ],
+)
+def test_fields_that_nobody_reads_are_named_with_the_nearest_known_one(
+    change: dict[str, Any], named: str
+) -> None:
+    row = {"id": "r7"} | ({} if "mesages" in change else {"messages": [USER, ANSWER]}) | change
+    with pytest.raises(ValueError, match=f"row 'r7'.*{named}"):
+        parse_row(row, 0)
+
+
+def test_other_columns_may_stand_beside_the_known_ones() -> None:
+    row = {"messages": [USER, ANSWER], "source": "web", "ids": 3, "message": "kept by others"}
+    assert parse_row(row, 0).conversations

@@ -336,6 +336,29 @@ def test_missing_messages_are_refused(tmp_path: Path) -> None:
         load_rows(str(path))
 
 
+@pytest.mark.parametrize(
+    ("column", "meant"), [("mesages", "messages"), ("imagse", "images"), ("Question_type", "que")]
+)
+def test_a_misspelled_column_is_named_with_the_one_that_was_meant(
+    tmp_path: Path, column: str, meant: str
+) -> None:
+    row: dict[str, Any] = {"messages": conversation(0, images=0), column: "x"}
+    if column == "mesages":
+        row = {"mesages": row["messages"]}
+    path = write_json(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ValueError, match=f"column '{column}' is not read .did you mean '{meant}"):
+        load_rows(str(path))
+
+
+def test_columns_that_nobody_reads_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": conversation(0, images=0), "source": "web", "score": 1}] * 2
+    load_rows(str(write_json(tmp_path / "a.jsonl", rows)))
+    (line,) = [each for each in caplog.messages if "not read" in each]
+    assert line.endswith("a.jsonl: these columns are not read: source, score.")
+
+
 def test_image_parts_without_an_image_column_are_refused(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.jsonl", [{"messages": conversation(0), "photo": "a.png"}])
     with pytest.raises(ValueError, match=r"no image column .*; it has: messages, photo"):
