@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..configuration.configuration_vlmoe import TOWERS_WITH_EXPERTS, VLMoEConfig
 from .model_outputs import VLMoEImageFeatures
 from .vision_experts import SPARSE_TOWERS, VLMoEConnectorExperts, VLMoEVisionSparseMoeBlock
 
@@ -102,11 +102,24 @@ def patch_mask(pixel_mask: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:
     """(1, channels, height, width): zeros of the size, dtype and device that the tower takes."""
+    size = pixel_size(config)
+    return torch.zeros(1, *size, dtype=tower.dtype, device=tower.device)
+
+
+def pixel_size(config: VLMoEConfig) -> tuple[int, int, int]:
+    """(channels, height, width) of one tile, as the tower's config has it."""
     vision = config.vision_config
     size = vision.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = getattr(vision, "num_channels", 3)
-    return torch.zeros(1, channels, height, width, dtype=tower.dtype, device=tower.device)
+    return getattr(vision, "num_channels", 3), height, width
+
+
+def expected_pixels(config: VLMoEConfig, any_size: bool) -> tuple[int, int | None, int | None]:
+    """(channels, height, width) that the tower takes; None for a size that it leaves open."""
+    channels, height, width = pixel_size(config)
+    if any_size or config.vision_config.model_type not in TOWERS_WITH_EXPERTS:
+        return channels, None, None
+    return channels, height, width
 
 
 class _MetaValuesAreTrue(TorchDispatchMode):

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
@@ -36,12 +35,16 @@ from .connector import (
     VLMoEConnector,
     blank_image,
     encode_tiles,
+    expected_pixels,
     make_vision_tower,
     patch_mask,
     unused_vision_modules,
     unused_vision_parameters,
 )
 from .from_dense import FromDenseMixin
+from .image_generation import ImageGenerationMixin
+from .image_tokens import ImageTokensMixin
+from .input_checks import check_labels, check_pixels, check_rows_of_images, check_token_inputs
 from .model_outputs import (
     VLMoECausalLMOutputWithPast,
     VLMoEImageFeatures,
@@ -62,7 +65,7 @@ def _select_real(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return rows[real]
 
 
-class VLMoEModel(VLMoEPreTrainedModel):
+class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     """Vision tower, connector and decoder, without the language modelling head."""
 
     def __init__(self, config: VLMoEConfig):
@@ -106,6 +109,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
         See `VLMoEImageFeatures` for what is returned.
         """
+        expected = expected_pixels(self.config, kwargs.get("interpolate_pos_encoding", False))
+        check_pixels(pixel_values, pixel_attention_mask, image_index, expected)
         tiles = (
             pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
         )  # (tiles, 3, height, width)
@@ -129,62 +134,6 @@ class VLMoEModel(VLMoEPreTrainedModel):
             encoded.pooler_output = encoded.pooler_output[_select_real(shown, shown >= 0)]
         return encoded
 
-    def get_placeholder_mask(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        image_features: torch.Tensor,
-    ) -> torch.Tensor:
-        """(batch, length, 1): True where an image token goes.
-
-        Raises:
-            ValueError: the number of placeholders is not the number of image features (image
-                tokens, hidden).
-        """
-        mask = self._is_image_token(input_ids, inputs_embeds)
-        if (
-            not is_torchdynamo_compiling()
-        ):  # while compiling, padding tiles are still among the features
-            tokens, features = mask.sum(), image_features.shape[0]
-            torch_compilable_check(
-                tokens == features,
-                lambda: (
-                    "Image features and image tokens do not match: the text has "
-                    f"{tokens} image tokens ({mask.sum(-1).tolist()} by row), the images give "
-                    f"{features} features. Make both with the processor, "
-                    "and do not truncate its output."
-                ),
-            )
-        return mask.unsqueeze(-1)
-
-    def _is_image_token(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """(batch, length): True for the image token, or for its embedding."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.full(
-            (), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device
-        )
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-    def token_types(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: Any,  # a tensor where there are no ids
-        mm_token_type_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it.
-
-        Taken from `input_ids`, which cannot be wrong; without them from `mm_token_type_ids`, or
-        else found by the image token's embedding. A token decoded with a cache is text.
-        """
-        if not self.config.text_config.needs_token_types:
-            return None
-        if input_ids is None and mm_token_type_ids is not None:
-            return mm_token_type_ids
-        return self._is_image_token(input_ids, inputs_embeds).long()
-
     @can_return_tuple
     def forward(
         self,
@@ -204,25 +153,37 @@ class VLMoEModel(VLMoEPreTrainedModel):
         """Image and text to hidden states (batch, length, hidden).
 
         For the image inputs see `get_image_features`, for `mm_token_type_ids` (batch, length)
-        `token_types`. `mm_encoder_outputs={"image": ...}`
-        holds image features that were computed before. `router_losses_follow`: the caller adds the
-        router losses to its loss; training without them is warned of once.
+        `token_types`. `mm_encoder_outputs={"image": ...}` holds image features that were computed
+        before; if it is given, even empty, tokens without images are not searched for image tokens.
+        `router_losses_follow`: the caller adds the router losses to its loss; training without them
+        is warned of once.
+
+        Raises:
+            ValueError: shapes do not fit each other, or the images are not those of the image
+                tokens.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+        check_token_inputs(*tokens, mm_token_type_ids, self.config.text_config.hidden_size)
+        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
+        check_rows_of_images(pixel_values, image_index, batch)
         learning = self.training and torch.is_grad_enabled()
         record = learning or kwargs.get("output_router_logits", False)
         images = pixel_values, pixel_attention_mask, image_index, mm_encoder_outputs
         encoded = self._encoded_images(*images, record)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        mm_token_type_ids = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
+        tokens = input_ids, inputs_embeds, mm_token_type_ids
+        mm_token_type_ids = self.token_types(*tokens)
 
         image_features = image_tokens = None
         if encoded is not None:
             image_features = encoded.pooler_output.flatten(0, 1).to(inputs_embeds)
-            image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            image_tokens = self.get_placeholder_mask(
+                *tokens[:2], image_features, tokens[2], past_key_values
+            )
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens, image_features)
+        elif mm_encoder_outputs is None:  # `generate` has looked at the prompt
+            self.check_no_image_tokens(*tokens[:2])
         if learning and not router_losses_follow:
             self._warn_of_missing_router_losses()
         if learning and (image_features is None or not len(image_features)):
@@ -310,7 +271,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         return self.get_image_features(image, output_router_logits=True, return_dict=True)
 
 
-class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, GenerationMixin):
+class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageGenerationMixin):
     """The whole model, with language modelling head and losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -387,6 +348,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, Genera
 
         loss, losses = None, RouterLosses()
         if labels is not None:
+            check_labels(labels, logits)
             loss, losses = self._losses(
                 logits,
                 labels,
@@ -470,20 +432,6 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, Genera
             vision = config, vision_router_logits, shown_tiles, row_weights, training
             places += vision_router_losses(*vision)
         return sum_of_losses(places)
-
-    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching as in transformers, which hands on token ids and no images.
-
-        Raises:
-            ValueError: a prompt holds image tokens, or images are given.
-        """
-        with_images = [i for i, ids in enumerate(inputs) if self.config.image_token_id in ids]
-        if with_images or kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}:
-            raise ValueError(
-                "Continuous batching takes token ids only: prompts with images "
-                f"({with_images}) would be answered without looking at them. Use generate()."
-            )
-        return super().generate_batch(inputs, *args, **kwargs)
 
     def active_parameters(self) -> dict[str, int]:
         """See active_parameters.py."""

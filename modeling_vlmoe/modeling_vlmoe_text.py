@@ -39,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import VLMoETextConfig
+from .input_checks import check_token_inputs
 from .quantization import (
     check_experts_implementation,
     check_quantization_config,
@@ -337,8 +338,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         With `output_router_logits`, also `router_logits`: one (batch * length, experts) fp32 tensor
             per sparse layer.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+        check_token_inputs(*tokens, mm_token_type_ids, self.config.hidden_size)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:

@@ -1,0 +1,112 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""What generation does with images: a look at the prompt before, and none at each token.
+
+In a chat a cache may be kept from turn to turn. Its tokens have seen their images; of the images
+that come with the whole chat, those of new tokens count.
+
+Shapes: batch, length, hidden.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .image_tokens import check_image_tokens
+
+_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_index")
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """`generate` of a model that writes images over placeholders."""
+
+    config: Any
+    model: Any
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with a kept cache the chat may come whole, with all of its images.
+
+        Raises:
+            ValueError: the images are not those of the prompt's image tokens.
+        """
+        return super().generate(inputs, *args, **self._images_of_new_tokens(inputs, kwargs))
+
+    @torch.no_grad()
+    def _images_of_new_tokens(
+        self, inputs: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """`kwargs` of `generate`, where a cache is kept with the images of new tokens only."""
+        embeds = kwargs.get("inputs_embeds")
+        ids = None if embeds is not None else kwargs.get("input_ids", inputs)
+        if ids is None and embeds is None:
+            return kwargs  # generation starts from a token of the config
+        types = kwargs.get("mm_token_type_ids") if ids is None else None
+        is_image = self.model.is_image_token(ids, embeds, types)  # (batch, length)
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        # A longer mask says that the tokens given are the new ones.
+        mask = kwargs.get("attention_mask")
+        is_whole = past and (mask is None or mask.shape[-1] == is_image.shape[1])
+        new = is_image.clone()
+        if is_whole:
+            new[:, :past] = False
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None and kwargs.get("pixel_values") is None:
+            check_image_tokens(new, 0)
+            return kwargs
+        if not past:
+            return kwargs  # counted in the forward pass
+        kwargs = dict(kwargs)
+        images = {name: kwargs.pop(name, None) for name in _IMAGE_INPUTS}
+        if encoded is None:
+            encoded = self.model.get_image_features(**images, return_dict=True)
+        features = encoded.pooler_output.flatten(0, 1)  # (image tokens, hidden)
+        if len(features) == is_image.sum():
+            features = features[new[is_image].to(features.device)]
+        check_image_tokens(new, len(features), cache)
+        encoded = copy.copy(encoded)
+        encoded.pooler_output = features.unsqueeze(0)
+        kwargs["mm_encoder_outputs"] = {"image": encoded}
+        return kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,  # transformers asks for this name
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; tokens that were generated are not searched for image tokens.
+
+        Token ids go without token types, which follow from them: an assistant model gets those of
+        the prompt for the prompt and what came after it.
+        """
+        prepared = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if prepared.get("input_ids") is not None:
+            prepared.pop("mm_token_type_ids", None)
+        if not is_first_iteration:
+            prepared.setdefault("mm_encoder_outputs", {})
+        return prepared
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching as in transformers, which hands on token ids and no images.
+
+        Raises:
+            ValueError: a prompt holds image tokens, or images are given.
+        """
+        with_images = [i for i, ids in enumerate(inputs) if self.config.image_token_id in ids]
+        if with_images or kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}:
+            raise ValueError(
+                "Continuous batching takes token ids only: prompts with images "
+                f"({with_images}) would be answered without looking at them. Use generate()."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+
+__all__ = ["ImageGenerationMixin"]

@@ -1,0 +1,135 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Where the image tokens of a batch are, and whether the images given are theirs.
+
+- From `input_ids`, which cannot be wrong; without them found by the image token's embedding, and by
+  `mm_token_type_ids` where noise (NEFTune) hides it.
+- Image tokens without images are refused as images without image tokens are: the decoder would go
+  on over the embedding of a placeholder. One token decoded with a cache is text, and not looked at.
+
+Shapes: batch, length, hidden.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache
+from transformers.utils import torch_compilable_check
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+
+class ImageTokensMixin:
+    """What `VLMoEModel` knows of image tokens."""
+
+    config: Any
+
+    def is_image_token(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: Any,  # a tensor where there are no ids
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, length): True for image tokens.
+
+        Token types may lack the virtual tokens at a row's start, which are text.
+        """
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        # Not by calling the module: hooks, such as NEFTune's, expect whole rows.
+        weight = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+        found = (inputs_embeds == weight[self.config.image_token_id].to(inputs_embeds)).all(-1)
+        if mm_token_type_ids is None:
+            return found
+        missing = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
+        return found | (F.pad(mm_token_type_ids, (missing, 0)) == 1)
+
+    def token_types(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: Any,  # a tensor where there are no ids
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it.
+
+        A token decoded with a cache is text.
+        """
+        if not self.config.text_config.needs_token_types:
+            return None
+        return self.is_image_token(input_ids, inputs_embeds, mm_token_type_ids).long()
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """(batch, length, 1): True where an image token goes.
+
+        Raises:
+            ValueError: the number of placeholders is not the number of image features (image
+                tokens, hidden).
+        """
+        mask = self.is_image_token(input_ids, inputs_embeds, mm_token_type_ids)
+        # While compiling, padding tiles are still among the features.
+        if not is_torchdynamo_compiling():
+            by_embedding = input_ids is None and mm_token_type_ids is None
+            check_image_tokens(mask, len(image_features), past_key_values, by_embedding)
+        return mask.unsqueeze(-1)
+
+    def check_no_image_tokens(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> None:
+        """Refuse image tokens where no images are given.
+
+        Token types count for nothing here: embeddings may hold the images already. A batch of text
+        then waits for its device once, as a batch with images does.
+
+        Raises:
+            ValueError: naming both counts.
+        """
+        if inputs_embeds.shape[1] > 1 and not is_torchdynamo_compiling():
+            check_image_tokens(self.is_image_token(input_ids, inputs_embeds), 0)
+
+
+def check_image_tokens(
+    is_image: torch.Tensor, features: int, cache: Cache | None = None, by_embedding: bool = False
+) -> None:
+    """Check that there are as many image features as image tokens, (batch, length).
+
+    Args:
+        is_image: True for the image tokens of this call.
+        features: how many image features are given.
+        cache: what earlier calls left.
+        by_embedding: whether image tokens were found by comparing embeddings.
+
+    Raises:
+        ValueError: naming both counts.
+    """
+    tokens = is_image.sum()
+    torch_compilable_check(
+        tokens == features,
+        lambda: (
+            "Image features and image tokens do not match: the text has "
+            f"{int(tokens)} image tokens ({is_image.sum(-1).tolist()} by row), the images give "
+            f"{features} features. {_remedy(features, cache, by_embedding)}"
+        ),
+    )
+
+
+def _remedy(features: int, cache: Cache | None, by_embedding: bool) -> str:
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if features == 0:
+        return "Give `pixel_values` too, as the processor makes them, or leave image tokens out."
+    if past:
+        return (
+            f"The cache holds {past} tokens already, with their images: give the images of the new "
+            "tokens only, or, to `generate`, all tokens and all images."
+        )
+    if by_embedding:
+        return (
+            "In `inputs_embeds` they were found by the image token's embedding, which noise "
+            "(NEFTune) hides: give `mm_token_type_ids` or `input_ids`."
+        )
+    return "Make both with the processor, and do not truncate its output."
