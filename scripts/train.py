@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_line import run_command
+from .command_line import EXIT_ERROR, run_command
 from .option_parser import OptionParser, add_options, require
 from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions, PushOptions
 
@@ -83,8 +83,16 @@ def main(argv: list[str]) -> None:
     if "--help-all" in argv:
         print(training_parser().format_help())
         return
+    from vlmoe.training.folder_lock import FolderInUseError
+
     parsed = parse_training(argv)
-    arguments, result = parsed[2], train(*parsed)
+    arguments = parsed[2]
+    try:
+        result = train(*parsed)
+    except FolderInUseError:
+        if arguments.process_index == 0:
+            raise
+        sys.exit(EXIT_ERROR)  # the first rank says it for the whole launch
     if arguments.process_index == 0:
         print(f"\n{results_table(result.metrics)}\n\nSaved to {result.output_dir}.")
 
@@ -124,10 +132,26 @@ def train(
 
     Raises:
         ValueError: options, data or checkpoint are not usable; the message names the culprit.
+        FolderInUseError: another process writes into the output folder.
         FileNotFoundError: a file or folder does not exist.
         ImportError: an optional package is missing.
-        OSError: with --push_to_hub, the Hub cannot be reached or refuses.
+        OSError: the output folder cannot be written into; with --push_to_hub, the Hub cannot be
+            reached or refuses.
     """
+    from vlmoe.training.folder_lock import launch_lock
+
+    check_arguments(arguments)
+    with launch_lock(arguments.output_dir, arguments.should_save):
+        return _train(model_options, data_options, arguments, lora_options)
+
+
+def _train(
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    arguments: "TrainingArguments",
+    lora_options: LoraOptions | None,
+) -> TrainResult:
+    """`train`, in a folder that nobody else writes into."""
     from transformers import set_seed
 
     from vlmoe.training.checkpoints import find_checkpoint, set_aside_newer
@@ -135,7 +159,6 @@ def train(
     from .loading import adapter_for_training, model_for_training
     from .push_to_hub import ensure_repo
 
-    check_arguments(arguments)
     if arguments.push_to_hub and arguments.process_index == 0:
         ensure_repo(
             arguments.hub_model_id or Path(arguments.output_dir).absolute().name,

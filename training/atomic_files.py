@@ -4,18 +4,34 @@
 A file is written under a hidden name beside its destination, flushed to disk, and renamed: on POSIX
 a rename within one file system is atomic. A folder of files is staged in a hidden folder inside its
 destination and moved file by file, the one without which nothing loads (`config.json`) removed
-first and moved last.
+first and moved last. Hidden names tell host and process, so that what a killed one left is known.
+Published files may be read by whom the umask allows, also where safetensors wrote them for the
+owner alone.
 """
 
+import itertools
 import json
+import logging
 import os
+import re
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGING_NAME = ".incoming"
+logger = logging.getLogger(__name__)
+
+HIDDEN_FOLDERS = (".incoming.*", ".removed-*")
+"""What a killed process leaves in a folder; see `staging_folder` and `remove_folder`."""
+
+REPLACED_WEIGHTS = "_replaced-weights"
+_LOADED_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json")
+_UNFINISHED = re.compile(r"\..*\.(?P<host>[\w-]+)-(?P<pid>\d+)\.tmp(\.[^.]*)?", re.DOTALL)
+_LONGEST_STEM = 80  # of the 255 bytes that a name may have; the host's may have 63
+_umask_guard = threading.Lock()
 
 
 @contextmanager
@@ -27,14 +43,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the block ended without writing the file.
+        OSError: it cannot be written; the error names `path`, not the temporary one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    stem = path.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
+    temporary = path.with_name(f".{stem}.{_host()}-{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
         _flush_to_disk(temporary)
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        if str(temporary) in (error.filename, error.filename2):
+            error.filename, error.filename2 = str(path), None
+        elif str(temporary) in str(error):
+            raise type(error)(str(error).replace(str(temporary), str(path))) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,9 +72,8 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def staging_folder(destination: str | Path) -> Path:
-    """An empty hidden folder inside `destination`, on the same file system; what a killed run left
-    is removed."""
-    staging = Path(destination) / STAGING_NAME
+    """An empty hidden folder inside `destination`, on the same file system, of this process."""
+    staging = Path(destination) / f".incoming.{_host()}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
@@ -61,7 +85,8 @@ def publish_folder(staging: Path, destination: str | Path, last: str = "config.j
 
     `last` is removed from the destination first and arrives last: between the two moments the
     folder cannot be loaded as a model, and afterwards it is whole. Weight files of an older model
-    that the new one does not have (other shards) are removed.
+    that the new one does not have (other shards) would be loaded in its place: they are moved into
+    the folder `_replaced-weights`.
 
     Raises:
         FileNotFoundError: `staging` does not hold `last`.
@@ -71,9 +96,10 @@ def publish_folder(staging: Path, destination: str | Path, last: str = "config.j
         raise FileNotFoundError(f"{staging} holds no {last}: there is no whole model to publish.")
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for file in files:
+        (staging / file).chmod(0o666 & ~_umask())
         _flush_to_disk(staging / file)
     (destination / last).unlink(missing_ok=True)
-    _remove_other_weights(destination, files)
+    _set_other_weights_aside(destination, files)
     for file in [*(file for file in files if str(file) != last), Path(last)]:
         (destination / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / file, destination / file)
@@ -89,11 +115,60 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _remove_other_weights(destination: Path, files: list[Path]) -> None:
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
-        for path in destination.glob(pattern):
-            if path.relative_to(destination) not in files:
-                path.unlink()
+def remove_unfinished_files(folder: Path) -> None:
+    """Delete temporary files of `atomic_path` whose process, of this host, has ended."""
+    for path in folder.glob(".*.tmp*"):
+        found = _UNFINISHED.fullmatch(path.name)
+        if found and found["host"] == _host() and not _is_alive(int(found["pid"])):
+            path.unlink(missing_ok=True)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give weights that safetensors wrote for their owner alone the mode of all other files."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~_umask())
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number that makes it new."""
+    candidates = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return path if not path.exists() else next(each for each in candidates if not each.exists())
+
+
+def _set_other_weights_aside(destination: Path, files: list[Path]) -> None:
+    others = {
+        path
+        for pattern in _LOADED_WEIGHTS
+        for path in destination.glob(pattern)
+        if path.relative_to(destination) not in files
+    }
+    if others:
+        folder = free_name(destination / REPLACED_WEIGHTS)
+        folder.mkdir()
+        for path in others:
+            path.rename(folder / path.name)
+        logger.warning("Weights of an older model in %s were moved to %s.", destination, folder)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname())[:63]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def _umask() -> int:
+    with _umask_guard:  # it can only be read by setting it
+        umask = os.umask(0)
+        os.umask(umask)
+    return umask
 
 
 def _flush_to_disk(path: Path) -> None:

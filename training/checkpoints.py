@@ -12,7 +12,6 @@ A folder that cannot be resumed from may hold good weights all the same: they ar
 most their folder is renamed.
 """
 
-import itertools
 import json
 import logging
 import re
@@ -21,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import remove_folder
+from .atomic_files import free_name, remove_folder
 from .file_checks import content_problems, json_problem
 
 logger = logging.getLogger(__name__)
@@ -156,17 +155,11 @@ def set_aside_newer(output_dir: str | Path, checkpoint: Path | None) -> None:
             remove_folder(folder)
             continue
         kind = "incomplete" if problems else "replaced"
-        target = _free_name(folder.with_name(f"_{kind}-{folder.name}"))
+        target = free_name(folder.with_name(f"_{kind}-{folder.name}"))
         logger.warning(
             "%s is later than where this run starts: renamed to %s.", folder, target.name
         )
         folder.rename(target)
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number that makes it new."""
-    candidates = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return path if not path.exists() else next(each for each in candidates if not each.exists())
 
 
 def require_complete(path: str | Path) -> Path:
@@ -209,7 +202,9 @@ def _shards(file: Path) -> set[str]:
 
 
 def _is_empty(path: Path) -> bool:
-    return not any(path.iterdir()) if path.is_dir() else not path.is_file() or not path.stat().st_size
+    if path.is_dir():
+        return not any(path.iterdir())
+    return not path.is_file() or path.stat().st_size == 0
 
 
 def _not_resumable(folder: Path, problems: list[str]) -> ValueError:

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from .atomic_files import STAGING_NAME, publish_folder, staging_folder
+from .atomic_files import publish_folder, staging_folder
 
 
 def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
@@ -17,13 +18,11 @@ def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
     `config.json` or that of an adapter, is there, nothing loads. All ranks must call this.
     """
     output_dir = Path(output_dir)
-    if trainer.is_world_process_zero():
-        staging_folder(output_dir)
-    trainer.accelerator.wait_for_everyone()
-    staging = output_dir / STAGING_NAME
+    is_first = trainer.is_world_process_zero()
+    [staging] = broadcast_object_list([staging_folder(output_dir) if is_first else None])
     trainer.save_model(str(staging), _internal_call=True)  # else Trainer pushes what is half done
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
+    if is_first:
         is_adapter = (staging / "adapter_config.json").is_file()
         publish_folder(staging, output_dir, "adapter_config.json" if is_adapter else "config.json")
     return output_dir

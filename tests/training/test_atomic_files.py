@@ -75,6 +75,7 @@ def test_a_kill_between_two_moves_leaves_nothing_that_loads(
         str(f.relative_to(tmp_path)): f.read_text() for f in tmp_path.rglob("*.*") if f.is_file()
     }
     names = ("config.json", "model-1.safetensors", "tokenizer.json", "sub/x.txt")
+    assert files.pop("_replaced-weights/model-2.safetensors") == "a shard of the old model only"
     assert files == dict.fromkeys(names, "new")
     assert (tmp_path / "checkpoint-1").is_dir()
 
@@ -92,3 +93,40 @@ def test_a_removed_folder_is_gone_at_once(tmp_path: Path) -> None:
     (folder / "a").touch()
     remove_folder(folder)
     assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_would_not_be_loaded_in_place_of_the_new_ones_stay(tmp_path: Path) -> None:
+    for name in ("mine.safetensors", "vision.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_text("the user's")
+    publish_folder(stage(tmp_path, "new"), tmp_path)
+    for name in ("mine.safetensors", "vision.safetensors", "pytorch_model.bin"):
+        assert (tmp_path / name).read_text() == "the user's"
+
+
+def test_what_is_published_may_be_read_as_the_umask_allows(tmp_path: Path) -> None:
+    staging = stage(tmp_path, "new")
+    (staging / "model-1.safetensors").chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        publish_folder(staging, tmp_path)
+        with atomic_path(tmp_path / "adapter.safetensors") as temporary:
+            temporary.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    for name in ("model-1.safetensors", "config.json", "adapter.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "gone" / "x.json"):
+        with pytest.raises(OSError) as error, atomic_path(path) as temporary:
+            if "gone" in str(path):
+                temporary.parent.rmdir()
+            temporary.write_text("")
+        assert f"'{path}'" in str(error.value) and ".tmp" not in str(error.value)
+
+
+def test_a_long_name_is_written(tmp_path: Path) -> None:
+    write_json(tmp_path / ("ü" * 120 + ".json"), {})
+    assert os.listdir(tmp_path) == ["ü" * 120 + ".json"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vlmoe.training.checkpoints import checkpoint_problems, model_problems
+from vlmoe.training.folder_lock import LOCK_FILE
 from vlmoe_cli.options import DataOptions, ModelOptions
 
 STEPS = 6
@@ -98,6 +99,11 @@ def kill_when(
     return was_alive
 
 
+def staged(output: Path) -> list[Path]:
+    """The folder in which the final model is being staged."""
+    return list(output.glob(".incoming.*"))
+
+
 def assert_nothing_half_written(output: Path) -> None:
     """What looks like a final model is one."""
     if (output / "config.json").exists():
@@ -108,7 +114,8 @@ def assert_same_result(output: Path, whole_run: Path) -> None:
     for file in ("model.safetensors", f"checkpoint-{STEPS}/model.safetensors"):
         assert (output / file).read_bytes() == (whole_run / file).read_bytes()
     assert checkpoint_problems(output / f"checkpoint-{STEPS}") == []
-    assert not list(output.glob(".incoming*"))
+    assert not [path.name for path in output.rglob("*") if path.name.startswith(".")]
+    assert not (output / LOCK_FILE).exists()
     ours, theirs = (
         torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.pt")["state"]
         for folder in (output, whole_run)
@@ -174,7 +181,7 @@ def test_a_run_killed_while_it_saves_the_final_model_leaves_a_whole_one_or_none(
     start: Callable[[Path], BaseProcess], whole_run: Path, tmp_path: Path, delay: float
 ) -> None:
     output = tmp_path / "run"
-    kill_when(start(output), (output / ".incoming").exists, delay, signal.SIGKILL)
+    kill_when(start(output), lambda: bool(staged(output)), delay, signal.SIGKILL)
     assert_nothing_half_written(output)
     finish(start, output)
     assert_same_result(output, whole_run)

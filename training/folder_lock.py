@@ -1,0 +1,309 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""One writer at a time in a folder.
+
+A writer holds an `flock` on the file `_vlmoe.lock` in its folder. The operating system gives the
+lock back when the process ends, however it ends. The file says in JSON who holds it and since when.
+
+- The holder deletes the file when it is done. One that a killed process left is nobody's: the next
+  writer takes it over. A file is deleted only under its own lock, and a lock on a file that is no
+  longer in the folder does not count: two writers never hold different files of one name.
+- In one process the lock is re-entrant. Processes that the holder starts inherit it, by a token in
+  their environment.
+- Names with a leading underscore are not pushed to the Hub, by `Trainer` or by `vlmoe push`.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .atomic_files import HIDDEN_FOLDERS, remove_unfinished_files
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "_vlmoe.lock"
+TOKENS = "VLMOE_LOCK_TOKENS"
+"""Environment variable: the tokens of the locks that a process or its ancestors hold."""
+
+_READING_SECONDS = 0.5  # for the holder to write who it is
+
+
+class FolderInUseError(ValueError):
+    """Another process writes into the folder; the message says which."""
+
+
+@dataclass
+class _Lock:
+    """A lock that this process has, or inherited (then without a file of its own)."""
+
+    file: Path
+    descriptor: int | None = None
+    token: str = ""
+    made: list[Path] = field(default_factory=list)
+    depth: int = 1
+
+
+_locks: dict[Path, _Lock] = {}
+_guard = threading.RLock()
+
+
+@contextmanager
+def folder_lock(folder: str | Path, file_name: str = LOCK_FILE) -> Iterator[None]:
+    """Keep other writers out of a folder, which is made if need be.
+
+    What killed writers left there unfinished is removed. A folder that was made for the lock, and
+    that nothing was written into, is removed in the end.
+
+    Args:
+        folder: what is written into.
+        file_name: of the lock; another one keeps writers of another kind apart.
+
+    Raises:
+        FolderInUseError: another process is writing there; it names the process and what to do.
+        OSError: the folder cannot be written into.
+    """
+    file = Path(folder).expanduser().resolve() / file_name
+    with _guard:
+        lock = _locks.get(file)
+        if lock is None:
+            lock = _locks[file] = _acquired(file, str(folder))
+        else:
+            lock.depth += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            lock.depth -= 1
+            if lock.depth == 0:
+                del _locks[file]
+                _release(lock)
+
+
+@contextmanager
+def launch_lock(folder: str | Path, takes_it: bool = True) -> Iterator[None]:
+    """`folder_lock` for all ranks of a launch: some take it before any of them goes on.
+
+    All ranks must enter this.
+
+    Args:
+        folder: what the launch writes into.
+        takes_it: whether this rank does: the first one, or the first of its machine where each
+            machine keeps its own files.
+
+    Raises:
+        FolderInUseError, OSError: as `folder_lock`, on all ranks.
+    """
+    from accelerate.utils import gather_object
+
+    with ExitStack() as stack:
+        errors: list[Exception | None] = [None]
+        if takes_it:
+            try:
+                stack.enter_context(folder_lock(folder))
+            except (FolderInUseError, OSError) as error:
+                errors = [error]
+        for problem in [*errors, *gather_object(errors)]:
+            if problem is not None:
+                raise problem
+        yield
+
+
+def _acquired(file: Path, shown: str) -> _Lock:
+    made = _make_folder(file.parent, shown)
+    while True:
+        descriptor = _open(file, shown)
+        if descriptor is None:  # the last writer removed the folder that it had made
+            made += _make_folder(file.parent, shown)
+            continue
+        if not _locked(descriptor, shown):
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if holder.get("token") in os.environ.get(TOKENS, "").split():
+                return _Lock(file)  # of the process that started this one
+            raise FolderInUseError(_in_use(shown, holder))
+        if _is_in_place(descriptor, file):
+            break
+        os.close(descriptor)
+    lock = _Lock(file, descriptor, uuid.uuid4().hex, made)
+    _take_over(lock, shown)
+    os.environ[TOKENS] = " ".join([*os.environ.get(TOKENS, "").split(), lock.token])
+    return lock
+
+
+def _release(lock: _Lock) -> None:
+    if lock.descriptor is None:
+        return
+    tokens = os.environ.get(TOKENS, "").split()
+    os.environ[TOKENS] = " ".join(token for token in tokens if token != lock.token)
+    with suppress(OSError):  # such as a folder that was moved away
+        if _is_in_place(lock.descriptor, lock.file):
+            lock.file.unlink()
+    os.close(lock.descriptor)
+    for folder in reversed(lock.made):
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
+def _close_in_child() -> None:
+    """A forked process inherits the lock, but must not keep it when its parent has died."""
+    for lock in _locks.values():
+        if lock.descriptor is not None:
+            os.close(lock.descriptor)
+            lock.descriptor = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work that it is to hold the result of.
+
+    Raises:
+        OSError: names the path and what is in the way.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise OSError(f"{path} is a folder; name a file.")
+    folder = next(each for each in path.parents if each.exists())
+    _refuse_dangling(path.parent)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(str(path), error) from error
+
+
+def _make_folder(folder: Path, shown: str) -> list[Path]:
+    """Make a folder; returns what had to be made, from the outermost on."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    _refuse_dangling(Path(shown).expanduser())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OSError(f"{shown} is a file, not a folder.") from error
+    except OSError as error:
+        raise _unwritable(shown, error) from error
+    return missing
+
+
+def _refuse_dangling(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise OSError(f"{path} is a link to {path.readlink()}, which is not there.")
+
+
+def _open(file: Path, shown: str) -> int | None:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(file, flags, 0o666)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unwritable(shown, error) from error
+
+
+def _unwritable(path: str, error: OSError) -> OSError:
+    """The error for a path that cannot be written to, without the names of our own files."""
+    return OSError(f"{path} cannot be written to: {error.strerror or error}.")
+
+
+def _locked(descriptor: int, shown: str) -> bool:
+    """Whether the lock is now held; where the file system has none, it is taken for held."""
+    if fcntl is None:
+        _warn_without_locks(shown, "this system has no flock")
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some network file systems
+        _warn_without_locks(shown, str(error.strerror))
+    return True
+
+
+@functools.cache
+def _warn_without_locks(shown: str, reason: str) -> None:
+    logger.warning(
+        "%s cannot be locked (%s): nothing would stop a second process that writes there. See to "
+        "it that there is none.",
+        shown,
+        reason,
+    )
+
+
+def _is_in_place(descriptor: int, file: Path) -> bool:
+    """Whether the open file is the one in the folder."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _take_over(lock: _Lock, shown: str) -> None:
+    """Write down who holds the lock, then clean up what a killed holder left."""
+    assert lock.descriptor is not None
+    before = _read(lock.descriptor)
+    if before:
+        logger.warning("%s was left by %s, which has ended.", shown, _described(before))
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
+        "token": lock.token,
+    }
+    os.ftruncate(lock.descriptor, 0)
+    os.pwrite(lock.descriptor, f"{json.dumps(holder)}\n".encode(), 0)
+    for pattern in HIDDEN_FOLDERS if lock.file.name == LOCK_FILE else ():
+        for folder in lock.file.parent.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+    remove_unfinished_files(lock.file.parent)
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    """Who holds the lock; nothing if it is not written there."""
+    end = time.monotonic() + _READING_SECONDS
+    while not (holder := _read(descriptor)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return holder
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:  # empty, or being written
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _described(holder: dict[str, Any]) -> str:
+    return (
+        f"process {holder.get('pid', '?')} on {holder.get('host', '?')} "
+        f"({holder.get('command', '?')}, since {holder.get('since', '?')})"
+    )
+
+
+def _in_use(shown: str, holder: dict[str, Any]) -> str:
+    return (
+        f"{shown} is being written to by {_described(holder)}: wait until it has ended, stop it, "
+        "or choose another folder."
+    )
