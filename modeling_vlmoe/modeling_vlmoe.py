@@ -68,6 +68,8 @@ def _select_real(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     """Vision tower, connector and decoder, without the language modelling head."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - of the whole model
+
     def __init__(self, config: VLMoEConfig):
         super().__init__(config)
         self.vision_tower = make_vision_tower(config)

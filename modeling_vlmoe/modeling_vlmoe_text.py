@@ -49,6 +49,7 @@ from .quantization import (
 from .router import VLMoERouter
 from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock, sparse_layers
 from .vision_experts import VLMoEBiasedExperts, init_biased_experts
+from .whole_weights import caller_judges, require_whole_weights
 
 logger = logging.get_logger(__name__)
 
@@ -208,12 +209,14 @@ class VLMoEPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: a weights file is missing or damaged; the message names it.
-            ValueError: a quantisation that leaves the experts as they are, or an experts
-                implementation that cannot multiply quantised ones.
+            ValueError: the weights are not those of the model (see whole_weights.py for what is
+                allowed), a quantisation leaves the experts as they are, or an experts
+                implementation cannot multiply quantised ones.
         """
         check_quantization_config(kwargs.get("quantization_config"))
         try:
-            loaded = super().from_pretrained(*args, **kwargs)
+            with caller_judges(kwargs.get("output_loading_info", False)):
+                loaded = super().from_pretrained(*args, **kwargs)
         except SafetensorError as error:
             source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise OSError(damaged_file(source, error)) from error
@@ -232,6 +235,12 @@ class VLMoEPreTrainedModel(PreTrainedModel):
                 kwargs.get("experts_implementation") or chosen or "eager"
             )
         return loaded
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """As in transformers, but what is missing is refused in place of being made up."""
+        require_whole_weights(model, load_config, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
         """As in transformers; quantised experts take `eager` and `auto` only (`ValueError`)."""

@@ -44,6 +44,23 @@ def refusals(folder: str) -> dict[str, str]:
     return said | {"executed": " ".join(name for name in sys.modules if "transformers_mod" in name)}
 
 
+def errors(folder: str) -> list[str]:
+    """What loading a folder says whose weights are not those of its config."""
+    from transformers import AutoModel, AutoModelForImageTextToText, pipeline
+
+    said = []
+    for load in (
+        AutoModel.from_pretrained,
+        AutoModelForImageTextToText.from_pretrained,
+        lambda path, **options: pipeline("image-text-to-text", model=path, **options),
+    ):
+        try:
+            said.append(f"loaded {load(folder, trust_remote_code=True)}")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def read(folder: str, image: str, text: str) -> dict[str, Any]:
     """Load the parts and run them, with three implementations of the experts."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor

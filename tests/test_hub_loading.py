@@ -6,6 +6,7 @@ of its own that runs reader_without_vlmoe.py.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from peft import PeftModel, get_peft_model
 from PIL import Image
 from reader_without_vlmoe import ask, read, read_text_model
 from safetensors.torch import load_file
+from tampering import TAMPERED, tamper
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from vlmoe import (
@@ -321,3 +323,17 @@ def test_an_adapter_trained_by_peft_without_the_package_is_routed_here(
     assert len(calls) == base.config.text_config.num_hidden_layers
     torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain, logits, atol=0.1)
+
+
+def test_weights_that_are_not_the_models_are_refused(
+    saved_model: Path, folder: Path, without_vlmoe: Run
+) -> None:
+    broken = {
+        kind: tamper(shutil.copytree(saved_model, folder / f"tampered_{kind}"), change)
+        for kind, (change, _) in TAMPERED.items()
+    }
+    said = without_vlmoe([("errors", {"folder": str(path)}) for path in broken.values()])
+    for kind, messages in zip(broken, said, strict=True):
+        for message in messages[1:]:
+            assert re.search(TAMPERED[kind][1], message), (kind, message)
+        assert "The weights of" in messages[0]
