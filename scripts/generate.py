@@ -53,6 +53,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
     from transformers import TextStreamer, set_seed
 
     from vlmoe.training.images import open_image
+    from vlmoe.training.long_rows import require_room
 
     from .loading import model_for_answers
 
@@ -60,6 +61,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
     model, processor = model_for_answers(source, runtime)
     set_seed(options.seed)
     inputs = prompt_inputs(processor, question, images, options.system).to(model.device)
+    require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)
     tokenizer = processor.tokenizer
     with torch.inference_mode():
         tokens = model.generate(

@@ -155,9 +155,11 @@ def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -
     """The user's question about the user's images."""
     from vlmoe.training.images import open_image
     from vlmoe.training.inspection_tokens import trace_prompt
+    from vlmoe.training.long_rows import require_room
 
     images = [open_image(Path(path).expanduser(), path) for path in options.image or []]
     inputs = prompt_inputs(processor, question, images)
+    require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)
     return trace_prompt(model, processor, inputs, images, question, options.max_new_tokens)
 
 
@@ -169,8 +171,10 @@ def _from_rows(
     from vlmoe.training.conversations import parse_row
     from vlmoe.training.images import open_image
     from vlmoe.training.inspection_tokens import trace_prompt
+    from vlmoe.training.long_rows import prompt_limit
 
-    collator = VLMoEPromptCollator(processor, share_images=False)
+    limit = prompt_limit(model, options.max_new_tokens)
+    collator = VLMoEPromptCollator(processor, limit, share_images=False)
     prompts = []
     for row in _chosen_questions(rows):
         parsed, batch = parse_row(row, 0), collator([row])

@@ -79,7 +79,13 @@ class DataOptions:
     )
     without_images: bool = option("Leave the images out: what do the questions alone tell?", False)
     max_length: int | None = option(
-        "The longest sequence in tokens. Text after it is cut off; cutting an image is an error."
+        "The longest sequence in tokens (default: the model's max_position_embeddings)."
+    )
+    on_long_rows: str = option(
+        "What happens to rows with more tokens: error; drop leaves them out; shorten-prompt takes "
+        "text off the start of their oldest questions, never off images and answers.",
+        "error",
+        choices=["error", "drop", "shorten-prompt"],
     )
 
 
@@ -107,7 +113,10 @@ class EvaluateOptions:
     batch_size: int = option("Questions that are answered at the same time.", 64)
     max_rows: int | None = option("Evaluate on the first so many rows only.")
     max_new_tokens: int = option("The longest answer in tokens.", 32)
-    max_length: int | None = option("The longest prompt in tokens; a longer one is an error.")
+    max_length: int | None = option(
+        "The longest prompt in tokens; a longer one is an error (default: what the model's "
+        "max_position_embeddings leave beside the answer)."
+    )
     without_images: bool = option("Leave the images out: what do the questions alone tell?", False)
     output: str | None = option(
         "JSON file for the results; by default evaluate_results.json in the model folder, or in "

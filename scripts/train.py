@@ -11,6 +11,8 @@
   output folder must hold no checkpoints.
 - The same options and seed give the same numbers on the same CPU, resumed or not.
 - The routing is logged beside the loss, and in full in router_telemetry.json.
+- Rows that do not fit the model (`--max_length`, `--on_long_rows`) or have nothing to learn are
+  found before the first step.
 - Training stops before a step whose router logits are not finite; with `router_bias_update_rate`
   in the model's config the routers' biases are updated after each step.
 - `--lora` trains an adapter of the experts by the routed path and saves only that, in PEFT's files;
@@ -174,13 +176,17 @@ def _train(
         model, processor = model_for_training(
             model_options, lambda: texts_of(train_rows), checkpoint
         )
+    collator = row_collator(model, processor, data_options)
+    train_rows = checked_rows(train_rows, collator, data_options, arguments, "training")
+    if eval_rows is not None:
+        eval_rows = checked_rows(eval_rows, collator, data_options, arguments, "evaluation")
     trainer = build_trainer(
         model,
         processor,
         train_rows,
         eval_rows,
         arguments,
-        data_options.max_length,
+        collator,
         origin=run_origin(model_options, data_options, train_rows, eval_rows),
     )
     if trainer.is_world_process_zero():
@@ -235,6 +241,35 @@ def load_data(options: DataOptions, arguments: "TrainingArguments") -> tuple[Any
     return train_rows, eval_rows
 
 
+def row_collator(model: Any, processor: Any, options: DataOptions) -> Any:
+    """The collator of the rows, with the length that the options and the model allow."""
+    from vlmoe.training.collator import VLMoECollator
+    from vlmoe.training.long_rows import length_limit
+
+    return VLMoECollator(
+        processor,
+        length_limit(model, options.max_length),
+        shorten_prompts=options.on_long_rows == "shorten-prompt",
+    )
+
+
+def checked_rows(
+    rows: Any, collator: Any, options: DataOptions, arguments: "TrainingArguments", what: str
+) -> Any:
+    """The rows that can be used; how many are too long is logged once.
+
+    Raises:
+        ValueError: a row is too long, malformed or has nothing to learn; it is named.
+    """
+    from vlmoe.training.long_rows import usable_rows
+
+    is_first = arguments.process_index == 0
+    usable = usable_rows(rows, collator, options.on_long_rows, progress=is_first)
+    if is_first:
+        usable.log(what, collator.max_length)
+    return usable.rows
+
+
 def run_origin(
     model_options: ModelOptions, data_options: DataOptions, train_rows: Any, eval_rows: Any | None
 ) -> "RunOrigin":
@@ -273,19 +308,17 @@ def build_trainer(
     train_rows: Any,
     eval_rows: Any | None,
     arguments: "TrainingArguments",
-    max_length: int | None = None,
+    collator: Any | None = None,
     origin: "RunOrigin | None" = None,
 ) -> "CardTrainer":
     """A `Trainer` for conversational rows that writes the model card with every save.
 
-    Raises:
-        ValueError: no training row has a token with a loss.
+    `collator` is by default one that allows as many tokens as the model has positions.
     """
     from transformers import IntervalStrategy
 
     from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
     from vlmoe.training.card_trainer import CardTrainer
-    from vlmoe.training.collator import VLMoECollator, require_label_tokens
     from vlmoe.training.conversation_rows import ConversationRows
     from vlmoe.training.expert_load import has_experts
     from vlmoe.training.router_bias import RouterBiasCallback
@@ -293,8 +326,6 @@ def build_trainer(
     from vlmoe.training.routing_checks import StopOnNonFiniteRouting
     from vlmoe.training.saving import StopOnBadLoss
 
-    collator = VLMoECollator(processor, max_length)
-    require_label_tokens(train_rows, collator)
     if eval_rows is None:
         arguments = copy.copy(arguments)
         arguments.eval_strategy = IntervalStrategy.NO
@@ -305,7 +336,7 @@ def build_trainer(
     trainer = CardTrainer(
         model=model,
         args=arguments,
-        data_collator=collator,
+        data_collator=collator or row_collator(model, processor, DataOptions()),
         train_dataset=train_rows,
         eval_dataset=None if eval_rows is None else ConversationRows(eval_rows),
         processing_class=processor,

@@ -17,16 +17,16 @@ first: it must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.Data
 `share_images=False` there. Each data loader worker has caches of its own.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .conversations import parse_row, split_reference
+from .conversations import Conversation, parse_row, split_reference
 from .encoding import ConversationEncoder, EncodedConversation, EncodedImage, ImageEncoder
+from .shortening import shortened
 
 IGNORE_INDEX = -100
 MEGABYTE = 1024 * 1024
@@ -56,17 +56,21 @@ class TokenRow:
     images: list[EncodedImage]
 
 
-class RowCollator(ABC):
+class RowCollator:
     """What the two collators share.
 
     Arguments:
         processor: a `VLMoEProcessor`; its chat template must have `{% generation %}` blocks.
-        max_length: longest token row allowed (None: any); the subclasses say what happens then.
+        max_length: longest token row allowed, None for any; a longer one is an error that names the
+            row, since cutting it would cut an answer or a question. `length_limit` gives that of a
+            model.
         share_images: encode an image that several token rows use once (module docstring).
         pad_to_multiple_of: round the padded length up, for kernels that like round numbers.
         image_cache_mb: bound in MiB on the processed tiles that are remembered; 0 for none.
         text_cache_mb: the same for rendered and tokenised conversations.
     """
+
+    what = "conversation"
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class RowCollator(ABC):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1 or None, got {value}.")
+        self.processor = processor
         self.max_length = max_length
         self.share_images = share_images
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -107,14 +112,13 @@ class RowCollator(ABC):
                 ids += (image.token_ids, segment)
                 mask += (image.token_mask, segment_mask)
         row = TokenRow(ids, mask, sum(map(len, ids)), images)
-        if self.max_length is None or row.length <= self.max_length:
-            return row
-        images_end = row.length - len(ids[-1]) if images else 0
-        return self._shorten(row, images_end, self.max_length, name)
-
-    @abstractmethod
-    def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
-        """Cut a row that is longer than `max_length`, or raise `ValueError` naming it."""
+        if self.max_length is not None and row.length > self.max_length:
+            raise ValueError(
+                f"{name}: the {self.what} has {row.length} tokens, more than "
+                f"max_length={self.max_length}. Raise max_length (up to the model's positions), "
+                "shorten the row or leave it out."
+            )
+        return row
 
     def _pad(self, rows: list[TokenRow], side: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Text inputs (batch, length), and the assistant mask (batch, length)."""
@@ -151,9 +155,21 @@ class RowCollator(ABC):
 class VLMoECollator(RowCollator):
     """Rows -> training batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, images.
 
-    Arguments as in `RowCollator`. A row longer than `max_length` loses the text after it; a row
-    whose images reach beyond it is an error.
+    Arguments as in `RowCollator`, and `shorten_prompts`: take text off the oldest questions of a
+    conversation that is too long, see `long_rows.py`.
     """
+
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        *,
+        shorten_prompts: bool = False,
+        **options: Any,
+    ) -> None:
+        """Raises `ValueError` as `RowCollator` does."""
+        super().__init__(processor, max_length, **options)
+        self.shorten_prompts = shorten_prompts
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
@@ -162,30 +178,27 @@ class VLMoECollator(RowCollator):
             parsed = parse_row(row, position)
             images = self._images(parsed.images, parsed.name)
             for conversation in parsed.conversations:
+                if self.shorten_prompts and self.max_length is not None:
+                    room = self.max_length - sum(len(image.token_ids) for image in images)
+                    conversation = shortened(conversation, room, self.text_length)
                 encoded = self.encode_conversation(conversation, parsed.name)
                 token_rows.append(self._token_row(encoded, images, parsed.name))
         batch, mask = self._pad(token_rows, side="right")
         labels = batch["input_ids"].masked_fill(~mask, IGNORE_INDEX)
         return {**batch, "labels": labels, **self._pixels(token_rows)}
 
-    def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
-        """Cut off the text after `max_length`, never an image."""
-        if images_end > max_length:
-            raise ValueError(
-                f"{name}: truncation to max_length={max_length} would cut an image; the sample has "
-                f"{row.length} tokens, its images end at token {images_end}. Raise "
-                "max_length, or drop the sample."
-            )
-        ids, mask = np.concatenate(row.ids)[:max_length], np.concatenate(row.mask)[:max_length]
-        return TokenRow([ids], [mask], max_length, row.images)
+    def text_length(self, conversation: Conversation) -> int:
+        """The number of tokens of a conversation, those of its images left out."""
+        return sum(map(len, self.encode_conversation(conversation, "a row").segments))
 
 
 class VLMoEPromptCollator(RowCollator):
     """Rows -> `PromptBatch`: the last assistant turn taken off, left padding.
 
-    Arguments as in `RowCollator`. A prompt longer than `max_length` is an error: cutting it would
-    cut the question.
+    Arguments as in `RowCollator`.
     """
+
+    what = "prompt"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PromptBatch:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
@@ -202,25 +215,6 @@ class VLMoEPromptCollator(RowCollator):
             types += parsed.question_types
         batch, _ = self._pad(token_rows, side="left")
         return PromptBatch({**batch, **self._pixels(token_rows)}, references, types, names)
-
-    def _shorten(self, row: TokenRow, images_end: int, max_length: int, name: str) -> TokenRow:
-        """A prompt is never cut."""
-        raise ValueError(
-            f"{name}: the prompt has {row.length} tokens, more than "
-            f"max_length={max_length}. Raise max_length, or drop the sample."
-        )
-
-
-def require_label_tokens(dataset: Iterable[Mapping[str, Any]], collator: VLMoECollator) -> None:
-    """Raise `ValueError` unless some row has a token with a loss; rows are read until one has."""
-    count = 0
-    for count, row in enumerate(dataset, start=1):  # noqa: B007
-        if (collator([row])["labels"][:, 1:] != IGNORE_INDEX).any():
-            return
-    raise ValueError(
-        f"a dataset without any label token: none of its {count} rows has an assistant turn within "
-        f"max_length={collator.max_length}, so there is nothing to learn from."
-    )
 
 
 def _shared_layout(

@@ -66,14 +66,7 @@ def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
     if not isinstance(row, Mapping):
         raise ValueError(f"row {position} of the batch is a {type(row).__name__}, not a mapping.")
     name = row_name(row, position)
-    require_known_columns(row.keys(), name)
-    messages = row.get("messages")
-    if not _is_list(messages) or not messages:
-        raise ValueError(
-            f"{name}: `messages` must be a list of messages or of conversations, got "
-            f"{messages!r:.80}; its columns are {sorted(row)}."
-        )
-    conversations = [_parse_conversation(c, name) for c in split_conversations(messages)]
+    conversations = parse_messages(row, name)
     images = row.get("images")
     images = [] if images is None else images
     if not _is_list(images):
@@ -87,6 +80,18 @@ def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
             )
     types = _question_types(row.get("question_type"), len(conversations), name)
     return ParsedRow(name, conversations, images, types)
+
+
+def parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
+    """The checked conversations of a row called `name`, its images aside."""
+    require_known_columns(row.keys(), name)
+    messages = row.get("messages")
+    if not _is_list(messages) or not messages:
+        raise ValueError(
+            f"{name}: `messages` must be a list of messages or of conversations, got "
+            f"{messages!r:.80}; its columns are {sorted(row)}."
+        )
+    return [_parse_conversation(each, name) for each in split_conversations(messages)]
 
 
 def require_known_columns(columns: Collection[str], name: str) -> None:

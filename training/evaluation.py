@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .collator import PromptBatch, VLMoEPromptCollator
 from .conversation_rows import ConversationRows
 from .conversations import parse_row
+from .long_rows import prompt_limit
 
 
 def evaluate_model(
@@ -35,7 +36,8 @@ def evaluate_model(
         rows: as `load_rows` gives them; a row may hold several conversations.
         batch_size: conversations answered at the same time; images they share are encoded once.
         max_new_tokens: the longest answer, in tokens.
-        max_length: the longest prompt, in tokens; a longer one is an error.
+        max_length: the longest prompt, in tokens; a longer one is an error. By default what the
+            model's positions leave beside the answer.
         progress: show a progress bar.
 
     Returns:
@@ -51,7 +53,7 @@ def evaluate_model(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to evaluate.")
-    collator = VLMoEPromptCollator(processor, max_length)
+    collator = VLMoEPromptCollator(processor, prompt_limit(model, max_new_tokens, max_length))
     was_training = model.training
     model.eval()
     start = time.perf_counter()

@@ -21,6 +21,7 @@ from .collator import VLMoECollator
 from .conversation_rows import ConversationRows
 from .conversations import parse_row
 from .expert_load import MODALITIES, record_expert_load
+from .long_rows import length_limit
 from .routing_trace import IMAGE_KIND, PADDING_KIND, TEXT_KIND, ForwardRouting, record_routing
 
 SHUFFLES = 200
@@ -75,7 +76,7 @@ def dataset_routing(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to inspect.")
-    collator = VLMoECollator(processor)
+    collator = VLMoECollator(processor, length_limit(model))
     types, counts, parts = [], [], []
     bar = logging.tqdm(total=len(questions), desc="routing", unit="question", disable=not progress)
     with bar, record_expert_load(model) as load, record_routing(model) as trace:

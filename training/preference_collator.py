@@ -22,8 +22,7 @@ class VLMoEPreferenceCollator(VLMoECollator):
     the dataset rows. `completion_mask` (2 * batch, length) is 1 on the tokens that the assistant
     generates after the prompt: its content and `<|end|>`. An image is encoded once for both.
 
-    Arguments as in `RowCollator`. A row longer than `max_length` loses the text after it; a row
-    whose images reach beyond it, or of whose answer nothing would be left, is an error.
+    Arguments as in `RowCollator`. A row without any token of an answer is an error.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -40,8 +39,7 @@ class VLMoEPreferenceCollator(VLMoECollator):
         for name, learns in zip(names, completion.any(-1).tolist(), strict=True):
             if not learns:
                 raise ValueError(
-                    f"{name}: no token of the answer is left to compare; it must have an assistant "
-                    f"turn that begins within max_length={self.max_length}."
+                    f"{name}: no token of the answer to compare; it must have an assistant turn."
                 )
         return {**batch, "completion_mask": completion.long(), **self._pixels(token_rows)}
 

@@ -17,8 +17,8 @@
 - Subclasses, as TRL advises: a `compute_loss_func` is deprecated there, costs a second forward
   pass, sees neither router logits nor attention mask, and does not exist in DPOTrainer.
 - Batches come from our own collators: the labels of every other way of training, an image that
-  several rows share is encoded once, and a `max_length` (TRL's default is 1024) that would cut an
-  image is an error that names the sample.
+  several rows share is encoded once, and a row that is longer than `max_length` (TRL's default is
+  1024) or than the model has positions is an error that names it.
 """
 
 from abc import ABC, abstractmethod
@@ -32,6 +32,7 @@ from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .card_trainer import ModelCardMixin
 from .collator import IGNORE_INDEX, VLMoECollator
+from .long_rows import length_limit
 from .preference_collator import VLMoEPreferenceCollator
 
 try:
@@ -91,7 +92,7 @@ class RouterLossTrainer(ModelCardMixin, ABC):
         if is_default and getattr(self.args, "assistant_only_loss", True):
             self.data_collator = self.own_collator(
                 self.processing_class,
-                self.args.max_length,
+                self._longest_row(),
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
             )
 
@@ -126,6 +127,11 @@ class RouterLossTrainer(ModelCardMixin, ABC):
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """(batch,): the share of each row in TRL's loss, and so in the router losses."""
+
+    def _longest_row(self) -> int | None:
+        """The tokens that the arguments and the model's positions allow."""
+        limits = [self.args.max_length, length_limit(self._vlmoe())]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _vlmoe(self) -> VLMoEForConditionalGeneration:
         """The model itself, where need be inside PEFT's."""

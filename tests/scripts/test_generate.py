@@ -93,6 +93,8 @@ def test_wrong_input_is_named(
         (["--model", str(tmp_path / "nowhere")], "There is no model folder"),
         (["--model", str(damaged)], "damaged holds no whole model: model.safetensors: holds"),
         (["--model", "tiny"], "'tiny'"),
+        ([*model, "--max_new_tokens", "128"], "leaves no room for a prompt"),
+        ([*model, "--system", "what " * 99], "positions hold 64. Shorten it"),
     ]
     for arguments, message in cases:
         assert main.main(["generate", *arguments, QUESTION]) == 2, arguments

@@ -271,3 +271,30 @@ def test_two_processes_give_the_losses_of_one_and_resume(tmp_path: Path, data_fo
     for step in (2, 3):
         (tmp_path / "two" / f"checkpoint-{step}" / "trainer_state.json").unlink()
     assert losses("two", two, 1, *gloo, "--resume_from_checkpoint", "last") == together
+
+
+def test_what_happens_to_long_rows_is_chosen(
+    tmp_path: Path, data_folder: Path, saved_model: Path, capsys: Any, caplog: Any
+) -> None:
+    rows = [json.loads(line) for line in (data_folder / "test.jsonl").read_text().splitlines()]
+    question = "what color is the shape? " * 9
+    rows[1]["messages"][0][0]["content"][1]["text"] = question
+    data = data_folder / "long_train.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    base = ["train", "--model", str(saved_model), "--dataset", str(data), *FAST]
+    try:
+        for policy, code, said in (
+            ("error", 2, r"row 'train[1]' ('what color is the shape"),
+            ("drop", 0, "1 of the training rows have more than 40 tokens: left out."),
+            ("shorten-prompt", 0, "1 of the training rows have more than 40 tokens: the start of"),
+        ):
+            where = ["--output_dir", str(tmp_path / policy), "--max_length", "40"]
+            assert main.main([*base, *where, "--on_long_rows", policy]) == code, policy
+            assert said in capsys.readouterr().err + caplog.text
+            caplog.clear()
+        stage = json.loads((tmp_path / "drop" / "training_stages.json").read_text())[-1]
+        assert stage["data"]["rows"] == 2
+        assert main.main([*base, "--max_length", "129", "--output_dir", str(tmp_path / "x")]) == 2
+        assert "max_position_embeddings=128" in capsys.readouterr().err
+    finally:
+        data.unlink()

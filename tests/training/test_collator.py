@@ -19,7 +19,6 @@ from vlmoe.training.collator import (
     IGNORE_INDEX,
     VLMoECollator,
     VLMoEPromptCollator,
-    require_label_tokens,
 )
 from vlmoe.training.conversations import parse_row
 from vlmoe.training.encoding import ConversationEncoder
@@ -333,22 +332,18 @@ def test_length_is_rounded_up_on_request(processor: VLMoEProcessor) -> None:
     assert not padded["attention_mask"][:, length:].any()
 
 
-def test_text_beyond_max_length_is_cut(processor: VLMoEProcessor) -> None:
-    whole = VLMoECollator(processor)([make_row("several turns")])
-    length = whole["input_ids"].shape[1] - 3
-    batch = VLMoECollator(processor, max_length=length)([make_row("several turns")])
-    for key in [*TEXT_KEYS, "labels"]:
-        assert torch.equal(batch[key], whole[key][:, :length])
-
-
-def test_cut_through_an_image_is_refused_by_name(processor: VLMoEProcessor) -> None:
-    row = {**make_row("one image"), "id": "photo-7"}
+@pytest.mark.parametrize("kind", ["several turns", "one image"])
+def test_a_row_longer_than_max_length_is_refused_by_name(
+    kind: str, processor: VLMoEProcessor
+) -> None:
+    row = {**make_row(kind), "id": "photo-7"}
     length = VLMoECollator(processor)([row])["input_ids"].shape[1]
-    image_end = 1 + processor.image_seq_len  # after <|user|>
-    assert VLMoECollator(processor, max_length=image_end)([row])["input_ids"].shape[1] == image_end
-    message = rf"row 'photo-7' .*max_length={image_end - 1} would cut an image.* {length} tokens"
+    assert VLMoECollator(processor, max_length=length)([row])["input_ids"].shape[1] == length
+    message = (
+        rf"row 'photo-7' .*conversation has {length} tokens, more than max_length={length - 1}"
+    )
     with pytest.raises(ValueError, match=message):
-        VLMoECollator(processor, max_length=image_end - 1)([row])
+        VLMoECollator(processor, max_length=length - 1)([row])
 
 
 def test_text_that_contains_the_image_token_is_refused_by_name(processor: VLMoEProcessor) -> None:
@@ -472,15 +467,6 @@ def test_prompt_is_never_cut(processor: VLMoEProcessor) -> None:
     collator = VLMoEPromptCollator(processor, max_length=length - 1)
     with pytest.raises(ValueError, match=f"row 0 .*the prompt has {length} tokens"):
         collator([make_row("text only")])
-
-
-def test_dataset_without_any_label_token_is_refused(processor: VLMoEProcessor) -> None:
-    silent = [make_row("no answer"), make_row("no answer")]
-    with pytest.raises(ValueError, match="a dataset without any label token: none of its 2 rows"):
-        require_label_tokens(silent, VLMoECollator(processor))
-    require_label_tokens([*silent, make_row("one image")], VLMoECollator(processor))
-    with pytest.raises(ValueError, match=r"none of its 1 rows .*max_length=6"):
-        require_label_tokens([make_row("one image")], VLMoECollator(processor, max_length=6))
 
 
 def test_micro_batch_without_label_tokens_is_no_error(processor: VLMoEProcessor) -> None:

@@ -1,0 +1,60 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Taking text off the questions of a conversation that is too long for the model."""
+
+from collections.abc import Callable
+
+from .conversations import IMAGE, Conversation
+
+
+def shortened(
+    conversation: Conversation, room: int, length: Callable[[Conversation], int]
+) -> Conversation:
+    """The conversation with at most `room` tokens, where its questions' text suffices for that.
+
+    Characters are taken from the beginning of the first question, then of the next; where all
+    questions are gone, of the system message. Images, answers and what the chat template writes
+    stay. The same conversation and room give the same result.
+
+    Args:
+        conversation: what is too long; one that fits is returned as it is.
+        room: the largest number of tokens.
+        length: the number of tokens of a conversation.
+    """
+    if length(conversation) <= room:
+        return conversation
+    places = [
+        (turn, part)
+        for role in ("user", "system")
+        for turn, each in enumerate(conversation)
+        if each.role == role
+        for part, text in enumerate(each.parts)
+        if text is not IMAGE
+    ]
+    for place in places:
+        text = _text(conversation, place)
+        shorter = _with_text(conversation, place, "")
+        if length(shorter) > room:
+            conversation = shorter
+            continue
+        too_long, fits = 0, len(text)  # characters taken off
+        while fits - too_long > 1:
+            middle = (too_long + fits) // 2
+            if length(_with_text(conversation, place, text[middle:])) <= room:
+                fits = middle
+            else:
+                too_long = middle
+        return _with_text(conversation, place, text[fits:])
+    return conversation
+
+
+def _text(conversation: Conversation, place: tuple[int, int]) -> str:
+    return conversation[place[0]].parts[place[1]] or ""
+
+
+def _with_text(conversation: Conversation, place: tuple[int, int], text: str) -> Conversation:
+    """The conversation with another text in one place."""
+    turns = list(conversation)
+    parts = list(turns[place[0]].parts)
+    parts[place[1]] = text
+    turns[place[0]] = turns[place[0]]._replace(parts=tuple(parts))
+    return tuple(turns)
