@@ -1,0 +1,33 @@
+"""What a library raises at a user's input, as one line that names the input."""
+
+import pytest
+
+from vlmoe.training.input_errors import InputError, reading
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no\n  good"), "a.json: no good"),
+        (KeyError("size"), "a.json: KeyError: 'size'"),
+        (TypeError(), "a.json: TypeError"),
+        (RecursionError("maximum recursion depth exceeded"), "a.json: nested too deep"),
+        (MemoryError(), "a.json: not enough memory"),
+        (OSError(28, "No space left on device"), "a.json: [Errno 28] No space left on device"),
+    ],
+)
+def test_any_exception_becomes_one_line_that_names_the_input(error: Exception, line: str) -> None:
+    with pytest.raises(InputError) as caught, reading("a.json"):
+        raise error
+    assert str(caught.value) == line and caught.value.__cause__ is error
+
+
+def test_the_innermost_input_is_the_one_named() -> None:
+    with pytest.raises(InputError, match=r"^row 3: KeyError"), reading("data.jsonl"):
+        with reading("row 3"):
+            raise KeyError("x")
+
+
+def test_an_interrupt_is_no_fault_of_the_input() -> None:
+    with pytest.raises(KeyboardInterrupt), reading("a.json"):
+        raise KeyboardInterrupt

@@ -1,0 +1,47 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Whatever goes wrong while a user's input is read, as that input's fault in one line.
+
+Libraries raise what they please at a damaged file: KeyError, TypeError, RecursionError, classes of
+their own. Where an input is read, and nowhere else, all of it becomes `InputError`; an error of our
+code elsewhere stays what it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """A fault of what the user gave: an option, a file, a row."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn any exception of the block into `InputError("what: reason")`, in one line.
+
+    Args:
+        what: the input that is read, as the user knows it: a path, `--option`, a row.
+
+    Raises:
+        InputError: chained to what was raised; an InputError passes through unchanged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of an error in one line, led by its class where the message alone says little."""
+    message = str(error)
+    if "Original Traceback" in message:  # of a data loader's worker
+        message = message.rpartition(f"\n{type(error).__name__}: ")[2]
+    message = " ".join(message.split())
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({message})" if message else "not enough memory"
+    if isinstance(error, (ValueError, OSError, ImportError)) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
