@@ -43,21 +43,34 @@ def card(folder: str | Path, options: CardOptions) -> Path:
 
     Raises:
         FileNotFoundError: the folder holds no config.json.
-        ValueError: the folder is of another model, a file there is damaged, or the README.md there
-            is its author's own.
+        ValueError: the folder is of another model, a file there is damaged, the README.md there is
+            its author's own, or the target holds another model or is in use.
+        OSError: the target cannot be written into.
     """
-    from vlmoe.training.atomic_files import atomic_path
-    from vlmoe.training.model_card import CARD_FILE, CARD_SOURCES, may_write, write_model_card
+    from vlmoe.training.folder_lock import folder_lock
 
     source = Path(folder).expanduser()
     target = Path(options.output).expanduser() if options.output else source
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: a card tells of a saved model.")
+    if source.resolve() != target.resolve() and any(target.glob("*.safetensors")):
+        raise ValueError(
+            f"--output {target} holds the weights of another model, whose files the card's would "
+            "replace; choose another folder."
+        )
+    with folder_lock(target):
+        return _card(source, target, options)
+
+
+def _card(source: Path, target: Path, options: CardOptions) -> Path:
+    from vlmoe.training.atomic_files import atomic_path
+    from vlmoe.training.model_card import CARD_FILE, CARD_SOURCES, may_write, write_model_card
+
     if not may_write(target / CARD_FILE):
         raise ValueError(
             f"{target / CARD_FILE} was written or changed by hand; delete it to get a new one."
         )
-    for name in CARD_SOURCES if options.output else ():
+    for name in CARD_SOURCES if source.resolve() != target.resolve() else ():
         if not (source / name).is_file():
             (target / name).unlink(missing_ok=True)  # of another model
             continue

@@ -58,9 +58,17 @@ def run(options: DemoOptions) -> dict[str, Any]:
     """Run every stage; returns what metrics.json holds.
 
     Raises:
-        ValueError: an option has a wrong value.
+        ValueError: an option has a wrong value, or another process writes into the output folder.
         ImportError: an optional package is missing.
+        OSError: the output folder cannot be written into.
     """
+    from vlmoe.training.folder_lock import folder_lock
+
+    with folder_lock(options.output_dir):
+        return _run(options, Path(options.output_dir))
+
+
+def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.data import load_rows
     from vlmoe.training.evaluation import evaluate_model, results_table
@@ -69,7 +77,6 @@ def run(options: DemoOptions) -> dict[str, Any]:
     from vlmoe.training.model_card import METRICS_FILE
 
     start = time.perf_counter()
-    output_dir = Path(options.output_dir)
     tokenizer = save_tokenizer(output_dir / "tokenizer")
     _say("1/5 captions")
     captions = train_stage(options, CAPTIONS, "tiny", ["--tokenizer", tokenizer])
@@ -217,12 +224,14 @@ def draw_figures(
 def complete_card(model: Path, results: Path) -> None:
     """Put results and routing picture into the model's folder, and write its card anew."""
     from vlmoe.training.atomic_files import atomic_path
+    from vlmoe.training.folder_lock import folder_lock
     from vlmoe.training.model_card import METRICS_FILE, PICTURE_FILE, write_model_card
 
-    for name in (METRICS_FILE, PICTURE_FILE):
-        with atomic_path(model / name) as temporary:
-            shutil.copyfile(results / name, temporary)
-    write_model_card(model)
+    with folder_lock(model):
+        for name in (METRICS_FILE, PICTURE_FILE):
+            with atomic_path(model / name) as temporary:
+                shutil.copyfile(results / name, temporary)
+        write_model_card(model)
 
 
 def ask_in_new_process(model: Path) -> None:

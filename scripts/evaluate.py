@@ -9,7 +9,8 @@ a JSON file keeps it, with the load of the experts. In a model's own folder its 
 
 import dataclasses
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,24 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
     """Load, evaluate, and write the results; see `evaluate_model` for what they hold.
 
     Raises:
-        ValueError: an option, the model or the data are not usable.
+        ValueError: an option, the model or the data are not usable, or another process writes into
+            the model's folder, where the results are to go.
         FileNotFoundError: a file or folder does not exist.
+        OSError: the results could not be written.
     """
     source = require(options.model, "model", "evaluate")
     dataset = require(options.dataset, "dataset", "evaluate")
+    with _place_for_results(options):
+        return _evaluate(source, dataset, options, runtime)
+
+
+def _evaluate(
+    source: str, dataset: str, options: EvaluateOptions, runtime: RuntimeOptions
+) -> dict[str, Any]:
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.data import load_rows
     from vlmoe.training.evaluation import evaluate_model
     from vlmoe.training.expert_load import has_experts, record_expert_load
-    from vlmoe.training.model_card import EVALUATION_FILE
     from vlmoe.training.training_stages import dataset_name
 
     from .loading import model_for_answers
@@ -81,11 +90,35 @@ def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any
         del settings[path]  # the file may be published with the model
     write_json(results_path(options), results | {"options": settings})
     if options.save_predictions:
-        write_json(options.save_predictions, predictions)
-    folder = Path(source).expanduser()
-    if folder.is_dir() and results_path(options).resolve() == (folder / EVALUATION_FILE).resolve():
+        write_json(Path(options.save_predictions).expanduser(), predictions)
+    if folder := _own_folder(options):
         complete_card(folder, results["expert_load"])
     return results | {"predictions": predictions}
+
+
+@contextmanager
+def _place_for_results(options: EvaluateOptions) -> Iterator[None]:
+    """Find out before the work whether its results can be written; a model's own folder is locked.
+
+    A file elsewhere is written whole, by whomever: it needs no lock.
+    """
+    from vlmoe.training.folder_lock import folder_lock, require_writable
+
+    for path in (results_path(options), options.save_predictions):
+        if path:
+            require_writable(path)
+    folder = _own_folder(options)
+    with folder_lock(folder) if folder else nullcontext():
+        yield
+
+
+def _own_folder(options: EvaluateOptions) -> Path | None:
+    """The model's folder, if the results go there, into the file that its card tells of."""
+    from vlmoe.training.model_card import EVALUATION_FILE
+
+    folder = Path(options.model or "").expanduser()
+    is_own = results_path(options).resolve() == (folder / EVALUATION_FILE).resolve()
+    return folder if folder.is_dir() and is_own else None
 
 
 def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
@@ -104,7 +137,7 @@ def results_path(options: EvaluateOptions) -> Path:
     from vlmoe.training.model_card import EVALUATION_FILE
 
     if options.output:
-        return Path(options.output)
+        return Path(options.output).expanduser()
     folder = Path(options.model or "").expanduser()
     return (folder if folder.is_dir() else Path()) / EVALUATION_FILE
 

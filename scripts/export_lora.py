@@ -43,13 +43,21 @@ def export(folder: str | Path, output: str | Path, layout: str = "per-expert") -
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: the layout is unknown, or the adapter damaged or not one of experts.
+        ValueError: the layout is unknown, the adapter damaged or not one of experts, or the output
+            folder holds a model, is the adapter's own, or is in use.
+        OSError: the output folder cannot be written into.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"--layout is {layout!r}; allowed: {', '.join(LAYOUTS)}.")
     from vlmoe.training.adapter_files import export_per_expert
+    from vlmoe.training.atomic_files import refuse_mixing
+    from vlmoe.training.folder_lock import folder_lock
 
-    return export_per_expert(folder, output)
+    if Path(output).resolve() == Path(folder).resolve():
+        raise ValueError(f"--output_dir is {output}, the adapter itself; choose another folder.")
+    refuse_mixing(output, is_adapter=True)
+    with folder_lock(output):
+        return export_per_expert(folder, output)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,22 @@ def inspect_experts(
     """Load, run, draw, and write the page, its pictures and the numbers.
 
     Raises:
-        ValueError: an option, the model, an image or the data are not usable.
+        ValueError: an option, the model, an image or the data are not usable, or another process
+            writes into the output folder.
         FileNotFoundError: a file or folder does not exist.
+        OSError: the output folder cannot be written into.
     """
     source = require(options.model, "model", "inspect")
     _check(question, options)
+    from vlmoe.training.folder_lock import folder_lock
+
+    with folder_lock(options.output_dir):
+        return _inspect(source, question, options, runtime)
+
+
+def _inspect(
+    source: str, question: str | None, options: InspectOptions, runtime: RuntimeOptions
+) -> "Inspection":
     from vlmoe.training.inspection import dataset_routing, specialisation
     from vlmoe.training.inspection_report import Inspection
     from vlmoe.training.training_stages import dataset_name
@@ -137,9 +148,6 @@ def _check(question: str | None, options: InspectOptions) -> None:
     for name in ("batch_size", "max_new_tokens", "max_rows"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
-    folder = Path(options.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; name a folder.")
 
 
 def _rows(options: InspectOptions) -> Any:

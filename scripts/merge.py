@@ -41,8 +41,19 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
     Raises:
         FileNotFoundError: there is no such adapter or model.
         ValueError: the adapter is damaged, of another model, or its merged weights are not finite;
-            or the model is quantised.
+            the model is quantised; the output folder holds an adapter, or is in use.
+        OSError: the output folder cannot be written into.
     """
+    from vlmoe.training.atomic_files import refuse_mixing
+    from vlmoe.training.folder_lock import folder_lock
+
+    output = Path(require(options.output_dir, "output_dir", "merge")).expanduser()
+    refuse_mixing(output, is_adapter=False)
+    with folder_lock(output):
+        return _merge(folder, output, options.model)
+
+
+def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
     from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
     from vlmoe.modeling_vlmoe.quantization import quantized_experts
     from vlmoe.training.adapter_files import adapter_config, load_adapter
@@ -50,9 +61,8 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
 
     from .loading import check_model_source
 
-    output = Path(require(options.output_dir, "output_dir", "merge")).expanduser()
     config = adapter_config(folder)
-    source = options.model or config.get("base_model_name_or_path")
+    source = model or config.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"{folder} does not say what its base model is; give --model.")
     check_model_source(source)

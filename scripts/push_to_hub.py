@@ -13,9 +13,10 @@
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -95,18 +96,31 @@ def push(folder: str | Path, options: PushOptions) -> Pushed:
     """Push the folder of a saved model as one commit.
 
     Raises:
-        ValueError: the folder holds no whole model, its card has wrong metadata, or an option has a
-            wrong value.
+        ValueError: the folder holds no whole model, another process writes there, its card has
+            wrong metadata, or an option has a wrong value.
         FileNotFoundError: there is no such folder.
         OSError: the Hub cannot be reached or refuses; the message names the repo and the remedy.
     """
     repo_id = require(options.repo_id, "repo_id", "push")
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
     folder = Path(folder).expanduser()
-    check_folder(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no model folder {folder}.")
+    from vlmoe.training.folder_lock import folder_lock
+
+    is_read_only = not os.access(folder, os.W_OK)  # then nobody else writes there either
+    with nullcontext() if is_read_only else folder_lock(folder):
+        check_folder(folder)
+        return _push(folder, repo_id, options)
+
+
+def _push(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    from vlmoe.training.folder_lock import LOCK_FILE
+
     if (folder / "config.json").is_file():  # an adapter has none; PEFT wrote its card
         from vlmoe.training.model_card import write_model_card
 
@@ -138,7 +152,7 @@ def push(folder: str | Path, options: PushOptions) -> Pushed:
         url=str(commit.commit_url),
         files=files,
         bytes=sum((folder / name).stat().st_size for name in files),
-        left_out=sorted({path.name for path in folder.iterdir()} - set(files)),
+        left_out=sorted({path.name for path in folder.iterdir()} - {*files, LOCK_FILE}),
     )
 
 
@@ -160,11 +174,8 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder from which nobody could load the model.
 
     Raises:
-        FileNotFoundError: there is no such folder.
         ValueError: it holds no whole model, or weights only as a pickle.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no model folder {folder}.")
     from vlmoe.training.checkpoints import model_problems
 
     problems = model_problems(folder)

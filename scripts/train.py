@@ -140,9 +140,12 @@ def train(
         OSError: the output folder cannot be written into; with --push_to_hub, the Hub cannot be
             reached or refuses.
     """
+    from vlmoe.training.atomic_files import refuse_mixing
     from vlmoe.training.folder_lock import launch_lock
 
     check_arguments(arguments)
+    is_adapter = lora_options is not None and lora_options.lora
+    refuse_mixing(arguments.output_dir, is_adapter=is_adapter)
     with launch_lock(arguments.output_dir, arguments.should_save):
         return _train(model_options, data_options, arguments, lora_options)
 

@@ -90,10 +90,12 @@ def publish_folder(staging: Path, destination: str | Path, last: str = "config.j
 
     Raises:
         FileNotFoundError: `staging` does not hold `last`.
+        ValueError: as `refuse_mixing`.
     """
     destination = Path(destination)
     if not (staging / last).is_file():
         raise FileNotFoundError(f"{staging} holds no {last}: there is no whole model to publish.")
+    refuse_mixing(destination, is_adapter=last != "config.json")
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for file in files:
         (staging / file).chmod(0o666 & ~_umask())
@@ -104,6 +106,22 @@ def publish_folder(staging: Path, destination: str | Path, last: str = "config.j
         (destination / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / file, destination / file)
     shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_mixing(destination: str | Path, *, is_adapter: bool) -> None:
+    """Refuse to put a model into the folder of an adapter, or an adapter into that of a model:
+    neither would load.
+
+    Raises:
+        ValueError: names the folder and what it holds.
+    """
+    name, held = ("config.json", "a model") if is_adapter else ("adapter_config.json", "an adapter")
+    if (Path(destination) / name).is_file():
+        kind = "an adapter" if is_adapter else "a model"
+        raise ValueError(
+            f"{destination} holds {held} ({name}), beside which {kind} would not load; choose "
+            "another --output_dir."
+        )
 
 
 def remove_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
-from .atomic_files import atomic_path, write_json
+from .atomic_files import atomic_path, open_to_readers, write_json
 from .model_card import CARD_FILE, may_write, write_model_card
 from .training_stages import (
     STAGES_FILE,
@@ -49,6 +49,8 @@ class ModelCardMixin(Base):
         """Save as `Trainer` does, and write the card beside the model."""
         super().save_model(output_dir, _internal_call)
         folder, pushed = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
+        if self.args.should_save:
+            open_to_readers(folder)
         self.write_card(folder)
         pushes_saves = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
         if pushes_saves and self.args.should_save and folder.parent == pushed:

@@ -66,7 +66,7 @@ _guard = threading.RLock()
 
 
 @contextmanager
-def folder_lock(folder: str | Path, file_name: str = LOCK_FILE) -> Iterator[None]:
+def folder_lock(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
     """Keep other writers out of a folder, which is made if need be.
 
     What killed writers left there unfinished is removed. A folder that was made for the lock, and
@@ -74,13 +74,14 @@ def folder_lock(folder: str | Path, file_name: str = LOCK_FILE) -> Iterator[None
 
     Args:
         folder: what is written into.
-        file_name: of the lock; another one keeps writers of another kind apart.
+        beside: put the file beside the folder, hidden, for one that comes by a rename.
 
     Raises:
         FolderInUseError: another process is writing there; it names the process and what to do.
         OSError: the folder cannot be written into.
     """
-    file = Path(folder).expanduser().resolve() / file_name
+    path = Path(folder).expanduser().resolve()
+    file = path.with_name(f".{path.name}.lock") if beside else path / LOCK_FILE
     with _guard:
         lock = _locks.get(file)
         if lock is None:
@@ -184,7 +185,7 @@ def require_writable(path: str | Path) -> None:
     if path.is_dir():
         raise OSError(f"{path} is a folder; name a file.")
     folder = next(each for each in path.parents if each.exists())
-    _refuse_dangling(path.parent)
+    refuse_dangling(path.parent)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -195,17 +196,22 @@ def require_writable(path: str | Path) -> None:
 def _make_folder(folder: Path, shown: str) -> list[Path]:
     """Make a folder; returns what had to be made, from the outermost on."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
-    _refuse_dangling(Path(shown).expanduser())
+    refuse_dangling(Path(shown).expanduser())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise OSError(f"{shown} is a file, not a folder.") from error
+        raise OSError(f"{shown} is a file; name a folder.") from error
     except OSError as error:
         raise _unwritable(shown, error) from error
     return missing
 
 
-def _refuse_dangling(folder: Path) -> None:
+def refuse_dangling(folder: Path) -> None:
+    """Refuse a path that leads through a link to nothing: making what it names is not meant.
+
+    Raises:
+        OSError: names the link and what it leads to.
+    """
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
             raise OSError(f"{path} is a link to {path.readlink()}, which is not there.")
@@ -223,7 +229,9 @@ def _open(file: Path, shown: str) -> int | None:
 
 def _unwritable(path: str, error: OSError) -> OSError:
     """The error for a path that cannot be written to, without the names of our own files."""
-    return OSError(f"{path} cannot be written to: {error.strerror or error}.")
+    return OSError(
+        f"{path} cannot be written to: {error.strerror or error}. Choose another place."
+    )
 
 
 def _locked(descriptor: int, shown: str) -> bool:
@@ -264,11 +272,12 @@ def _take_over(lock: _Lock, shown: str) -> None:
     before = _read(lock.descriptor)
     if before:
         logger.warning("%s was left by %s, which has ended.", shown, _described(before))
+    word = [each for each in sys.argv[1:2] if not each.startswith("-")]
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
+        "command": " ".join([Path(sys.argv[0]).name, *word]),
         "token": lock.token,
     }
     os.ftruncate(lock.descriptor, 0)

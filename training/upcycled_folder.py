@@ -28,6 +28,7 @@ from ..modeling_vlmoe.upcycling.conversion import Conversion, SampleFor, describ
 from ..modeling_vlmoe.upcycling.report import UpcyclingReport
 from ..modeling_vlmoe.upcycling.weight_plan import Origin
 from .atomic_files import atomic_path, write_json
+from .folder_lock import folder_lock, refuse_dangling
 from .model_card import write_model_card
 
 logger = logging.get_logger(__name__)
@@ -59,11 +60,30 @@ def upcycle_folder(
         max_shard_size: of a weights file.
 
     Raises:
-        ValueError: the model does not fit exactly, or an option is not allowed.
+        ValueError: the model does not fit exactly, an option is not allowed, or another process
+            makes that folder.
         OSError: a file is missing or damaged, or the disk is full; finished shards are kept.
         UpcyclingError: the logits differ by more than 1e-5 of their largest, in fp32.
     """
     target = Path(target).expanduser()
+    refuse_dangling(target)
+    target = target.resolve()
+    with folder_lock(target, beside=True):
+        return _upcycle_folder(
+            begin, target, request, processor_for, sample_for, bases, max_shard_size
+        )
+
+
+def _upcycle_folder(
+    begin: Callable[[SampleFor], Conversion],
+    target: Path,
+    request: Mapping[str, Any],
+    processor_for: Callable[[VLMoEConfig], Any] | None,
+    sample_for: Callable[[Any], Mapping[str, Tensor]] | None,
+    bases: Sequence[dict[str, Any]],
+    max_shard_size: str,
+) -> UpcyclingReport:
+    """`upcycle_folder`, while nobody else makes that folder."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
     processors: list[Any] = []

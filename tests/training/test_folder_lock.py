@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lock_holder import holder
 
 from vlmoe.training import folder_lock as module
 from vlmoe.training.folder_lock import (
@@ -23,19 +24,6 @@ from vlmoe.training.folder_lock import (
     folder_lock,
     require_writable,
 )
-
-Holder = Callable[[Path], tuple[multiprocessing.process.BaseProcess, Connection]]
-
-
-def hold(folder: str, pipe: Connection) -> None:
-    """Hold the lock until told to let go; say `held`, or why not."""
-    try:
-        with folder_lock(folder):
-            pipe.send("held")
-            pipe.recv()
-    except FolderInUseError as error:
-        pipe.send(str(error))
-
 
 def hold_with_a_child(folder: str, pipe: Connection) -> None:
     """Hold the lock, with a forked process that lives on."""
@@ -55,7 +43,7 @@ def start() -> Iterator[Callable[..., Any]]:
     context.set_forkserver_preload(["vlmoe.training.folder_lock"])
     processes = []
 
-    def start_process(folder: Path, function: Callable[..., None] = hold) -> Any:
+    def start_process(folder: Path, function: Callable[..., None]) -> Any:
         ours, theirs = context.Pipe()
         process = context.Process(target=function, args=(str(folder), theirs))
         process.start()
@@ -68,36 +56,30 @@ def start() -> Iterator[Callable[..., Any]]:
         process.join()
 
 
-def test_the_second_process_is_told_who_the_first_is(
-    tmp_path: Path, start: Callable[..., Any]
-) -> None:
-    process, pipe = start(tmp_path)
-    assert pipe.recv() == "held"
-    with pytest.raises(FolderInUseError) as error, folder_lock(tmp_path):
-        pass
-    told = str(error.value)
-    assert told.startswith(f"{tmp_path} is being written to by process {process.pid} on ")
-    assert socket.gethostname() in told and "choose another folder" in told and "\n" not in told
-    assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", told)
-    holder = json.loads((tmp_path / LOCK_FILE).read_text())
-    assert (holder["pid"], holder["host"]) == (process.pid, socket.gethostname())
-    pipe.send("go")
-    process.join()
+def test_the_second_process_is_told_who_the_first_is(tmp_path: Path) -> None:
+    with holder(tmp_path) as (process, answer):
+        assert answer == "held"
+        with pytest.raises(FolderInUseError) as error, folder_lock(tmp_path):
+            pass
+        told = str(error.value)
+        assert told.startswith(f"{tmp_path} is being written to by process {process.pid} on ")
+        assert socket.gethostname() in told and "choose another folder" in told
+        assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", told) and "\n" not in told
+        written = json.loads((tmp_path / LOCK_FILE).read_text())
+        assert (written["pid"], written["host"]) == (process.pid, socket.gethostname())
     with folder_lock(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_holder_holds_nothing(
-    tmp_path: Path, start: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    process, pipe = start(tmp_path)
-    pipe.recv()
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert (tmp_path / LOCK_FILE).exists()
-    with folder_lock(tmp_path):
-        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+def test_a_killed_holder_holds_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with holder(tmp_path) as (process, _):
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert (tmp_path / LOCK_FILE).exists()
+        with folder_lock(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert f"was left by process {process.pid} on" in caplog.text
     assert os.listdir(tmp_path) == []
 
@@ -116,14 +98,14 @@ def test_a_forked_process_that_lives_on_holds_nothing(
         os.kill(child, signal.SIGKILL)
 
 
-def test_the_lock_is_re_entrant(tmp_path: Path, start: Callable[..., Any]) -> None:
+def test_the_lock_is_re_entrant(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     with folder_lock(tmp_path):
         with folder_lock(link):
             pass
-        _, pipe = start(tmp_path)
-        assert "is being written to" in pipe.recv()
+        with holder(tmp_path) as (_, answer):
+            assert "is being written to" in answer
 
 
 INSIDE = """
