@@ -14,7 +14,7 @@ from vlmoe.training.atomic_files import write_json
 from vlmoe.training.conversation_rows import ConversationRows
 from vlmoe.training.data import load_rows
 from vlmoe.training.tokenizer import train_tokenizer
-from vlmoe_cli.train import texts_of
+from vlmoe_cli.training_data import texts_of
 
 TASKS = ("composition", "easy_vqa")
 IMAGES = {"train": 12000, "validation": 300, "test": 1200}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import (
     ImagesKwargs,
@@ -26,10 +27,19 @@ from ..configuration.hub_code import HubCodeMixin
 from .chat_template import DEFAULT_CHAT_TEMPLATE
 from .dense_processor import check_tiles, layout_of, read_dense_processor
 from .image_checks import load_rgb_image
-from .image_layout import batch_tiles, encode_images, image_option, rows_of_images, tile_grid
+from .image_layout import (
+    TiledImage,
+    batch_tiles,
+    encode_images,
+    image_option,
+    rows_of_images,
+    tile_grid,
+)
+from .image_sources import DEFAULT_LIMITS, ImageLimits
 from .tower_layout import image_processor_for, image_seq_length
 
 TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
+_BLANK = Image.new("L", (1, 1))
 
 
 class VLMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -77,8 +87,9 @@ class VLMoEProcessor(HubProcessorMixin):
     `input_ids`, `attention_mask`, `mm_token_type_ids` (batch, tokens; 0 text, 1 image token) and,
     if any row has an image, `pixel_values` (batch, tiles, 3, H, W) and `pixel_attention_mask`
     (batch, tiles, H, W; 1 real, 0 padding). Images come as one list per text or as one flat list;
-    `load_rgb_image` says what may stand for an image. An image that several rows share (the same
-    object or path) is opened and encoded once. `do_image_splitting` switches tiling for the call.
+    `load_rgb_image` says what may stand for an image, http(s) URLs included. An image that several
+    rows share (the same object or path) is opened and encoded once, and no two are kept decoded at
+    the same time. `do_image_splitting` switches tiling for the call.
     A call raises `ValueError`, naming the sample, for an image that cannot be used, for a number of
     images other than that of placeholders, and for a truncation that would cut an image.
 
@@ -92,10 +103,12 @@ class VLMoEProcessor(HubProcessorMixin):
         image_start_token, image_end_token: text around each image.
         global_image_token: the marker before a thumbnail.
         tile_layout: `"vlmoe"`, `"idefics3"` or `"internvl"`.
+        max_image_pixels, max_image_side: an image with more pixels, or a longer side, is refused
+            before it is decoded. They are saved in processor_config.json.
 
     Raises:
-        ValueError: `image_token` is not one token of the tokenizer, `image_seq_len` is below 1, or
-            `tile_layout` is unknown.
+        ValueError: `image_token` is not one token of the tokenizer, `image_seq_len` or a limit is
+            below 1, or `tile_layout` is unknown.
     """
 
     hub_classes = {  # noqa: RUF012 - declared in HubCodeMixin
@@ -117,6 +130,8 @@ class VLMoEProcessor(HubProcessorMixin):
         image_end_token: str = "",
         global_image_token: str = "<global-img>",
         tile_layout: str = "vlmoe",
+        max_image_pixels: int = DEFAULT_LIMITS.max_pixels,
+        max_image_side: int = DEFAULT_LIMITS.max_side,
     ) -> None:
         """Check the image token against the tokenizer and keep the layout."""
         if tile_layout not in TILE_LAYOUTS:
@@ -139,6 +154,8 @@ class VLMoEProcessor(HubProcessorMixin):
         self.image_end_token = image_end_token
         self.global_image_token = global_image_token
         self.tile_layout = tile_layout
+        self.max_image_pixels = ImageLimits(max_image_pixels, max_image_side).max_pixels
+        self.max_image_side = max_image_side
         default = DEFAULT_CHAT_TEMPLATE.replace("<image>", image_token)
         chat_template = chat_template or getattr(tokenizer, "chat_template", None) or default
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -216,6 +233,11 @@ class VLMoEProcessor(HubProcessorMixin):
         return list(dict.fromkeys(names))
 
     @property
+    def image_limits(self) -> ImageLimits:
+        """The largest image that is decoded."""
+        return ImageLimits(self.max_image_pixels, self.max_image_side)
+
+    @property
     def unused_input_names(self) -> list[str]:
         """What the two parts return and the model does not take."""
         return ["rows", "cols", "token_type_ids"]
@@ -234,7 +256,7 @@ class VLMoEProcessor(HubProcessorMixin):
         audio: Any = None,
         **kwargs: Any,
     ) -> tuple[list[list[Any]] | None, Any, None, None]:
-        """Open the images and deal them out: `(images of each row, texts, None, None)`."""
+        """Deal the images out, unopened: `(images of each row, texts, None, None)`."""
         if videos is not None or audio is not None:
             raise ValueError(
                 f"{type(self).__name__} takes images and text; pass a video's frames as images."
@@ -253,7 +275,7 @@ class VLMoEProcessor(HubProcessorMixin):
                 f"{self.image_token} tokens in the prompts should be the same as the number of "
                 "images, and each text should have its list of images."
             )
-        return self._open_images(rows, kwargs) if any(rows) else None, text, None, None
+        return rows if any(rows) else None, text, None, None
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Check that each text has as many placeholders as images."""
@@ -267,7 +289,9 @@ class VLMoEProcessor(HubProcessorMixin):
                         f"placeholders but {given} images are given; give one image per "
                         "placeholder. (A chat template that ignores image parts leaves none.)"
                     )
-        super().validate_inputs(images=images, text=text, **kwargs)
+        # The images are counted, but not opened yet: transformers would refuse some of the sources.
+        counted = [[_BLANK] * len(row) for row in images] if images else None
+        super().validate_inputs(images=counted, text=text, **kwargs)
 
     def replace_image_token(
         self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
@@ -295,30 +319,27 @@ class VLMoEProcessor(HubProcessorMixin):
         whole = f"{each}{self.global_image_token}{tile}" if grid or marked else tile
         return f"{outer}{crops}\n{whole}{end}" if grid else f"{outer}{whole}{end}"
 
-    def _open_images(self, rows: list[list[Any]], kwargs: Mapping[str, Any]) -> list[list[Any]]:
-        """Open each image once, however many rows name the same object or path."""
-        options = {**kwargs, **kwargs.get("images_kwargs", {})}
-        keep_floats = image_option(self.image_processor, options, "do_rescale") is False
-        channels = options.get("input_data_format")
-        opened: dict[Any, Any] = {}
-        for sample, row in enumerate(rows):
-            for position, source in enumerate(row):
-                key = source if isinstance(source, str | Path) else id(source)
-                if key not in opened:
-                    where = f"sample {sample}, image {position}"
-                    opened[key] = load_rgb_image(
-                        source, where, keep_floats=keep_floats, channels=channels
-                    )
-        return [[opened[s if isinstance(s, str | Path) else id(s)] for s in row] for row in rows]
-
     def _process_images(
         self, images: list[list[Any]], **kwargs: Any
     ) -> tuple[dict[str, Any], list[str]]:
-        """Encode each distinct image once, then lay the tiles out by rows."""
-        distinct = {id(image): image for row in images for image in row}
-        tiled = encode_images(self.image_processor, list(distinct.values()), kwargs)
-        encoded = dict(zip(distinct, tiled, strict=True))
-        batch = [[encoded[id(image)] for image in row] for row in images]
+        """Open and encode each distinct image, one at a time, then lay the tiles out by rows."""
+        keep_floats = image_option(self.image_processor, kwargs, "do_rescale") is False
+        channels, limits = kwargs.get("input_data_format"), self.image_limits
+        encoded: dict[Any, TiledImage] = {}
+        for sample, row in enumerate(images):
+            for position, source in enumerate(row):
+                if _key(source) not in encoded:
+                    image = load_rgb_image(
+                        source,
+                        f"sample {sample}, image {position}",
+                        keep_floats=keep_floats,
+                        channels=channels,
+                        limits=limits,
+                        allow_urls=True,
+                    )
+                    (tiled,) = encode_images(self.image_processor, [image], kwargs)
+                    encoded[_key(source)] = tiled
+        batch = [[encoded[_key(source)] for source in row] for row in images]
         grids = {
             "rows": [[image.rows for image in row] for row in batch],
             "cols": [[image.cols for image in row] for row in batch],
@@ -384,6 +405,11 @@ class VLMoEProcessor(HubProcessorMixin):
         if hasattr(offsets, "tolist"):
             processed_dict["offset_mapping"] = offsets.tolist()
         return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+
+
+def _key(source: Any) -> Any:
+    """Equal for the same image of a call: the same object, path or string."""
+    return source if isinstance(source, str | Path) else id(source)
 
 
 def _are_texts(text: Any) -> bool:

@@ -153,7 +153,7 @@ def save_tokenizer(folder: Path) -> str:
     from vlmoe.training.data import load_rows
     from vlmoe.training.tokenizer import train_tokenizer
 
-    from .train import texts_of
+    from .training_data import texts_of
 
     rows = [load_rows(source, with_images=False) for source in (QUESTIONS, CAPTIONS)]
     texts = (text for source in rows for text in texts_of(source))

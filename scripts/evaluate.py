@@ -16,7 +16,7 @@ from typing import Any
 
 from .command_line import run_command
 from .option_parser import command_options, require
-from .options import EvaluateOptions, RuntimeOptions
+from .options import EvaluateOptions, ImageOptions, RuntimeOptions
 
 EPILOG = """\
 examples:
@@ -29,21 +29,23 @@ def main(argv: list[str]) -> None:
     """Run `vlmoe evaluate`."""
     parsed = command_options(
         argv,
-        [EvaluateOptions, RuntimeOptions],
+        [EvaluateOptions, ImageOptions, RuntimeOptions],
         usage="vlmoe evaluate --model MODEL --dataset DATASET [options]",
         description="Count the right answers of a model to the questions of a dataset.",
         epilog=EPILOG,
     )
     if parsed is None:
         return
-    options, runtime, _ = parsed
-    results = evaluate(options, runtime)
+    options, images, runtime, _ = parsed
+    results = evaluate(options, runtime, images)
     from vlmoe.training.evaluation import results_table
 
     print(f"\n{results_table(results)}\n\nWritten to {results_path(options)}.")
 
 
-def evaluate(options: EvaluateOptions, runtime: RuntimeOptions) -> dict[str, Any]:
+def evaluate(
+    options: EvaluateOptions, runtime: RuntimeOptions, images: ImageOptions | None = None
+) -> dict[str, Any]:
     """Load, evaluate, and write the results; see `evaluate_model` for what they hold.
 
     Raises:
@@ -67,12 +69,19 @@ def _evaluate(
     from vlmoe.training.expert_load import has_experts, record_expert_load
     from vlmoe.training.training_stages import dataset_name
 
-    from .loading import model_for_answers
+    from .loading import model_for_answers, set_image_limits
 
+    images = images or ImageOptions()
     rows = load_rows(
-        dataset, options.split, limit=options.max_rows, with_images=not options.without_images
+        dataset,
+        options.split,
+        limit=options.max_rows,
+        with_images=not options.without_images,
+        allow_outside_images=images.allow_outside_images,
+        allow_image_urls=images.allow_image_urls,
     )
     model, processor = model_for_answers(source, runtime)
+    set_image_limits(processor, images)
     with record_expert_load(model) if has_experts(model) else nullcontext() as load:
         results = evaluate_model(
             model,
@@ -81,6 +90,7 @@ def _evaluate(
             options.batch_size,
             max_new_tokens=options.max_new_tokens,
             max_length=options.max_length,
+            allow_image_urls=images.allow_image_urls,
         )
     predictions = results.pop("predictions")
     results["dataset"] = dataset_name(dataset)[0]

@@ -57,8 +57,9 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
 
     from .loading import model_for_answers
 
-    images = [open_image(Path(path).expanduser(), path) for path in paths]
     model, processor = model_for_answers(source, runtime)
+    limits = processor.image_limits
+    images = [open_image(Path(path).expanduser(), path, limits=limits) for path in paths]
     set_seed(options.seed)
     inputs = prompt_inputs(processor, question, images, options.system).to(model.device)
     require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)

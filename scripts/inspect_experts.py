@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .command_line import run_command
 from .generate import prompt_inputs
 from .option_parser import command_options, require
-from .options import InspectOptions, RuntimeOptions
+from .options import ImageOptions, InspectOptions, RuntimeOptions
 
 if TYPE_CHECKING:
     from vlmoe.training.inspection_report import Inspection
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     """Run `vlmoe inspect`."""
     parsed = command_options(
         argv,
-        [InspectOptions, RuntimeOptions],
+        [InspectOptions, ImageOptions, RuntimeOptions],
         usage='vlmoe inspect --model MODEL [--dataset DATASET] [options] ["QUESTION"]',
         description="Show which experts the tokens of a dataset, or of a question, are sent to.",
         epilog=EPILOG,
@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     )
     if parsed is None:
         return
-    options, runtime, rest = parsed
-    inspection = inspect_experts(rest.question, options, runtime)
+    options, images, runtime, rest = parsed
+    inspection = inspect_experts(rest.question, options, runtime, images)
     from vlmoe.training.inspection import inspection_table
 
     if inspection.routing is not None:
@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
 
 
 def inspect_experts(
-    question: str | None, options: InspectOptions, runtime: RuntimeOptions
+    question: str | None,
+    options: InspectOptions,
+    runtime: RuntimeOptions,
+    images: ImageOptions | None = None,
 ) -> "Inspection":
     """Load, run, draw, and write the page, its pictures and the numbers.
 
@@ -80,16 +83,18 @@ def _inspect(
     from vlmoe.training.inspection_report import Inspection
     from vlmoe.training.training_stages import dataset_name
 
-    from .loading import check_model_source, model_for_answers
+    from .loading import check_model_source, model_for_answers, set_image_limits
 
     if options.before:
         check_model_source(options.before)
-    rows = _rows(options)
+    images = images or ImageOptions()
+    rows = _rows(options, images)
     model, processor = model_for_answers(source, runtime)
+    set_image_limits(processor, images)
     if question:
         prompts = [_asked(model, processor, question, options)]
     else:
-        prompts = _from_rows(model, processor, rows, options)
+        prompts = _from_rows(model, processor, rows, options, images)
     routing = prompts[0].routing
     inspection = Inspection(
         model=_short(source),
@@ -101,13 +106,19 @@ def _inspect(
     if rows is not None:
         name = dataset_name(options.dataset)[0]
         inspection.dataset = f"{name}, {options.split}, {len(rows):,} rows"
-        inspection.routing = dataset_routing(model, processor, rows, options.batch_size)
+        inspection.routing = dataset_routing(
+            model,
+            processor,
+            rows,
+            options.batch_size,
+            allow_image_urls=images.allow_image_urls,
+        )
         inspection.types = specialisation(
             inspection.routing.counts, inspection.routing.question_types
         )
     del model
     if options.before:
-        inspection.before = _before(inspection, rows, options, runtime)
+        inspection.before = _before(inspection, rows, options, runtime, images)
     write(inspection, Path(options.output_dir))
     return inspection
 
@@ -150,13 +161,19 @@ def _check(question: str | None, options: InspectOptions) -> None:
             raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
 
 
-def _rows(options: InspectOptions) -> Any:
+def _rows(options: InspectOptions, images: ImageOptions) -> Any:
     """The dataset's rows, or None without one."""
     if not options.dataset:
         return None
     from vlmoe.training.data import load_rows
 
-    return load_rows(options.dataset, options.split, limit=options.max_rows)
+    return load_rows(
+        options.dataset,
+        options.split,
+        limit=options.max_rows,
+        allow_outside_images=images.allow_outside_images,
+        allow_image_urls=images.allow_image_urls,
+    )
 
 
 def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -> "TracedPrompt":
@@ -165,14 +182,19 @@ def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -
     from vlmoe.training.inspection_tokens import trace_prompt
     from vlmoe.training.long_rows import require_room
 
-    images = [open_image(Path(path).expanduser(), path) for path in options.image or []]
+    limits = processor.image_limits
+    images = [open_image(Path(p).expanduser(), p, limits=limits) for p in options.image or []]
     inputs = prompt_inputs(processor, question, images)
     require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)
     return trace_prompt(model, processor, inputs, images, question, options.max_new_tokens)
 
 
 def _from_rows(
-    model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], options: InspectOptions
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    options: InspectOptions,
+    images: ImageOptions,
 ) -> list["TracedPrompt"]:
     """Some questions of a dataset; see `_chosen_questions`."""
     from vlmoe.training.collator import VLMoEPromptCollator
@@ -182,7 +204,10 @@ def _from_rows(
     from vlmoe.training.long_rows import prompt_limit
 
     limit = prompt_limit(model, options.max_new_tokens)
-    collator = VLMoEPromptCollator(processor, limit, share_images=False)
+    allow_urls, limits = images.allow_image_urls, processor.image_limits
+    collator = VLMoEPromptCollator(
+        processor, limit, share_images=False, allow_image_urls=allow_urls
+    )
     prompts = []
     for row in _chosen_questions(rows):
         parsed, batch = parse_row(row, 0), collator([row])
@@ -191,7 +216,10 @@ def _from_rows(
             model,
             processor,
             batch.inputs,
-            [open_image(image, parsed.name) for image in parsed.images],
+            [
+                open_image(image, parsed.name, limits=limits, allow_urls=allow_urls)
+                for image in parsed.images
+            ],
             asked,
             options.max_new_tokens,
             question_type=batch.question_types[0],
@@ -220,16 +248,22 @@ def _chosen_questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _before(
-    inspection: "Inspection", rows: Any, options: InspectOptions, runtime: RuntimeOptions
+    inspection: "Inspection",
+    rows: Any,
+    options: InspectOptions,
+    runtime: RuntimeOptions,
+    images: ImageOptions,
 ) -> Any:
     """The older model on the same rows."""
     from vlmoe.training.inspection import change, dataset_routing
     from vlmoe.training.inspection_report import BeforeTraining
 
-    from .loading import model_for_answers
+    from .loading import model_for_answers, set_image_limits
 
     model, processor = model_for_answers(options.before or "", runtime)
-    old = dataset_routing(model, processor, rows, options.batch_size)
+    set_image_limits(processor, images)
+    allow_urls = images.allow_image_urls
+    old = dataset_routing(model, processor, rows, options.batch_size, allow_image_urls=allow_urls)
     assert inspection.routing is not None
     return BeforeTraining(_short(options.before or ""), old, change(old, inspection.routing))
 

@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.configuration.configuration_vlmoe import PRESETS
+from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from vlmoe.training.checkpoints import model_problems
 from vlmoe.training.file_checks import tensor_shapes
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 
 from .option_parser import close_matches, json_object
-from .options import LoraOptions, ModelOptions, RuntimeOptions
+from .options import ImageOptions, LoraOptions, ModelOptions, RuntimeOptions
 
 ModelAndProcessor = tuple[VLMoEForConditionalGeneration, VLMoEProcessor]
 
@@ -101,6 +102,24 @@ def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor
     model = _load_model(source, VLMoEConfig.from_pretrained(source), _dtype(options.dtype))
     _choose_implementations(model, options)
     return model.eval().to(device), VLMoEProcessor.from_pretrained(source)
+
+
+def image_limits(options: ImageOptions, default: ImageLimits = DEFAULT_LIMITS) -> ImageLimits:
+    """The limits that the options name, else those of `default`.
+
+    Raises:
+        ValueError: a limit is below 1.
+    """
+    pixels, side = options.max_image_pixels, options.max_image_side
+    return ImageLimits(
+        default.max_pixels if pixels is None else pixels, default.max_side if side is None else side
+    )
+
+
+def set_image_limits(processor: VLMoEProcessor, options: ImageOptions) -> None:
+    """Give the processor the limits of the options, where they name some; raises as they do."""
+    limits = image_limits(options, processor.image_limits)
+    processor.max_image_pixels, processor.max_image_side = limits.max_pixels, limits.max_side
 
 
 def is_preset(name: str) -> bool:

@@ -90,6 +90,27 @@ class DataOptions:
 
 
 @dataclasses.dataclass
+class ImageOptions:
+    """Which images of a dataset are opened."""
+
+    _argument_group_name = "images of the data"
+
+    allow_outside_images: bool = option(
+        "Open image files that the data name outside their own folder. Only for data you trust.",
+        False,
+    )
+    allow_image_urls: bool = option(
+        "Download images that the data name by http(s) URL. Only for data you trust.", False
+    )
+    max_image_pixels: int | None = option(
+        "Refuse larger images, in pixels (default: the processor's, 64 million)."
+    )
+    max_image_side: int | None = option(
+        "Refuse images with a longer side, in pixels (default: the processor's, 32768)."
+    )
+
+
+@dataclasses.dataclass
 class RuntimeOptions:
     """How to run a saved model."""
 

@@ -32,8 +32,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command_line import EXIT_ERROR, run_command
-from .option_parser import OptionParser, add_options, require
-from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions, PushOptions
+from .option_parser import OptionParser, add_options
+from .options import (
+    TRAINING_DEFAULTS,
+    DataOptions,
+    ImageOptions,
+    LoraOptions,
+    ModelOptions,
+    PushOptions,
+)
+from .training_data import checked_rows, load_data, row_collator, texts_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -112,7 +120,7 @@ def help_parser() -> OptionParser:
     parser.add_argument(
         "--config", metavar="FILE", help="A YAML file of options; those given as flags win."
     )
-    for options in (ModelOptions, DataOptions, LoraOptions):
+    for options in (ModelOptions, DataOptions, ImageOptions, LoraOptions):
         add_options(parser, options)
     return parser
 
@@ -122,6 +130,7 @@ def train(
     data_options: DataOptions,
     arguments: "TrainingArguments",
     lora_options: LoraOptions | None = None,
+    image_options: ImageOptions | None = None,
 ) -> TrainResult:
     """Train, evaluate, save, and return the result.
 
@@ -131,6 +140,7 @@ def train(
         arguments: see `training_arguments.training_arguments` for ones with our defaults;
             `resume_from_checkpoint` is honoured.
         lora_options: whether to train an adapter.
+        image_options: which images of the data are opened.
 
     Raises:
         ValueError: options, data or checkpoint are not usable; the message names the culprit.
@@ -147,7 +157,9 @@ def train(
     is_adapter = lora_options is not None and lora_options.lora
     refuse_mixing(arguments.output_dir, is_adapter=is_adapter)
     with launch_lock(arguments.output_dir, arguments.should_save):
-        return _train(model_options, data_options, arguments, lora_options)
+        return _train(
+            model_options, data_options, arguments, lora_options, image_options or ImageOptions()
+        )
 
 
 def _train(
@@ -155,13 +167,14 @@ def _train(
     data_options: DataOptions,
     arguments: "TrainingArguments",
     lora_options: LoraOptions | None,
+    image_options: ImageOptions,
 ) -> TrainResult:
     """`train`, in a folder that nobody else writes into."""
     from transformers import set_seed
 
     from vlmoe.training.checkpoints import find_checkpoint, set_aside_newer
 
-    from .loading import adapter_for_training, model_for_training
+    from .loading import adapter_for_training, model_for_training, set_image_limits
     from .push_to_hub import ensure_repo
 
     if arguments.push_to_hub and arguments.process_index == 0:
@@ -172,14 +185,17 @@ def _train(
         )
     checkpoint = find_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
-    train_rows, eval_rows = load_data(data_options, arguments)
+    train_rows, eval_rows = load_data(data_options, arguments, image_options)
     if lora_options is not None and lora_options.lora:
         model, processor = adapter_for_training(model_options, lora_options)
     else:
         model, processor = model_for_training(
             model_options, lambda: texts_of(train_rows), checkpoint
         )
-    collator = row_collator(model, processor, data_options)
+    set_image_limits(processor, image_options)
+    collator = row_collator(
+        model, processor, data_options, allow_image_urls=image_options.allow_image_urls
+    )
     train_rows = checked_rows(train_rows, collator, data_options, arguments, "training")
     if eval_rows is not None:
         eval_rows = checked_rows(eval_rows, collator, data_options, arguments, "evaluation")
@@ -219,60 +235,6 @@ def check_arguments(arguments: "TrainingArguments") -> None:
         )
 
 
-def load_data(options: DataOptions, arguments: "TrainingArguments") -> tuple[Any, Any | None]:
-    """The rows to train on, and those to evaluate on, if any."""
-    from vlmoe.training.data import load_rows
-
-    source = require(options.dataset, "dataset", "train")
-    with_images = not options.without_images
-    with arguments.main_process_first(desc="loading data"):
-        train_rows = load_rows(
-            source,
-            options.train_split,
-            limit=options.max_train_rows,
-            altered_copies=options.altered_copies,
-            with_images=with_images,
-        )
-        if not (options.eval_dataset or options.eval_split):
-            return train_rows, None
-        eval_rows = load_rows(
-            options.eval_dataset or source,
-            options.eval_split or "test",
-            limit=options.max_eval_rows,
-            with_images=with_images,
-        )
-    return train_rows, eval_rows
-
-
-def row_collator(model: Any, processor: Any, options: DataOptions) -> Any:
-    """The collator of the rows, with the length that the options and the model allow."""
-    from vlmoe.training.collator import VLMoECollator
-    from vlmoe.training.long_rows import length_limit
-
-    return VLMoECollator(
-        processor,
-        length_limit(model, options.max_length),
-        shorten_prompts=options.on_long_rows == "shorten-prompt",
-    )
-
-
-def checked_rows(
-    rows: Any, collator: Any, options: DataOptions, arguments: "TrainingArguments", what: str
-) -> Any:
-    """The rows that can be used; how many are too long is logged once.
-
-    Raises:
-        ValueError: a row is too long, malformed or has nothing to learn; it is named.
-    """
-    from vlmoe.training.long_rows import usable_rows
-
-    is_first = arguments.process_index == 0
-    usable = usable_rows(rows, collator, options.on_long_rows, progress=is_first)
-    if is_first:
-        usable.log(what, collator.max_length)
-    return usable.rows
-
-
 def run_origin(
     model_options: ModelOptions, data_options: DataOptions, train_rows: Any, eval_rows: Any | None
 ) -> "RunOrigin":
@@ -294,15 +256,6 @@ def run_origin(
         with_images=not data_options.without_images,
         evaluation=evaluation,
     )
-
-
-def texts_of(rows: Any) -> Any:
-    """Every text of every conversation, once per occurrence, in order."""
-    from vlmoe.training.conversations import parse_row
-
-    for position, row in enumerate(rows):
-        for conversation in parse_row(row, position).conversations:
-            yield from (turn.text() for turn in conversation)
 
 
 def build_trainer(

@@ -12,7 +12,15 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from .option_parser import parse_options
-from .options import TRAINING_DEFAULTS, DataOptions, LoraOptions, ModelOptions
+from .options import TRAINING_DEFAULTS, DataOptions, ImageOptions, LoraOptions, ModelOptions
+
+OPTION_CLASSES: tuple[type, ...] = (
+    ModelOptions,
+    DataOptions,
+    ImageOptions,
+    LoraOptions,
+    TrainingArguments,
+)
 
 
 def training_arguments(**values: Any) -> TrainingArguments:
@@ -31,22 +39,22 @@ def training_defaults() -> dict[str, Any]:
 
 def parse_training(
     argv: list[str],
-) -> tuple[ModelOptions, DataOptions, TrainingArguments, LoraOptions]:
+) -> tuple[ModelOptions, DataOptions, TrainingArguments, LoraOptions, ImageOptions]:
     """Options from the command line, over those of `--config FILE`, over the defaults.
 
     Raises:
         ValueError: an option does not exist or has a wrong value.
         FileNotFoundError: there is no such config file.
     """
-    option_classes: list[type] = [ModelOptions, DataOptions, LoraOptions, TrainingArguments]
-    model, data, lora, arguments, _ = parse_options(training_parser(), argv, option_classes)
-    return model, data, arguments, lora
+    parser, option_classes = training_parser(), list(OPTION_CLASSES)
+    model, data, images, lora, arguments, _ = parse_options(parser, argv, option_classes)
+    return model, data, arguments, lora, images
 
 
 def training_parser() -> HfArgumentParser:
     """The parser of all options of `vlmoe train`, those of TrainingArguments included."""
     parser = _TrainingParser(
-        (ModelOptions, DataOptions, LoraOptions, TrainingArguments),
+        OPTION_CLASSES,
         prog="vlmoe train",
         usage="vlmoe train [--config FILE] [options]",
         allow_abbrev=False,

@@ -68,6 +68,8 @@ class RowCollator:
         pad_to_multiple_of: round the padded length up, for kernels that like round numbers.
         image_cache_mb: bound in MiB on the processed tiles that are remembered; 0 for none.
         text_cache_mb: the same for rendered and tokenised conversations.
+        allow_image_urls: download images that rows name by http(s) URL. Rows may come from anyone,
+            so that by default such a row is an error and no request is made.
     """
 
     what = "conversation"
@@ -81,6 +83,7 @@ class RowCollator:
         pad_to_multiple_of: int | None = None,
         image_cache_mb: int = 1024,
         text_cache_mb: int = 64,
+        allow_image_urls: bool = False,
     ) -> None:
         """Raises `ValueError` for a template without generation blocks or a length below 1."""
         for field, value in (
@@ -95,7 +98,7 @@ class RowCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.pad_token_id = int(processor.tokenizer.pad_token_id)
         self.encode_conversation = ConversationEncoder(processor, text_cache_mb * MEGABYTE)
-        self.encode_image = ImageEncoder(processor, image_cache_mb * MEGABYTE)
+        self.encode_image = ImageEncoder(processor, image_cache_mb * MEGABYTE, allow_image_urls)
 
     def _images(self, images: Sequence[Any], name: str) -> list[EncodedImage]:
         """Encode the images of a row."""

@@ -14,13 +14,16 @@
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .conversations import COLUMNS, has_image_parts, without_image_parts
 from .field_names import misspelled
+from .image_column import ImageSources, with_image_column
 from .images import altered_image
-from .local_files import FORMATS, read_local, with_image_column
+from .local_files import FORMATS, read_local
 from .row_formats import IMAGE_COLUMNS, READ_AS_WELL, as_conversations
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ def load_rows(
     altered_copies: int = 0,
     with_images: bool = True,
     config_name: str | None = None,
+    allow_outside_images: bool = False,
+    allow_image_urls: bool = False,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
 ) -> "Dataset":
     """Load a split as conversational rows.
 
@@ -54,6 +60,13 @@ def load_rows(
             speak of left and right, nor the images show text.
         with_images: False takes images and image parts away, for a question-only baseline.
         config_name: the configuration of a Hub dataset that has several.
+        allow_outside_images: open the image files that rows name outside the dataset's folder (of
+            a file: its folder; on the Hub: what was downloaded of the dataset) by absolute paths,
+            `..` or symbolic links. By default they are an error, since anybody may have made the
+            data.
+        allow_image_urls: keep images that rows name by http(s) URL; the collator, with
+            `allow_image_urls` too, downloads them. By default they are an error.
+        image_limits: the largest image that is opened for altered copies.
 
     Raises `FileNotFoundError` for a source that does not exist and `ValueError` for a split it does
     not have, missing columns, unreadable or no rows; each names the culprit. Single rows are
@@ -63,15 +76,19 @@ def load_rows(
         raise ValueError(f"limit must be at least 1 or None, got {limit}.")
     if altered_copies < 0:
         raise ValueError(f"altered_copies must be at least 0, got {altered_copies}.")
-    rows = _standard_columns(_read(source, split, config_name), source, split)
+    allowed = {"allow_outside_images": allow_outside_images, "allow_image_urls": allow_image_urls}
+    rows = _standard_columns(_read(source, split, config_name, allowed), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:
         rows = _without_images(rows)
-    return _with_altered_copies(rows, altered_copies) if altered_copies else rows
+    if not altered_copies:
+        return rows
+    options = {"limits": image_limits, "allow_urls": allow_image_urls}
+    return _with_altered_copies(rows, altered_copies, options)
 
 
-def _read(source: str, split: str, config_name: str | None) -> "Dataset":
+def _read(source: str, split: str, config_name: str | None, allowed: dict[str, bool]) -> "Dataset":
     """The rows of a source, images normalised to one column."""
     try:
         import datasets  # noqa: F401
@@ -85,10 +102,11 @@ def _read(source: str, split: str, config_name: str | None) -> "Dataset":
         return question_rows(split) if source == "easy_vqa" else caption_rows(split)
     path = Path(source).expanduser()
     if path.exists():
-        return read_local(path, split)
+        return read_local(path, split, **allowed)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in FORMATS:
         raise FileNotFoundError(f"there is no file or folder {source}.")
-    return with_image_column(as_conversations(_read_hub(source, split, config_name), source), None)
+    rows = as_conversations(_read_hub(source, split, config_name), source)
+    return with_image_column(rows, _hub_image_sources(source, allowed))
 
 
 def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
@@ -104,6 +122,23 @@ def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
         ) from error
     except ValueError as error:
         raise ValueError(f"the dataset {source!r}, split {split!r}: {error}") from error
+
+
+def _hub_image_sources(source: str, allowed: dict[str, bool]) -> ImageSources:
+    """Images of a Hub dataset are files in its part of the cache, or were in its archives."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    downloaded = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="dataset")
+    roots = (downloaded, Path(config.EXTRACTED_DATASETS_PATH))
+    return ImageSources(
+        Path(),
+        tuple(Path(os.path.realpath(root)) for root in roots),
+        remedy=f" Download the dataset (hf download {source} --repo-type dataset --local-dir "
+        "FOLDER) and give its folder.",
+        **allowed,
+    )
 
 
 def _standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
@@ -152,14 +187,14 @@ def _without_images(rows: "Dataset") -> "Dataset":
     ).select_columns(rows.column_names)
 
 
-def _with_altered_copies(rows: "Dataset", copies: int) -> "Dataset":
+def _with_altered_copies(rows: "Dataset", copies: int, options: dict[str, Any]) -> "Dataset":
     """The rows, then their altered copies, each time in the same order."""
     from datasets import concatenate_datasets
 
     altered = [
         rows.map(
             _altered_row,
-            fn_kwargs={"number": number},
+            fn_kwargs={"number": number, "options": options},
             features=rows.features,
             desc=f"altering images, copy {number} of {copies}",
         )
@@ -178,7 +213,8 @@ def _text_of_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {"messages": messages, "images": [[] for _ in messages]}
 
 
-def _altered_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+def _altered_row(row: dict[str, Any], number: int, options: dict[str, Any]) -> dict[str, Any]:
     """The changed columns of a row with altered images."""
-    images = [altered_image(image, f"row {row['id']!r}", number) for image in row["images"]]
+    name = f"row {row['id']!r}"
+    images = [altered_image(each, name, number, **options) for each in row["images"]]
     return {"id": f"{row['id']} altered {number}", "images": images}

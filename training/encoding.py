@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..processing.image_checks import decode
+from ..processing.image_sources import encoded_image
 from .conversations import Conversation, count_images
-from .images import encoded_content, encoded_key, open_image, pixel_key
+from .images import encoded_key, open_image, pixel_key
 from .lru_cache import ByteBoundedCache
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -128,21 +130,28 @@ class ConversationEncoder:
 
 
 class ImageEncoder:
-    """Image -> tiles and token ids, by the processor."""
+    """Image -> tiles and token ids, by the processor, within its limits."""
 
-    def __init__(self, processor: Any, cache_bytes: int) -> None:
-        """`cache_bytes` bounds the tiles that are remembered; 0 remembers none."""
+    def __init__(self, processor: Any, cache_bytes: int, allow_urls: bool = False) -> None:
+        """`cache_bytes` bounds the tiles that are remembered; 0 remembers none. `allow_urls`: open
+        http(s) URLs."""
         self.processor = processor
+        self.allow_urls = allow_urls
         self._cache: ByteBoundedCache[bytes, EncodedImage] = ByteBoundedCache(cache_bytes)
 
     def __call__(self, value: Any, name: str) -> EncodedImage:
         """Encode an image; errors name `name`, the row and image it is."""
-        content = encoded_content(value)
-        source = open_image(value, name) if content is None else content
-        key = encoded_key(source) if isinstance(source, bytes) else pixel_key(source)
+        limits, allow_urls = self.processor.image_limits, self.allow_urls
+        content = encoded_image(value, name, limits=limits, allow_urls=allow_urls)
+        if content is None:
+            image = open_image(value, name, limits=limits)
+            key = pixel_key(image)
+        else:
+            key = encoded_key(content.content)
         encoded = self._cache.get(key)
         if encoded is None:
-            image = open_image(source, name) if isinstance(source, bytes) else source
+            if content is not None:
+                image = decode(content, name, limits)
             encoded = self._encode(key, image, name)
             pixel_bytes = encoded.tiles.nbytes + encoded.tile_mask.nbytes
             self._cache.put(key, encoded, ENTRY_BYTES + pixel_bytes + encoded.token_ids.nbytes)

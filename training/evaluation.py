@@ -23,6 +23,7 @@ def evaluate_model(
     *,
     max_new_tokens: int = 32,
     max_length: int | None = None,
+    allow_image_urls: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Ask `model` every question of `rows` and compare its answers with the references.
@@ -38,6 +39,7 @@ def evaluate_model(
         max_new_tokens: the longest answer, in tokens.
         max_length: the longest prompt, in tokens; a longer one is an error. By default what the
             model's positions leave beside the answer.
+        allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
 
     Returns:
@@ -53,7 +55,11 @@ def evaluate_model(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to evaluate.")
-    collator = VLMoEPromptCollator(processor, prompt_limit(model, max_new_tokens, max_length))
+    collator = VLMoEPromptCollator(
+        processor,
+        prompt_limit(model, max_new_tokens, max_length),
+        allow_image_urls=allow_image_urls,
+    )
     was_training = model.training
     model.eval()
     start = time.perf_counter()

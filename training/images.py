@@ -1,40 +1,31 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Images as a dataset row holds them: opening, content keys, altered copies.
 
-A row may hold an image as a PIL image, encoded bytes, a file path, or the
-`{"bytes": ..., "path": ...}` of an undecoded `datasets.Image` column. An image that cannot be used
+A row may hold an image as a PIL image, array or tensor, encoded bytes, base64 or a `data:` URL, a
+file path, or the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image` column. Data make
+no requests: an http(s) URL is an error unless `allow_urls` is given. An image that cannot be used
 raises `ValueError` with the name it is given here, so that one bad file among a million is found.
 """
 
 import hashlib
 import io
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..processing.image_checks import load_rgb_image
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 
 SHIFT_FRACTION = 16
 """A copy is shifted by at most this fraction of the image's width and height."""
 
 
-def encoded_content(value: Any) -> bytes | None:
-    """The bytes of an image file, where `value` is or names one; None for a decoded image."""
-    if isinstance(value, Mapping):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes | bytearray):
-        return bytes(value)
-    if isinstance(value, str | Path) and Path(value).is_file():
-        return Path(value).read_bytes()
-    return None
-
-
-def open_image(value: Any, name: str) -> Image.Image:
+def open_image(
+    value: Any, name: str, *, limits: ImageLimits = DEFAULT_LIMITS, allow_urls: bool = False
+) -> Image.Image:
     """The image as RGB; raises `ValueError` that starts with `name` if it cannot be used."""
-    return cast(Image.Image, load_rgb_image(value, name))
+    return cast(Image.Image, load_rgb_image(value, name, limits=limits, allow_urls=allow_urls))
 
 
 def encoded_key(content: bytes) -> bytes:
@@ -49,14 +40,21 @@ def pixel_key(image: Image.Image) -> bytes:
     return digest.digest()
 
 
-def altered_image(value: Any, name: str, number: int) -> dict[str, Any]:
+def altered_image(
+    value: Any,
+    name: str,
+    number: int,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    allow_urls: bool = False,
+) -> dict[str, Any]:
     """A copy of an image for training: shifted by up to a sixteenth of its size, and mirrored left
     to right where `number` is odd. What the shift uncovers repeats the pixels of the edge.
 
     The shift depends on `name` and `number` alone. Returns the PNG content of an undecoded
     `datasets.Image`.
     """
-    image = open_image(value, name)
+    image = open_image(value, name, limits=limits, allow_urls=allow_urls)
     digest = hashlib.blake2b(f"{name} {number}".encode(), digest_size=8, person=b"shift").digest()
     reach = np.array([image.height // SHIFT_FRACTION, image.width // SHIFT_FRACTION])
     down, right = np.random.default_rng(list(digest)).integers(-reach, reach, endpoint=True)

@@ -56,6 +56,7 @@ def dataset_routing(
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = 32,
     *,
+    allow_image_urls: bool = False,
     progress: bool = True,
 ) -> DatasetRouting:
     """Run every conversation of `rows` through the model and keep where its tokens went.
@@ -65,6 +66,7 @@ def dataset_routing(
         processor: its processor.
         rows: as `load_rows` gives them.
         batch_size: conversations at a time; images they share are encoded once.
+        allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
 
     Raises:
@@ -76,7 +78,7 @@ def dataset_routing(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to inspect.")
-    collator = VLMoECollator(processor, length_limit(model))
+    collator = VLMoECollator(processor, length_limit(model), allow_image_urls=allow_image_urls)
     types, counts, parts = [], [], []
     bar = logging.tqdm(total=len(questions), desc="routing", unit="question", disable=not progress)
     with bar, record_expert_load(model) as load, record_routing(model) as trace:

@@ -8,10 +8,12 @@
   files, and its rows name images in `file_name` (one) or `images` (a list).
 - A folder of pictures, each with its caption in a text file of the same name (`a.png`, `a.txt`),
   has the splits that its sub-folders are named after.
-- Image paths are relative to the file that names them.
+- Image paths are relative to the file that names them, and stay below the folder that is read
+  (`image_column.py`).
 """
 
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .caption_folders import caption_rows, captioned_pictures
-from .row_formats import IMAGE_COLUMNS, as_conversations
+from .image_column import ImageSources, with_image_column
+from .row_formats import as_conversations
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,23 +38,29 @@ SPLIT_WORDS = {
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
 
 
-def read_local(path: Path, split: str) -> "Dataset":
+def read_local(path: Path, split: str, **allowed: bool) -> "Dataset":
     """The rows of a file or folder, images as undecoded `datasets.Image` lists in `images`.
+
+    `allowed` are the switches of `ImageSources`, whose root is the folder, or that of the file.
 
     Raises `FileNotFoundError` for a missing image file and `ValueError` for a split, file or folder
     that does not fit, each naming the culprit.
     """
+    roots = _image_roots(path if path.is_dir() else path.parent)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return with_image_column(as_conversations(_read_saved(path, split), str(path)), path)
+        rows = as_conversations(_read_saved(path, split), str(path))
+        return with_image_column(rows, ImageSources(path, roots, **allowed))
     files = _pick_split(path, files_by_split(path), split)
     if files[0].suffix not in FORMATS:
-        return with_image_column(as_conversations(caption_rows(files, path), str(path)), path)
+        rows = as_conversations(caption_rows(files, path), str(path))
+        return with_image_column(rows, ImageSources(path, roots, **allowed))
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)
     parts = [
         with_image_column(
-            as_conversations(_read_files(kind, group), ", ".join(map(str, group))), folder
+            as_conversations(_read_files(kind, group), ", ".join(map(str, group))),
+            ImageSources(folder, roots, **allowed),
         )
         for (kind, folder), group in groups.items()
     ]
@@ -65,6 +74,18 @@ def read_local(path: Path, split: str) -> "Dataset":
         raise ValueError(
             f"the files of split {split!r} of {path} differ in columns or types: {error}"
         ) from error
+
+
+def _image_roots(folder: Path) -> tuple[Path, ...]:
+    """The folders that a dataset's image files must lie in: its own, and for a snapshot in the
+    Hub's cache, whose files are links, the one that they lead to."""
+    folder = Path(os.path.realpath(folder))
+    blobs = [
+        parent.parent / "blobs"
+        for parent in (folder, *folder.parents)
+        if parent.name == "snapshots"
+    ]
+    return (folder, *(each for each in blobs if each.is_dir()))
 
 
 def files_by_split(path: Path) -> dict[str, list[Path]]:
@@ -96,54 +117,6 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
     return _group(named_files)
 
 
-def with_image_column(rows: "Dataset", folder: Path | None) -> "Dataset":
-    """The rows with `images`, a list of undecoded images, made of whichever image column is there.
-
-    Paths are resolved against `folder` and must be files. Without an image column nothing changes.
-    """
-    from datasets import Image, List
-
-    column = next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
-    if column is None:
-        return rows
-    feature, target = rows.features[column], List(Image(decode=False))
-    if isinstance(feature, List) and isinstance(feature.feature, Image):
-        rows = _retype(rows, column, target)
-        return rows if column == "images" else rows.rename_column(column, "images")
-    if isinstance(feature, Image):
-        return _listed(rows.cast_column(column, Image(decode=False)), column, target)
-    values = [_image_entries(value, folder, f"row {i}") for i, value in enumerate(rows[column])]
-    return rows.remove_columns(column).add_column("images", values, feature=target)
-
-
-def _listed(rows: "Dataset", column: str, target: Any) -> "Dataset":
-    """A column of single images as the column `images` of lists."""
-    from datasets import Features
-
-    others = rows.remove_columns(column).features
-    return rows.map(
-        _one_image_lists,
-        fn_kwargs={"column": column},
-        batched=True,
-        remove_columns=None if column == "images" else column,
-        features=Features({**others, "images": target}),
-    )
-
-
-def _one_image_lists(batch: dict[str, list[Any]], column: str) -> dict[str, list[Any]]:
-    """Single images as lists of one, or of none."""
-    return {"images": [[] if image is None else [image] for image in batch[column]]}
-
-
-def _retype(rows: "Dataset", column: str, target: Any) -> "Dataset":
-    """The same Arrow data under another feature, without rewriting it (as `cast` would)."""
-    from datasets import Dataset, DatasetInfo, Features
-
-    rows = rows.flatten_indices() if rows._indices is not None else rows
-    features = Features({**rows.features, column: target})
-    return Dataset(rows.data, info=DatasetInfo(features=features), split=rows.split)
-
-
 def _read_saved(path: Path, split: str) -> "Dataset":
     """A `save_to_disk` folder."""
     from datasets import Dataset, load_from_disk
@@ -168,26 +141,6 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
         if "corresponds to no data" in str(error):
             raise ValueError(f"empty dataset: {names} has no rows.") from error
         raise ValueError(f"{names} cannot be read as {kind}: {error.__cause__ or error}") from error
-
-
-def _image_entries(value: Any, folder: Path | None, name: str) -> list[dict[str, Any]]:
-    """The images of one row as `{"bytes", "path"}` entries, paths resolved and checked."""
-    entries = value if isinstance(value, list) else [] if value is None else [value]
-    return [_image_entry(entry, folder, f"{name}, image {i}") for i, entry in enumerate(entries)]
-
-
-def _image_entry(value: Any, folder: Path | None, name: str) -> dict[str, Any]:
-    """One image as a `{"bytes", "path"}` entry."""
-    entry = {"bytes": None, "path": value} if isinstance(value, str) else value
-    if isinstance(entry, dict) and entry.get("bytes") is not None:
-        return {"bytes": entry["bytes"], "path": entry.get("path")}
-    path = entry.get("path") if isinstance(entry, dict) else None
-    if not isinstance(path, str):
-        raise ValueError(f"{name}: expected a file path, got {value!r:.60}.")
-    file = Path(path) if folder is None else folder / path
-    if not file.is_file():
-        raise FileNotFoundError(f"{name}: there is no image file {file}.")
-    return {"bytes": None, "path": str(file.absolute())}
 
 
 def _pick_split(path: Path, splits: dict[str, Any], split: str) -> Any:

@@ -8,7 +8,6 @@ for a row of 35 to 1,100 tokens, about 0.02 ms for the others. Of images at most
 and that only where the processor cuts images into tiles.
 """
 
-import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from ..processing.image_layout import tiles_on
+from ..processing.image_sources import encoded_image, open_encoded
 from .collator import VLMoECollator
 from .conversations import Conversation, Turn, count_images, parse_messages, parse_row, row_name
-from .images import encoded_content
+from .encoding import ImageEncoder
 from .shortening import shortened
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class RowMeasure:
 
     def _image_length(self, image: Any, name: str) -> int:
         """The number of tokens of an image; it is decoded only where its header cannot be read."""
-        size = _size(image)
+        size = _size(image, self.collator.encode_image)
         if size is None:
             return len(self.collator.encode_image(image, f"{name}, an image").token_ids)
         return self._lengths([size])[0]
@@ -213,11 +213,12 @@ class RowMeasure:
         return self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
 
 
-def _size(image: Any) -> tuple[int, int] | None:
+def _size(image: Any, encoder: ImageEncoder) -> tuple[int, int] | None:
     """(height, width) of an image as it is shown, read from its header; None if it cannot be."""
-    content = encoded_content(image)
+    limits = encoder.processor.image_limits
     try:
-        opened = image if content is None else Image.open(io.BytesIO(content))
+        encoded = encoded_image(image, "", limits=limits, allow_urls=encoder.allow_urls)
+        opened = image if encoded is None else open_encoded(encoded.content)
         width, height = opened.size
         turned = opened.getexif().get(0x0112) in TURNED
     except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError):

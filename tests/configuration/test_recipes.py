@@ -12,7 +12,9 @@ RECIPES = sorted((Path(vlmoe.configuration.__path__[0]) / "recipes").glob("*.yam
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_holds_only_options_of_vlmoe_train(recipe: Path, tmp_path: Path) -> None:
-    _, data, arguments, _ = parse_training(["--config", str(recipe), "--output_dir", str(tmp_path)])
+    _, data, arguments, *_ = parse_training(
+        ["--config", str(recipe), "--output_dir", str(tmp_path)]
+    )
     assert data.dataset in ("easy_vqa", "easy_vqa_captions")
     assert arguments.learning_rate == 1e-3
     assert arguments.output_dir == str(tmp_path)

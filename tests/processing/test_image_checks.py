@@ -1,6 +1,7 @@
 """Every way to hand over an image gives the same pixels; everything else is refused by name."""
 
 import base64
+import copy
 import http.server
 import io
 import itertools
@@ -15,7 +16,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from vlmoe.processing.image_checks import ImageError, load_rgb_image
+from vlmoe.processing.image_checks import load_rgb_image
+from vlmoe.processing.image_sources import ImageError, ImageLimits
 
 HUGE = (20_000, 20_000)
 
@@ -294,15 +296,38 @@ def test_a_huge_image_is_refused_without_being_decoded(processor, tmp_path, serv
         assert not decoded, name
 
 
-def test_pils_own_limit_decides_what_is_too_large(processor, make_image, monkeypatch):
-    image = make_image(size=(20, 20))
-    for limit, refused in ((199, True), (200, False), (None, False)):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        if refused:
-            with pytest.raises(ImageError, match="is 20x20 pixels; the limit is 398 pixels"):
-                processor(images=image, text="<image>")
-        else:
-            processor(images=image, text="<image>")
+def test_the_processors_limits_decide_what_is_too_large(processor, make_image):
+    image = make_image(size=(20, 30))
+    content = encoded(image)
+    sources = (image, content, np.asarray(image), torch.from_numpy(np.array(image)))
+    for limits, refused in (
+        ((599, 100), True),
+        ((600, 29), True),
+        ((600, 30), False),
+    ):
+        limited = copy.copy(processor)
+        limited.max_image_pixels, limited.max_image_side = limits
+        for source in sources:
+            if refused:
+                message = r"sample 0, image 0: .* is 20x30 pixels; the limit is .*max_image_pixels"
+                with pytest.raises(ImageError, match=message):
+                    limited(images=source, text="<image>")
+            else:
+                limited(images=source, text="<image>")
+
+
+def test_the_limits_are_saved_with_the_processor(processor, tmp_path):
+    limited = copy.copy(processor)
+    limited.max_image_pixels, limited.max_image_side = 1000, 500
+    limited.save_pretrained(tmp_path)
+    assert type(processor).from_pretrained(tmp_path).image_limits == ImageLimits(1000, 500)
+    assert processor.image_limits == ImageLimits(64_000_000, 32_768)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "many"])
+def test_limits_are_whole_numbers_above_zero(value):
+    with pytest.raises(ValueError, match=r"`max_image_side` is .*; allowed: 1 or more"):
+        ImageLimits(max_side=value)
 
 
 def test_the_callers_image_is_not_changed(make_image):

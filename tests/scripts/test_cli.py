@@ -121,7 +121,7 @@ def test_wrong_input_gives_one_line_and_exit_code_2(
         ("empty.jsonl", "tiny", "empty"),
         ("columns.jsonl", "tiny", "lacks the column `messages`"),
         ("silent.jsonl", "tiny", "a dataset without any label token"),
-        ("broken.jsonl", "tiny", "image 0: the image of 300 bytes cannot be decoded"),
+        ("broken.jsonl", "tiny", "bad.png cannot be decoded"),
     ],
 )
 def test_unusable_data_and_models_are_named_before_training(
@@ -139,7 +139,7 @@ def test_unusable_data_and_models_are_named_before_training(
     answer = '{"role": "assistant", "content": "hello"}'
     with_image = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}'
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "columns.jsonl").write_text('{"question": "?", "answer": "!"}\n')
+    (tmp_path / "columns.jsonl").write_text('{"ask": "?", "reply": "!"}\n')
     (tmp_path / "silent.jsonl").write_text(f'{{"messages": [{user}]}}\n')
     (tmp_path / "bad.png").write_bytes((data_folder / "train_0.png").read_bytes()[:300])
     (tmp_path / "broken.jsonl").write_text(
@@ -204,7 +204,7 @@ def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path:
     file = tmp_path / "train.yaml"
     file.write_text(CONFIG)
     flags = ["--max-train-rows=7", "--config", str(file), "--seed", "3", "--use_cpu"]
-    model, data, arguments, _ = parse_training([*flags, "--output_dir", str(tmp_path)])
+    model, data, arguments, *_ = parse_training([*flags, "--output_dir", str(tmp_path)])
     assert model.model == "outputs/tiny"
     assert model.model_overrides == '{"text_config": {"num_experts": 4}}'
     assert (data.dataset, data.max_train_rows, data.altered_copies) == ("easy_vqa", 7, 3)
@@ -215,7 +215,7 @@ def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path:
 
 
 def test_options_parsed_without_flags_are_our_defaults(tmp_path: Path) -> None:
-    _, _, parsed, _ = parse_training(["--use_cpu"])
+    _, _, parsed, *_ = parse_training(["--use_cpu"])
     built = training_arguments(use_cpu=True)
     assert parsed.to_dict() == built.to_dict()
     for name, value in TRAINING_DEFAULTS.items():
