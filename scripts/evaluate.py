@@ -57,11 +57,15 @@ def evaluate(
     source = require(options.model, "model", "evaluate")
     dataset = require(options.dataset, "dataset", "evaluate")
     with _place_for_results(options):
-        return _evaluate(source, dataset, options, runtime)
+        return _evaluate(source, dataset, options, runtime, images or ImageOptions())
 
 
 def _evaluate(
-    source: str, dataset: str, options: EvaluateOptions, runtime: RuntimeOptions
+    source: str,
+    dataset: str,
+    options: EvaluateOptions,
+    runtime: RuntimeOptions,
+    images: ImageOptions,
 ) -> dict[str, Any]:
     from vlmoe.training.atomic_files import write_json
     from vlmoe.training.data import load_rows
@@ -71,7 +75,6 @@ def _evaluate(
 
     from .loading import model_for_answers, set_image_limits
 
-    images = images or ImageOptions()
     rows = load_rows(
         dataset,
         options.split,

@@ -73,11 +73,15 @@ def inspect_experts(
     from vlmoe.training.folder_lock import folder_lock
 
     with folder_lock(options.output_dir):
-        return _inspect(source, question, options, runtime)
+        return _inspect(source, question, options, runtime, images or ImageOptions())
 
 
 def _inspect(
-    source: str, question: str | None, options: InspectOptions, runtime: RuntimeOptions
+    source: str,
+    question: str | None,
+    options: InspectOptions,
+    runtime: RuntimeOptions,
+    images: ImageOptions,
 ) -> "Inspection":
     from vlmoe.training.inspection import dataset_routing, specialisation
     from vlmoe.training.inspection_report import Inspection
@@ -87,7 +91,6 @@ def _inspect(
 
     if options.before:
         check_model_source(options.before)
-    images = images or ImageOptions()
     rows = _rows(options, images)
     model, processor = model_for_answers(source, runtime)
     set_image_limits(processor, images)
