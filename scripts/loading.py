@@ -61,6 +61,24 @@ def model_for_training(
     return model, processor
 
 
+def config_and_processor(
+    options: ModelOptions, texts: Callable[[], Iterable[str]]
+) -> tuple[VLMoEConfig, VLMoEProcessor]:
+    """The config and processor of what the options name, without a model's weights.
+
+    Raises:
+        ValueError: an option has a wrong value, or a folder holds no whole model.
+        FileNotFoundError: there is no such folder.
+    """
+    if is_preset(options.model):
+        return _new_config(options, {}, texts, None)
+    check_model_source(options.model)
+    if options.tokenizer:
+        raise ValueError("--tokenizer is for presets: a saved model keeps its tokenizer.")
+    config = VLMoEConfig.from_pretrained(options.model)
+    return config, VLMoEProcessor.from_pretrained(options.model)
+
+
 def adapter_for_training(options: ModelOptions, lora: LoraOptions) -> tuple[Any, VLMoEProcessor]:
     """A saved model with a new LoRA adapter of its experts, which alone is trained.
 

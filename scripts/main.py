@@ -15,6 +15,7 @@ from .command_line import EXIT_ERROR, run_command
 from .option_parser import close_matches
 
 COMMANDS = {
+    "data": "Check a dataset without training: what it holds, and every fault by row.",
     "train": "Train a model from a preset, or go on with a saved one.",
     "evaluate": "Let a model answer the questions of a dataset and count the right answers.",
     "generate": "Ask a model a question about images, or a question alone.",
@@ -34,6 +35,7 @@ MODULES = {
 
 EXAMPLES = """\
 examples:
+  vlmoe data my_data
   vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
   vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
   vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"

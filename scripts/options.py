@@ -111,6 +111,27 @@ class ImageOptions:
 
 
 @dataclasses.dataclass
+class DataCheckOptions:
+    """What to check of a dataset, and with which tokens."""
+
+    _argument_group_name = "data"
+
+    split: str | None = option("Split to check (default: all).")
+    model: str = option(
+        "Whose tokens to count: a saved model (folder or Hub id), or a preset.", "tiny"
+    )
+    tokenizer: str | None = option(
+        "Tokenizer for a preset (folder or Hub id; default: one trained on the data)."
+    )
+    tiling: bool = option("Count the tokens of a preset with tiling.", False)
+    max_rows: int | None = option("Check the first so many rows of each split only.")
+    max_length: int | None = option(
+        "The longest conversation in tokens (default: the model's max_position_embeddings)."
+    )
+    output: str = option("PNG file for the picture.", "outputs/data.png")
+
+
+@dataclasses.dataclass
 class RuntimeOptions:
     """How to run a saved model."""
 

@@ -54,7 +54,7 @@ def row_collator(
 
     return VLMoECollator(
         processor,
-        length_limit(model, options.max_length),
+        length_limit(model.config, options.max_length),
         shorten_prompts=options.on_long_rows == "shorten-prompt",
         allow_image_urls=allow_image_urls,
     )

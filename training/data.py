@@ -23,7 +23,7 @@ from .conversations import COLUMNS, has_image_parts, without_image_parts
 from .field_names import misspelled
 from .image_column import ImageSources, with_image_column
 from .images import altered_image
-from .local_files import FORMATS, read_local
+from .local_files import FORMATS, local_splits, read_local
 from .row_formats import IMAGE_COLUMNS, READ_AS_WELL, as_conversations
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def load_rows(
     allow_outside_images: bool = False,
     allow_image_urls: bool = False,
     image_limits: ImageLimits = DEFAULT_LIMITS,
+    faults: list[str] | None = None,
 ) -> "Dataset":
     """Load a split as conversational rows.
 
@@ -67,6 +68,8 @@ def load_rows(
         allow_image_urls: keep images that rows name by http(s) URL; the collator, with
             `allow_image_urls` too, downloads them. By default they are an error.
         image_limits: the largest image that is opened for altered copies.
+        faults: where given, what is wrong with single rows and images is added to it in place of
+            being raised (`row_formats.is_faulty` tells what is left of them).
 
     Raises `FileNotFoundError` for a source that does not exist and `ValueError` for a split it does
     not have, missing columns, unreadable or no rows; each names the culprit. Single rows are
@@ -76,7 +79,11 @@ def load_rows(
         raise ValueError(f"limit must be at least 1 or None, got {limit}.")
     if altered_copies < 0:
         raise ValueError(f"altered_copies must be at least 0, got {altered_copies}.")
-    allowed = {"allow_outside_images": allow_outside_images, "allow_image_urls": allow_image_urls}
+    allowed: dict[str, Any] = {
+        "allow_outside_images": allow_outside_images,
+        "allow_image_urls": allow_image_urls,
+        "faults": faults,
+    }
     rows = _standard_columns(_read(source, split, config_name, allowed), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
@@ -88,7 +95,26 @@ def load_rows(
     return _with_altered_copies(rows, altered_copies, options)
 
 
-def _read(source: str, split: str, config_name: str | None, allowed: dict[str, bool]) -> "Dataset":
+def split_names(source: str) -> list[str]:
+    """The names of the splits of a source, as `load_rows` takes it; `train` comes first.
+
+    Raises `FileNotFoundError` for a source that does not exist.
+    """
+    if source in ("easy_vqa", "easy_vqa_captions"):
+        return ["train", "test"]
+    path = Path(source).expanduser()
+    if path.exists():
+        return sorted(local_splits(path), key=lambda name: (name != "train", name))
+    _require_hub_id(source)
+    from datasets import get_dataset_split_names
+
+    try:
+        return get_dataset_split_names(source)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(_not_found(source, error)) from error
+
+
+def _read(source: str, split: str, config_name: str | None, allowed: dict[str, Any]) -> "Dataset":
     """The rows of a source, images normalised to one column."""
     try:
         import datasets  # noqa: F401
@@ -103,10 +129,23 @@ def _read(source: str, split: str, config_name: str | None, allowed: dict[str, b
     path = Path(source).expanduser()
     if path.exists():
         return read_local(path, split, **allowed)
+    _require_hub_id(source)
+    rows = as_conversations(_read_hub(source, split, config_name), source, allowed["faults"])
+    return with_image_column(rows, _hub_image_sources(source, allowed))
+
+
+def _require_hub_id(source: str) -> None:
+    """Raise `FileNotFoundError` for what can only be a path."""
+    path = Path(source).expanduser()
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in FORMATS:
         raise FileNotFoundError(f"there is no file or folder {source}.")
-    rows = as_conversations(_read_hub(source, split, config_name), source)
-    return with_image_column(rows, _hub_image_sources(source, allowed))
+
+
+def _not_found(source: str, error: Exception) -> str:
+    return (
+        f"{source!r} is no file or folder here, not easy_vqa or easy_vqa_captions, and could not "
+        f"be read from the Hub: {error}"
+    )
 
 
 def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
@@ -116,15 +155,12 @@ def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
     try:
         return load_dataset(source, name=config_name, split=split)
     except OSError as error:
-        raise FileNotFoundError(
-            f"{source!r} is no file or folder here, not easy_vqa or easy_vqa_captions, and could "
-            f"not be read from the Hub: {error}"
-        ) from error
+        raise FileNotFoundError(_not_found(source, error)) from error
     except ValueError as error:
         raise ValueError(f"the dataset {source!r}, split {split!r}: {error}") from error
 
 
-def _hub_image_sources(source: str, allowed: dict[str, bool]) -> ImageSources:
+def _hub_image_sources(source: str, allowed: dict[str, Any]) -> ImageSources:
     """Images of a Hub dataset are files in its part of the cache, or were in its archives."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -229,9 +229,7 @@ def _open(file: Path, shown: str) -> int | None:
 
 def _unwritable(path: str, error: OSError) -> OSError:
     """The error for a path that cannot be written to, without the names of our own files."""
-    return OSError(
-        f"{path} cannot be written to: {error.strerror or error}. Choose another place."
-    )
+    return OSError(f"{path} cannot be written to: {error.strerror or error}. Choose another place.")
 
 
 def _locked(descriptor: int, shown: str) -> bool:

@@ -28,6 +28,8 @@ class ImageSources:
         allow_outside_images: open files outside `roots`.
         allow_image_urls: leave http(s) URLs to the collator.
         remedy: what to do about a file that is not there.
+        faults: where given, what is wrong with a picture is added in place of being raised, and the
+            picture's entry is empty.
     """
 
     folder: Path
@@ -35,6 +37,7 @@ class ImageSources:
     allow_outside_images: bool = False
     allow_image_urls: bool = False
     remedy: str = ""
+    faults: list[str] | None = None
 
     def entries(self, value: Any, name: str) -> list[dict[str, Any]]:
         """The pictures of one row as `{"bytes", "path"}` entries, paths resolved and checked.
@@ -49,7 +52,17 @@ class ImageSources:
             FileNotFoundError: a file that does not exist.
         """
         entries = value if isinstance(value, list) else [] if value is None else [value]
-        return [self._entry(entry, f"{name}, image {i}") for i, entry in enumerate(entries)]
+        return [self._checked(entry, f"{name}, image {i}") for i, entry in enumerate(entries)]
+
+    def _checked(self, value: Any, name: str) -> dict[str, Any]:
+        """One picture, its fault kept where there is a list of them."""
+        try:
+            return self._entry(value, name)
+        except (ValueError, OSError) as error:
+            if self.faults is None:
+                raise
+            self.faults.append(str(error))
+            return {"bytes": None, "path": None}
 
     def _entry(self, value: Any, name: str) -> dict[str, Any]:
         """One picture. A path beside bytes is dropped: `datasets` would open it in their place."""

@@ -78,7 +78,9 @@ def dataset_routing(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to inspect.")
-    collator = VLMoECollator(processor, length_limit(model), allow_image_urls=allow_image_urls)
+    collator = VLMoECollator(
+        processor, length_limit(model.config), allow_image_urls=allow_image_urls
+    )
     types, counts, parts = [], [], []
     bar = logging.tqdm(total=len(questions), desc="routing", unit="question", disable=not progress)
     with bar, record_expert_load(model) as load, record_routing(model) as trace:

@@ -38,28 +38,29 @@ SPLIT_WORDS = {
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
 
 
-def read_local(path: Path, split: str, **allowed: bool) -> "Dataset":
+def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
     """The rows of a file or folder, images as undecoded `datasets.Image` lists in `images`.
 
-    `allowed` are the switches of `ImageSources`, whose root is the folder, or that of the file.
+    `allowed` are fields of `ImageSources`, whose root is the folder, or that of the file.
 
     Raises `FileNotFoundError` for a missing image file and `ValueError` for a split, file or folder
     that does not fit, each naming the culprit.
     """
+    faults = allowed.get("faults")
     roots = _image_roots(path if path.is_dir() else path.parent)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        rows = as_conversations(_read_saved(path, split), str(path))
+        rows = as_conversations(_read_saved(path, split), str(path), faults)
         return with_image_column(rows, ImageSources(path, roots, **allowed))
     files = _pick_split(path, files_by_split(path), split)
     if files[0].suffix not in FORMATS:
-        rows = as_conversations(caption_rows(files, path), str(path))
+        rows = as_conversations(caption_rows(files, path), str(path), faults)
         return with_image_column(rows, ImageSources(path, roots, **allowed))
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)
     parts = [
         with_image_column(
-            as_conversations(_read_files(kind, group), ", ".join(map(str, group))),
+            as_conversations(_read_files(kind, group), ", ".join(map(str, group)), faults),
             ImageSources(folder, roots, **allowed),
         )
         for (kind, folder), group in groups.items()
@@ -74,6 +75,13 @@ def read_local(path: Path, split: str, **allowed: bool) -> "Dataset":
         raise ValueError(
             f"the files of split {split!r} of {path} differ in columns or types: {error}"
         ) from error
+
+
+def local_splits(path: Path) -> list[str]:
+    """The names of the splits of a file or folder."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return sorted(_saved_splits(path))
+    return list(files_by_split(path))
 
 
 def _image_roots(folder: Path) -> tuple[Path, ...]:
@@ -118,13 +126,16 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
 
 
 def _read_saved(path: Path, split: str) -> "Dataset":
-    """A `save_to_disk` folder."""
+    """A split of a `save_to_disk` folder."""
+    return _pick_split(path, _saved_splits(path), split)
+
+
+def _saved_splits(path: Path) -> dict[str, "Dataset"]:
+    """The splits of a `save_to_disk` folder."""
     from datasets import Dataset, load_from_disk
 
     saved = load_from_disk(str(path))
-    if isinstance(saved, Dataset):
-        return _pick_split(path, {str(saved.split or "train"): saved}, split)
-    return _pick_split(path, dict(saved), split)
+    return {str(saved.split or "train"): saved} if isinstance(saved, Dataset) else dict(saved)
 
 
 def _read_files(kind: str, files: list[Path]) -> "Dataset":

@@ -49,13 +49,13 @@ class UsableRows:
             )
 
 
-def length_limit(model: Any, max_length: int | None = None) -> int | None:
-    """The longest sequence: `max_length`, by default as many tokens as the model has positions.
+def length_limit(config: Any, max_length: int | None = None) -> int | None:
+    """The longest sequence: `max_length`, by default as many tokens as a model of this config has
+    positions.
 
     None where neither says. Raises `ValueError` for more than the model has positions.
     """
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_length is not None and max_length > positions:
         raise ValueError(
             f"max_length={max_length} is more than the model has positions, "
@@ -69,7 +69,7 @@ def prompt_limit(model: Any, new_tokens: int, max_length: int | None = None) -> 
 
     Raises `ValueError` where they leave nothing.
     """
-    limit, positions = length_limit(model, max_length), length_limit(model)
+    limit, positions = length_limit(model.config, max_length), length_limit(model.config)
     if positions is None or limit is None:
         return limit
     if new_tokens >= positions:
@@ -149,24 +149,28 @@ class RowMeasure:
         self.limit = collator.max_length
         self.tiles = tiles_on(self.processor.image_processor, {})
         self.template_length = collator.text_length(SHORTEST)
-        (self.image_length,) = self._lengths([(64, 64)])
+        (self.image_length,) = self.image_lengths([(64, 64)])
 
     def light(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """The rows without their images, where these all have the same length."""
         columns = getattr(rows, "column_names", ())
         return rows if self.tiles or "images" not in columns else rows.remove_columns("images")  # type: ignore[attr-defined]
 
+    def image_lengths(self, sizes: list[tuple[int, int]]) -> list[int]:
+        """The number of tokens of images of the sizes (height, width)."""
+        return self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
+
     def __call__(self, row: Mapping[str, Any], position: int, shorten: bool) -> str | None:
         """What is too long about a row, or None; raises `ValueError` as `usable_rows` does."""
         name = row_name(row, position)
         if self.tiles:
             parsed = parse_row(row, position)
-            conversations = parsed.conversations
-            images = sum(self._image_length(image, name) for image in parsed.images)
+            whole = sum(self._image_length(image, name) for image in parsed.images)
+            pairs = [(each, whole) for each in parsed.conversations]
         else:
             conversations = parse_messages(row, name)
-            images = count_images(conversations[0]) * self.image_length
-        excesses = [self._excess(each, images, name, shorten) for each in conversations]
+            pairs = [(each, count_images(each) * self.image_length) for each in conversations]
+        excesses = [self._excess(each, images, name, shorten) for each, images in pairs]
         return next(filter(None, excesses), None)
 
     def _excess(
@@ -206,11 +210,7 @@ class RowMeasure:
         size = _size(image, self.collator.encode_image)
         if size is None:
             return len(self.collator.encode_image(image, f"{name}, an image").token_ids)
-        return self._lengths([size])[0]
-
-    def _lengths(self, sizes: list[tuple[int, int]]) -> list[int]:
-        """The number of tokens of images of the sizes (height, width)."""
-        return self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
+        return self.image_lengths([size])[0]
 
 
 def _size(image: Any, encoder: ImageEncoder) -> tuple[int, int] | None:

@@ -47,6 +47,9 @@ MARKER = re.compile(r"<image>\n|\n<image>|<image>")
 TO_BE_READ = r'^\s*[^\[{"\s]|"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
 """Found in JSON of messages that holds a bare number or a picture."""
 
+FAULTY: list[Any] = [[{"role": "faulty", "content": []}]]
+"""The messages of a row whose fault is kept in place of being raised."""
+
 Messages = list[dict[str, Any]]
 
 
@@ -81,12 +84,12 @@ def row_format(rows: "Dataset") -> RowFormat | None:
     return None
 
 
-def as_conversations(rows: "Dataset", source: str) -> "Dataset":
+def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = None) -> "Dataset":
     """The rows with `messages` in place of the columns of another form; pictures that stood inside
     the content are in `images`, as `{"bytes", "path"}`. Conversations are returned as they are.
 
-    Raises `ValueError` naming the row for a key that nobody reads, and for pictures both inside the
-    content and in a column.
+    Raises `ValueError` naming the row for a key that nobody reads, unless there is a list of
+    `faults` to add it to, and for pictures both inside the content and in a column.
     """
     form = row_format(rows)
     if form is None:
@@ -102,6 +105,12 @@ def as_conversations(rows: "Dataset", source: str) -> "Dataset":
         features=_features(),
         desc=f"reading {form.name}",
     )
+    found = [fault for fault in converted["fault"] if fault is not None]
+    if faults is not None:
+        faults += found
+    elif found:
+        raise ValueError(found[0])
+    converted = converted.remove_columns("fault")
     column = _image_column(rows)
     if any(converted["pictures"]):
         if column is not None:
@@ -124,8 +133,24 @@ def _converted(
     """One row of `as_conversations`."""
     decoded = {name: _decoded(row[name], features[name]) for name in features}
     name = f"{source}, row {position}"
-    messages, pictures = form.convert(decoded, row["image_count"], name)
-    return {"messages": messages, "pictures": [_entry(picture) for picture in pictures]}
+    try:
+        messages, pictures = form.convert(decoded, row["image_count"], name)
+    except ValueError as error:
+        return {"messages": FAULTY, "pictures": [], "fault": str(error)}
+    return {
+        "messages": messages,
+        "pictures": [_entry(picture) for picture in pictures],
+        "fault": None,
+    }
+
+
+def is_faulty(given: Any) -> bool:
+    """Whether a row, or an entry of `images`, stands for one whose fault was kept when reading."""
+    if not isinstance(given, Mapping):
+        return False
+    if "messages" in given:
+        return given["messages"] == FAULTY
+    return given.get("bytes") is None and given.get("path") is None
 
 
 def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
@@ -376,4 +401,6 @@ def _features() -> "Features":
     part = {"type": Value("string"), "text": Value("string")}
     message = {"role": Value("string"), "content": List(part)}
     picture = {"bytes": Value("binary"), "path": Value("string")}
-    return Features({"messages": List(List(message)), "pictures": List(picture)})
+    return Features(
+        {"messages": List(List(message)), "pictures": List(picture), "fault": Value("string")}
+    )

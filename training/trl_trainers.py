@@ -130,7 +130,7 @@ class RouterLossTrainer(ModelCardMixin, ABC):
 
     def _longest_row(self) -> int | None:
         """The tokens that the arguments and the model's positions allow."""
-        limits = [self.args.max_length, length_limit(self._vlmoe())]
+        limits = [self.args.max_length, length_limit(self._vlmoe().config)]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _vlmoe(self) -> VLMoEForConditionalGeneration:

@@ -25,6 +25,7 @@ from vlmoe.training.folder_lock import (
     require_writable,
 )
 
+
 def hold_with_a_child(folder: str, pipe: Connection) -> None:
     """Hold the lock, with a forked process that lives on."""
     with folder_lock(folder):

@@ -159,11 +159,11 @@ def test_short_rows_are_not_tokenised(
 
 def test_limits_follow_the_model(tiny_model: Any) -> None:
     model = tiny_model(text={"max_position_embeddings": 128})
-    assert length_limit(model) == 128 and length_limit(model, 40) == 40
+    assert length_limit(model.config) == 128 and length_limit(model.config, 40) == 40
     assert prompt_limit(model, 28) == 100 and prompt_limit(model, 28, 110) == 100
     assert prompt_limit(model, 28, 40) == 40
     with pytest.raises(ValueError, match=r"max_length=129 is more .*max_position_embeddings=128"):
-        length_limit(model, 129)
+        length_limit(model.config, 129)
     with pytest.raises(ValueError, match="128 tokens leaves no room"):
         prompt_limit(model, 128)
     require_room(model, 100, 28)

@@ -179,6 +179,14 @@ def test_one_line_says_what_was_recognised(
     assert "rows.jsonl: read as " in line
 
 
+def test_openai_data_urls_are_pictures(folder: Path) -> None:
+    url = f"data:image/png;base64,{png_base64(folder, BLUE)}"
+    part = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+    assert read(write(folder, [{"messages": chat([TEXT, part])}])) == [
+        ([[user("color?", IMAGE), answer("red")]], ["blue"])
+    ]
+
+
 def test_base64_inside_the_content_is_a_picture(folder: Path) -> None:
     part = {"type": "image", "base64": png_base64(folder, BLUE)}
     rows = [{"messages": chat([part, TEXT])}]

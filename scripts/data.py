@@ -1,0 +1,121 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Check a dataset without training: what it holds, and every fault by row.
+
+    vlmoe data my_data
+    vlmoe data my_data --model outputs/tiny --split train
+
+Says how many rows, conversations and images the splits hold, how long they are in tokens and how
+much of them is learned, and shows the first rows as a model sees them; a picture shows how it is
+distributed. Ends with exit code 2 if any row has a fault.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .command_line import run_command
+from .option_parser import command_options
+from .options import DataCheckOptions, ImageOptions, ModelOptions
+
+EPILOG = """\
+forms of rows that are read (each as one line of a .jsonl file):
+  {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                {"role": "assistant", "content": "a cat"}], "images": ["cat.png"]}
+  {"image": "cat.png", "question": "what?", "answer": "a cat"}
+  {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>what?"}, ...]}
+  pictures inside the content, prompt and completion, captions in cat.txt beside cat.png
+
+examples:
+  vlmoe data my_data
+  vlmoe data my_data.json --model outputs/tiny --output data.png
+  vlmoe data user/dataset --split train --max_rows 1000"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vlmoe data`."""
+    parsed = command_options(
+        argv,
+        [DataCheckOptions, ImageOptions],
+        usage="vlmoe data DATASET [options]",
+        description="Check a dataset without training: what it holds, and every fault by row.",
+        epilog=EPILOG,
+        argument=("dataset", "A file, a folder, a Hub id, or easy_vqa, as for `vlmoe train`."),
+    )
+    if parsed is None:
+        return
+    options, image_options, rest = parsed
+    reports, limit = check_data(rest.dataset, options, image_options)
+    from vlmoe.training.data_check import report_text
+
+    print(f"\n{report_text(reports, limit)}\n\nThe picture is {options.output}.")
+    faults = sum(len(report.faults) for report in reports)
+    if faults:
+        raise ValueError(f"{rest.dataset} has {faults:,} faults; they are listed above.")
+
+
+def check_data(
+    dataset: str, options: DataCheckOptions, image_options: ImageOptions
+) -> tuple[list[Any], int | None]:
+    """Check the splits of a dataset and draw the picture; returns reports and the length limit.
+
+    Raises:
+        ValueError: an option, the model or a whole file cannot be used.
+        FileNotFoundError: a file or folder does not exist.
+    """
+    from vlmoe.training.collator import VLMoECollator
+    from vlmoe.training.data import load_rows, split_names
+    from vlmoe.training.data_check import check_rows
+    from vlmoe.training.data_figure import plot_data
+    from vlmoe.training.long_rows import length_limit
+
+    from .loading import set_image_limits
+
+    loaded = {}
+    for name in [options.split] if options.split else split_names(dataset):
+        faults: list[str] = []
+        rows = load_rows(
+            dataset,
+            name,
+            limit=options.max_rows,
+            allow_outside_images=image_options.allow_outside_images,
+            allow_image_urls=image_options.allow_image_urls,
+            faults=faults,
+        )
+        loaded[name] = rows, faults
+    config, processor = _processor(options, [rows for rows, _ in loaded.values()])
+    set_image_limits(processor, image_options)
+    limit = length_limit(config, options.max_length)
+    collator = VLMoECollator(processor, allow_image_urls=image_options.allow_image_urls)
+    reports = [
+        check_rows(rows, collator, name, faults=faults, limit=limit)
+        for name, (rows, faults) in loaded.items()
+    ]
+    plot_data(reports, Path(options.output), limit)
+    return reports, limit
+
+
+def _processor(options: DataCheckOptions, splits: list[Any]) -> tuple[Any, Any]:
+    """The config and processor that count tokens; a preset's tokenizer is trained on the rows."""
+    from .loading import config_and_processor
+
+    model = ModelOptions(model=options.model, tokenizer=options.tokenizer, tiling=options.tiling)
+    return config_and_processor(model, lambda: _texts(splits))
+
+
+def _texts(splits: list[Any]) -> Iterator[str]:
+    """The texts of all rows that can be read, and one more, for data without any."""
+    from vlmoe.training.conversations import parse_row
+
+    yield "no text"
+    for rows in splits:
+        for position, row in enumerate(rows):
+            try:
+                conversations = parse_row(row, position).conversations
+            except ValueError:
+                continue  # named by the check
+            yield from (turn.text() for conversation in conversations for turn in conversation)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("vlmoe data", main))

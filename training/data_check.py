@@ -1,0 +1,200 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Checking a dataset without training: what it holds, every fault by row, and what a model sees."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .collator import VLMoECollator
+from .conversations import Conversation, ParsedRow, parse_row, row_name
+from .encoding import EncodedConversation
+from .images import open_image
+from .long_rows import RowMeasure
+from .row_formats import is_faulty
+
+EXAMPLES = 3
+LEARNED = ("«", "»")
+"""Around the tokens that have a loss."""
+
+
+@dataclass
+class SplitReport:
+    """What a split holds.
+
+    Attributes:
+        name: its name.
+        rows: how many rows were read.
+        lengths: tokens of each conversation, its images included.
+        label_lengths: of these, the ones with a loss.
+        sizes: (width, height) of each image.
+        question_types: how many conversations have each.
+        faults: all of them, each naming its row.
+        examples: the first conversations as the model sees them.
+    """
+
+    name: str
+    rows: int = 0
+    lengths: list[int] = field(default_factory=list)
+    label_lengths: list[int] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    question_types: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+
+def check_rows(
+    rows: Sequence[Mapping[str, Any]],
+    collator: VLMoECollator,
+    name: str = "train",
+    *,
+    faults: Sequence[str] = (),
+    limit: int | None = None,
+    progress: bool = True,
+) -> SplitReport:
+    """Read every row as training would, and keep what is wrong in place of raising it.
+
+    Args:
+        rows: as `load_rows` gives them.
+        collator: one without `max_length`, whose processor counts the tokens.
+        name: the split's name.
+        faults: what was found when the rows were read.
+        limit: the longest conversation in tokens that the model takes.
+        progress: show a progress bar.
+    """
+    report = SplitReport(name, rows=len(rows), faults=list(faults))
+    measure = RowMeasure(collator)
+    bar = logging.tqdm(rows, desc=f"checking {name}", unit="row", disable=not progress)
+    for position, row in enumerate(bar):
+        if is_faulty(row):
+            continue
+        try:
+            parsed = parse_row(row, position)
+        except ValueError as error:
+            report.faults.append(str(error))
+            continue
+        lengths = _check_images(parsed, measure, report)
+        report.question_types.update(kind for kind in parsed.question_types if kind)
+        for conversation in parsed.conversations:
+            _check_conversation(conversation, row_name(row, position), lengths, collator, report)
+        if limit is not None:
+            _check_lengths(report, len(parsed.conversations), parsed.name, limit)
+    return report
+
+
+def report_text(reports: Sequence[SplitReport], limit: int | None) -> str:
+    """The reports as text: a table, the first conversations as the model sees them, all faults."""
+    lines = [
+        f"{'split':<12} {'rows':>9} {'conversations':>13} {'images':>9} {'tokens':>17} "
+        f"{'learned':>15} {'faults':>7}"
+    ]
+    for report in reports:
+        lines.append(
+            f"{report.name:<12} {report.rows:>9,} {len(report.lengths):>13,} "
+            f"{len(report.sizes):>9,} {_range(report.lengths):>17} "
+            f"{_range(report.label_lengths):>15} {len(report.faults):>7,}"
+        )
+    lines.append("(tokens and learned tokens of a conversation: least, median, most)")
+    if limit is not None:
+        lines.append(f"The model has positions for {limit:,} tokens.")
+    for report in reports:
+        lines += [f"{report.name}: {line}" for line in _details(report)]
+    for report in reports:
+        if report.examples:
+            opened, closed = LEARNED
+            lines.append(
+                f"\nThe first conversations of {report.name} as the model sees them, with what is "
+                f"learned in {opened}{closed}:"
+            )
+            lines += report.examples
+    for report in reports:
+        if report.faults:
+            lines.append(f"\nFaults of {report.name}:")
+            lines += [f"- {fault}" for fault in report.faults]
+    return "\n".join(lines)
+
+
+def as_seen(
+    encoded: EncodedConversation, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], tok: Any
+) -> str:
+    """A conversation as the model sees it, its images as `[image WIDTHxHEIGHT: N tokens]`."""
+    text = ""
+    for position, (ids, mask) in enumerate(zip(encoded.segments, encoded.masks, strict=True)):
+        if position:
+            width, height = sizes[position - 1]
+            text += f"[image {width}x{height}: {lengths[position - 1]} tokens]"
+        for learned, run in groupby(zip(ids.tolist(), mask.tolist(), strict=True), lambda x: x[1]):
+            piece = tok.decode([token for token, _ in run])
+            text += f"{LEARNED[0]}{piece}{LEARNED[1]}" if learned else piece
+    return text
+
+
+def _check_images(parsed: ParsedRow, measure: RowMeasure, report: SplitReport) -> list[int] | None:
+    """The number of tokens of each image of a row; None where one cannot be used."""
+    limits, allow_urls = measure.processor.image_limits, measure.collator.encode_image.allow_urls
+    sizes: list[tuple[int, int]] = []
+    for position, image in enumerate(parsed.images):
+        if is_faulty(image):
+            continue  # named when it was read
+        try:
+            where = f"{parsed.name}, image {position}"
+            sizes.append(open_image(image, where, limits=limits, allow_urls=allow_urls).size)
+        except (ValueError, OSError) as error:
+            report.faults.append(str(error))
+    report.sizes += sizes
+    if len(sizes) < len(parsed.images):
+        return None
+    return measure.image_lengths([(height, width) for width, height in sizes])
+
+
+def _check_conversation(
+    conversation: Conversation,
+    name: str,
+    image_lengths: list[int] | None,
+    collator: VLMoECollator,
+    report: SplitReport,
+) -> None:
+    """Count a conversation's tokens, and show it if it is one of the first."""
+    try:
+        encoded = collator.encode_conversation(conversation, name)
+    except ValueError as error:
+        report.faults.append(str(error))
+        return
+    learned = int(sum(mask.sum() for mask in encoded.masks))
+    if not learned:
+        report.faults.append(f"{name}: a conversation has no token with a loss; it has no answer.")
+    if image_lengths is None:
+        return
+    if len(report.examples) < EXAMPLES:
+        sizes = report.sizes[len(report.sizes) - len(image_lengths) :]
+        report.examples.append(as_seen(encoded, sizes, image_lengths, collator.processor.tokenizer))
+    report.label_lengths.append(learned)
+    report.lengths.append(sum(map(len, encoded.segments)) + sum(image_lengths))
+
+
+def _check_lengths(report: SplitReport, count: int, name: str, limit: int) -> None:
+    """Name a row of which one of the last `count` conversations is too long."""
+    longest = max(report.lengths[-count:], default=0)
+    if longest > limit:
+        report.faults.append(f"{name}: a conversation has {longest} tokens, more than {limit}.")
+
+
+def _details(report: SplitReport) -> Iterator[str]:
+    """Sizes of the images, and types of question."""
+    if report.sizes:
+        widths, heights = np.array(report.sizes).T.tolist()
+        yield f"images are {_range(widths)} pixels wide and {_range(heights)} high"
+    if report.question_types:
+        counts = report.question_types.most_common(8)
+        yield "question types: " + ", ".join(f"{kind} {count:,}" for kind, count in counts)
+
+
+def _range(values: Sequence[int]) -> str:
+    """Least, median and most."""
+    if not values:
+        return "-"
+    return f"{min(values):,}/{int(np.median(values)):,}/{max(values):,}"
