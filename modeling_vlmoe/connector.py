@@ -222,11 +222,7 @@ class VLMoEConnector(nn.Module):
                 (width, hidden, hidden),
                 config.projector_hidden_act,
             )
-            self.mlp = VLMoEVisionSparseMoeBlock(
-                experts,
-                config.projector_num_experts_per_tok,
-                config.text_config.router_bias_update_rate,
-            )
+            self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "projector_num_experts_per_tok")
             return
         self.linear_1 = nn.Linear(width, hidden, bias=bias)
         if config.projector_num_layers == 2:

@@ -89,7 +89,8 @@ class ImageTokensMixin:
         Raises:
             ValueError: naming both counts.
         """
-        if inputs_embeds.shape[1] > 1 and not is_torchdynamo_compiling():
+        has_values = not (inputs_embeds.is_meta or is_torchdynamo_compiling())
+        if inputs_embeds.shape[1] > 1 and has_values:
             check_image_tokens(self.is_image_token(input_ids, inputs_embeds), 0)
 
 

@@ -111,6 +111,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
 
         See `VLMoEImageFeatures` for what is returned.
         """
+        if not is_torchdynamo_compiling():
+            self.config.check_routing()
         expected = expected_pixels(self.config, kwargs.get("interpolate_pos_encoding", False))
         check_pixels(pixel_values, pixel_attention_mask, image_index, expected)
         tiles = (

@@ -35,6 +35,7 @@ from transformers.models.phi3.modeling_phi3 import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
@@ -71,17 +72,7 @@ class VLMoEAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = (
-            self.head_dim**-0.5
-            if config.attention_multiplier is None
-            else config.attention_multiplier
-        )
-        self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.use_rope = bool(config.no_rope_layers[layer_idx])
-        self.sliding_window = (
-            config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        )
 
         query_size = config.num_attention_heads * self.head_dim
         key_value_size = config.num_key_value_heads * self.head_dim
@@ -100,6 +91,18 @@ class VLMoEAttention(nn.Module):
             else nn.Identity()
         )
 
+    @property
+    def scaling(self) -> float:
+        """What scores are multiplied by before the softmax."""
+        multiplier = self.config.attention_multiplier
+        return self.head_dim**-0.5 if multiplier is None else multiplier
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How many tokens back this layer sees; None for all."""
+        slides = self.config.layer_types[self.layer_idx] == "sliding_attention"
+        return self.config.sliding_window if slides else None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -117,7 +120,7 @@ class VLMoEAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
 
-        if self.use_rope:
+        if self.config.no_rope_layers[self.layer_idx]:
             cos, sin = position_embeddings  # (batch, length, rotary_dim)
             rotate = (
                 apply_rotary_pos_emb
@@ -137,7 +140,7 @@ class VLMoEAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
@@ -150,7 +153,7 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: VLMoETextConfig, layer_idx: int):
         super().__init__()
-        self.residual_multiplier = config.residual_multiplier
+        self.config = config
         self.self_attn = VLMoEAttention(config, layer_idx)
         self.is_sparse = config.is_sparse_layer(layer_idx)
         self.mlp = VLMoESparseMoeBlock(config) if self.is_sparse else VLMoEMLP(config)
@@ -180,7 +183,8 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self._scaled(output), router_logits, top_k_index
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
-        return branch if self.residual_multiplier == 1 else branch * self.residual_multiplier
+        multiplier = self.config.residual_multiplier
+        return branch if multiplier == 1 else branch * multiplier
 
 
 class VLMoEPreTrainedModel(PreTrainedModel):
@@ -359,6 +363,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
                 torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             ).unsqueeze(0)
 
+        if not is_torchdynamo_compiling():
+            self.config.check_routing()
         hidden_states = inputs_embeds
         if self.config.embedding_multiplier != 1:
             hidden_states = hidden_states * self.config.embedding_multiplier

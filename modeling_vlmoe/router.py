@@ -19,7 +19,9 @@ and restores the generator's state, the backward pass would be that of another r
   mask over one bank of experts, never a branch, so that every batch does the same work.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,13 +53,28 @@ def choose_experts(
     return scores.topk(top_k, dim=-1).indices
 
 
+@dataclass
+class Routing:
+    """How a router chooses: the fields of `VLMoETextConfig` that it reads, under their names.
+
+    Where a config has all of them, it takes this one's place.
+    """
+
+    num_experts_per_tok: int
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    modality_experts: Mapping[str, Sequence[int]] | None = None
+
+
 class VLMoERouter(nn.Module):
     """Top-k router with softmax or sigmoid scores.
 
     Args:
-        hidden_size, num_experts, top_k: its shape.
-        scoring_func, norm_topk_prob, routed_scaling_factor, n_group, topk_group, modality_experts:
-            see `VLMoETextConfig`.
+        hidden_size, num_experts: its shape.
+        routing: how it chooses, read at every call: a change in a config counts from the next one.
         has_selection_bias, has_modality_bias: whether it has such biases; both start at zero.
     """
 
@@ -68,31 +85,21 @@ class VLMoERouter(nn.Module):
         self,
         hidden_size: int,
         num_experts: int,
-        top_k: int,
+        routing: Any,
         *,
-        scoring_func: str = "softmax",
-        norm_topk_prob: bool = True,
-        routed_scaling_factor: float = 1.0,
-        n_group: int = 1,
-        topk_group: int = 1,
         has_selection_bias: bool = False,
         has_modality_bias: bool = False,
-        modality_experts: Mapping[str, Sequence[int]] | None = None,
     ):
         super().__init__()
-        self.top_k = top_k
-        self.norm_topk_prob = norm_topk_prob
-        self.scoring_func = scoring_func
-        self.routed_scaling_factor = routed_scaling_factor
-        self.n_group, self.topk_group = n_group, topk_group
-        self.modality_experts = modality_experts
+        self.routing = routing
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.modality_bias = None
         if has_modality_bias:
             self.modality_bias = nn.Parameter(torch.zeros(len(MODALITIES), num_experts))
         bias = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        allowed = None if modality_experts is None else self.modality_mask()
+        self.masked_by = copy.deepcopy(routing.modality_experts)
+        allowed = None if self.masked_by is None else self.modality_mask()
         self.register_buffer("allowed_experts", allowed, persistent=False)
 
     @classmethod
@@ -101,23 +108,36 @@ class VLMoERouter(nn.Module):
         return cls(
             config.hidden_size,
             config.num_experts,
-            config.num_experts_per_tok,
-            scoring_func=config.scoring_func,
-            norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
+            config,
             has_selection_bias=config.router_bias_update_rate != 0,
             has_modality_bias=config.router_modality_bias,
-            modality_experts=config.modality_experts,
         )
+
+    @property
+    def top_k(self) -> int:
+        """Experts that each token is sent to."""
+        return self.routing.num_experts_per_tok
+
+    @property
+    def scoring_func(self) -> str:
+        """`"softmax"` or `"sigmoid"`."""
+        return self.routing.scoring_func
 
     def modality_mask(self) -> torch.Tensor:
         """(modalities, experts): True where tokens of the modality may use the expert."""
         mask = torch.zeros(len(MODALITIES), self.weight.shape[0], dtype=torch.bool)
-        for modality, experts in (self.modality_experts or {}).items():
+        for modality, experts in (self.masked_by or {}).items():
             mask[MODALITIES.index(modality), list(experts)] = True
         return mask
+
+    def _follow_modality_experts(self) -> None:
+        """Make the mask anew if the lists of experts have changed."""
+        if self.routing.modality_experts == self.masked_by:
+            return
+        self.masked_by = copy.deepcopy(self.routing.modality_experts)
+        self.allowed_experts = None
+        if self.masked_by is not None:
+            self.allowed_experts = self.modality_mask().to(self.weight.device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Moves the bias with the router, but keeps it in fp32: `.to(torch.bfloat16)` would round
@@ -137,6 +157,8 @@ class VLMoERouter(nn.Module):
         `mm_token_type_ids` (tokens,): 1 for image tokens; by default all are text. Logits of
         experts that a token may not use are the lowest finite number: their scores are 0.
         """
+        routing = self.routing
+        self._follow_modality_experts()
         with maybe_autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
             allowed = None
@@ -145,18 +167,19 @@ class VLMoERouter(nn.Module):
             if self.allowed_experts is not None:
                 allowed = _by_modality(self.allowed_experts, mm_token_type_ids)
                 logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-            scores = logits.softmax(-1) if self.scoring_func == "softmax" else logits.sigmoid()
+            scores = logits.softmax(-1) if routing.scoring_func == "softmax" else logits.sigmoid()
             choice = scores
             if self.e_score_correction_bias is not None:
                 choice = choice + self.e_score_correction_bias
             if allowed is not None:  # an allowed score can be 0, too, or less with the bias
                 choice = choice.masked_fill(~allowed, float("-inf"))
-            top_k_index = choose_experts(choice, self.top_k, self.n_group, self.topk_group)
+            k, groups = routing.num_experts_per_tok, (routing.n_group, routing.topk_group)
+            top_k_index = choose_experts(choice, k, *groups)
             top_k_weights = scores.gather(-1, top_k_index)  # (tokens, k)
-            if self.norm_topk_prob:
+            if routing.norm_topk_prob:
                 total = top_k_weights.sum(-1, keepdim=True)  # 0 where all sigmoids underflow
                 top_k_weights = top_k_weights / total.clamp(min=torch.finfo(total.dtype).tiny)
-            return logits, top_k_weights * self.routed_scaling_factor, top_k_index
+            return logits, top_k_weights * routing.routed_scaling_factor, top_k_index
 
 
 def _by_modality(rows: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:

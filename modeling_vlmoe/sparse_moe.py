@@ -41,11 +41,17 @@ class VLMoEExperts(Qwen3MoeExperts):
 class VLMoERoutingNotes(nn.Module):
     """What a sparse layer notes of its routing in training; the base of sparse blocks."""
 
-    def __init__(self, router_bias_update_rate: float):
+    def __init__(self, text_config: VLMoETextConfig):
         super().__init__()
-        self.router_bias_update_rate = router_bias_update_rate
+        self.text_config = text_config
+        self.has_selection_bias = text_config.router_bias_update_rate != 0
         self.expert_load: torch.Tensor | None = None  # (experts,) int64
         self.non_finite: torch.Tensor | None = None  # () bool
+
+    @property
+    def router_bias_update_rate(self) -> float:
+        """What the config says now, for a router that was made with a bias."""
+        return self.text_config.router_bias_update_rate if self.has_selection_bias else 0.0
 
     @torch.no_grad()
     def take_notes(
@@ -78,7 +84,7 @@ class VLMoESparseMoeBlock(VLMoERoutingNotes):
     """Routed experts plus, if configured, shared experts that every token passes through."""
 
     def __init__(self, config: VLMoETextConfig):
-        super().__init__(config.router_bias_update_rate)
+        super().__init__(config)
         self.router = VLMoERouter.from_config(config)
         self.experts = VLMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None

@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .experts_dispatch import is_torchao
-from .router import VLMoERouter
+from .router import Routing, VLMoERouter
 from .sparse_moe import VLMoERoutingNotes
 
 _READ_BY_IMPLEMENTATIONS = (
@@ -134,13 +134,26 @@ def init_biased_experts(experts: VLMoEBiasedExperts) -> None:
         init.zeros_(bias)
 
 
+class VisionRouting(Routing):
+    """Softmax, top-k, renormalise, with the k that a field of the config holds now."""
+
+    def __init__(self, config: VLMoEConfig, top_k_field: str):
+        self.config, self.top_k_field = config, top_k_field
+
+    @property
+    def num_experts_per_tok(self) -> int:  # type: ignore[override]
+        """As the field says."""
+        return getattr(self.config, self.top_k_field)
+
+
 class VLMoEVisionSparseMoeBlock(VLMoERoutingNotes):
     """A router and its experts in place of an MLP of the tower or of the connector's linears."""
 
-    def __init__(self, experts: VLMoEBiasedExperts, top_k: int, router_bias_update_rate: float):
-        super().__init__(router_bias_update_rate)
-        size_in, has_bias = experts.up_proj.shape[2], router_bias_update_rate != 0
-        self.router = VLMoERouter(size_in, experts.num_experts, top_k, has_selection_bias=has_bias)
+    def __init__(self, experts: VLMoEBiasedExperts, config: VLMoEConfig, top_k_field: str):
+        super().__init__(config.text_config)
+        size_in, routing = experts.up_proj.shape[2], VisionRouting(config, top_k_field)
+        bias = {"has_selection_bias": self.has_selection_bias}
+        self.router = VLMoERouter(size_in, experts.num_experts, routing, **bias)
         self.experts = experts
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -163,10 +176,10 @@ class VLMoEVisionLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_norm1, self.self_attn = dense.layer_norm1, dense.self_attn
         self.layer_norm2 = dense.layer_norm2
-        vision, rate = config.vision_config, config.text_config.router_bias_update_rate
+        vision = config.vision_config
         sizes = (vision.hidden_size, vision.intermediate_size, vision.hidden_size)
         experts = VLMoEBiasedExperts(vision, config.vision_num_experts, sizes, vision.hidden_act)
-        self.mlp = VLMoEVisionSparseMoeBlock(experts, config.vision_num_experts_per_tok, rate)
+        self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "vision_num_experts_per_tok")
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
@@ -217,7 +216,7 @@ def test_a_sub_config_of_the_wrong_kind_is_refused(field: str, sub_config: Any) 
     [("num_experts", "8"), ("num_experts", 8.0), ("norm_topk_prob", "yes"), ("mlp_only_layers", 1)],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(StrictDataclassFieldValidationError, match=field) as refusal:
+    with pytest.raises(ValueError, match=field) as refusal:
         VLMoETextConfig(**{field: value})
     assert str(value) in str(refusal.value)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.modeling_vlmoe.router import VLMoERouter
+from vlmoe.modeling_vlmoe.router import Routing, VLMoERouter
 from vlmoe.modeling_vlmoe.router_losses import load_balancing_loss
 
 TOKENS, HIDDEN = 400, 16
@@ -22,8 +22,8 @@ EXPERTS = {"num_experts": 6}
 def make_router(experts: dict[str, list[int]], seed: int, **options: Any) -> VLMoERouter:
     """A seeded router of random size of logits, biases of both kinds."""
     torch.manual_seed(seed)
-    options |= {"has_selection_bias": True, "has_modality_bias": True}
-    router = VLMoERouter(HIDDEN, 6, 2, modality_experts=experts, **options)
+    routing = Routing(2, modality_experts=experts, **options)
+    router = VLMoERouter(HIDDEN, 6, routing, has_selection_bias=True, has_modality_bias=True)
     scale = 10.0 ** torch.empty(()).uniform_(-1, 3).item()  # up to scores of exactly 0 and 1
     torch.nn.init.normal_(router.weight, std=scale)
     torch.nn.init.normal_(router.modality_bias, std=scale)

@@ -1,0 +1,133 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Fields that a config does not have: refused where the name is another's for one of ours.
+
+transformers keeps unknown fields, as a config may have been written by another version of a
+library; a misspelled field would silently do nothing. So a name close to a field of ours, another
+family's name for it, or a field set one level too high is an error that names ours. Names far from
+all of them stay allowed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
+from transformers import GenerationConfig, PreTrainedConfig
+
+CLOSE = 0.85  # of difflib: "n_groups" to "n_group" is 0.93, "sep_token_id" to "pad_token_id" 0.83
+# Libraries write these into the whole config, whoever reads them.
+_OF_ANY_CONFIG = ("use_cache", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+# What other families call it: what it is called here.
+ALIASES = {
+    **dict.fromkeys(
+        ("n_routed_experts", "num_routed_experts", "moe_num_experts", "n_experts"), "num_experts"
+    ),
+    **dict.fromkeys(
+        ("top_k", "topk", "moe_top_k", "moe_topk", "moe_k", "num_selected_experts"),
+        "num_experts_per_tok",
+    ),
+    **dict.fromkeys(
+        (
+            "num_experts_per_token",
+            "experts_per_token",
+            "n_experts_per_tok",
+            "num_activated_experts",
+        ),
+        "num_experts_per_tok",
+    ),
+    **dict.fromkeys(
+        ("expert_intermediate_size", "moe_ffn_hidden_size", "expert_hidden_size", "expert_ffn_dim"),
+        "moe_intermediate_size",
+    ),
+    **dict.fromkeys(
+        ("n_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size"),
+        "num_shared_experts",
+    ),
+    **dict.fromkeys(
+        ("aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coeff", "load_balancing_loss_coef"),
+        "router_aux_loss_coef",
+    ),
+    **dict.fromkeys(("z_loss_coef", "moe_z_loss_coeff"), "router_z_loss_coef"),
+    "moe_layer_freq": "decoder_sparse_step",
+    "first_k_dense_replace": "mlp_only_layers",
+    "image_token_index": "image_token_id",
+    "downsample_ratio": "pixel_shuffle_factor",
+    "scale_factor": "pixel_shuffle_factor",
+}
+
+
+def strict_fields(cls: Any) -> Any:
+    """huggingface_hub's `strict`, whose errors are `ValueError`s that name field and value."""
+    cls = strict(cls)
+    set_field, validate = cls.__setattr__, cls.validate
+
+    @functools.wraps(set_field)
+    def checked_setattr(self: Any, name: str, value: Any) -> None:
+        name = type(self).attribute_map.get(name, name)
+        try:
+            set_field(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            allowed = {field.name: field.type for field in dataclasses.fields(self)}[name]
+            raise ValueError(
+                f"`{name}` is {value!r} ({type(value).__name__}); allowed: "
+                f"{getattr(allowed, '__name__', allowed)}."
+            ) from error
+
+    @functools.wraps(validate)
+    def checked_validate(self: Any) -> None:
+        try:
+            validate(self)
+        except StrictDataclassClassValidationError as error:
+            raise ValueError(str(error.__cause__)) from error
+
+    cls.__setattr__, cls.validate = checked_setattr, checked_validate
+    return cls
+
+
+def refuse_unknown(config_class: type[PreTrainedConfig], names: Iterable[str]) -> None:
+    """Refuse names that stand for a field of `config_class`, or of its text config, and are not it.
+
+    Raises:
+        ValueError: naming the field that was meant.
+    """
+    known, below = _fields(config_class)
+    for name in names:
+        if name in known or name in _OF_ANY_CONFIG or name.startswith("_"):
+            continue
+        if name in below:
+            raise ValueError(
+                f"`{name}` is a field of the text config: set it in `text_config`, as in "
+                f"`text_config={{{name!r}: ...}}` or `config.text_config.{name} = ...`."
+            )
+        meant = ALIASES.get(name)
+        if meant not in known and meant not in below:
+            given = hasattr(PreTrainedConfig, name) or name in _generation_fields()
+            ours = {*known, *below} - _fields(PreTrainedConfig)[0]
+            close = [] if given else get_close_matches(name, ours, 1, CLOSE)
+            meant = close[0] if close else None
+        if meant is not None:
+            where = "" if meant in known else ", in `text_config`"
+            raise ValueError(f"There is no field `{name}`; it is called `{meant}`{where}.")
+
+
+@functools.cache
+def _fields(config_class: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """The fields of a config, aliases that it takes among them, and those of its text config."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    text = (config_class.sub_configs_defaults or {}).get("text_config")
+    below = frozenset() if text is None else _fields(text.config_class)[0]
+    return frozenset(fields | config_class.attribute_map.keys()), below - fields
+
+
+@functools.cache
+def _generation_fields() -> frozenset[str]:
+    return frozenset(GenerationConfig._get_default_generation_params())
+
+
+__all__ = ["refuse_unknown", "strict_fields"]
