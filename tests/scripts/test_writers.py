@@ -10,7 +10,7 @@ from lock_holder import holder
 from peft import get_peft_model
 
 from vlmoe import VLMoEForConditionalGeneration, expert_lora_config
-from vlmoe_cli import evaluate, inspect_experts, main
+from vlmoe_cli import evaluate, main
 
 COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     "train": lambda out, model, data: ["--model", str(model), "--dataset", str(data), "--use_cpu"],
@@ -117,7 +117,8 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(evaluate, "_evaluate", lambda *arguments: pytest.fail("work first"))
     argv = ["evaluate", "--model", str(saved_model), "--dataset", str(data_folder)]
-    line = refusal([*argv, "--output", str(tmp_path / "r.json"), option, str(tmp_path / place)], capsys)
+    argv += ["--output", str(tmp_path / "r.json"), option, str(tmp_path / place)]
+    line = refusal(argv, capsys)
     assert str(tmp_path / place.partition("/")[0]) in line or place in line
     assert ".tmp" not in line
 
