@@ -100,6 +100,8 @@ def usable_rows(
 ) -> UsableRows:
     """Check that every row fits in `collator.max_length` tokens and has something to learn.
 
+    Images are not opened but for those of the first row, which is collated as in training.
+
     Args:
         rows: as `load_rows` gives them.
         collator: what will collate them; its cache keeps what is tokenised here.
@@ -123,13 +125,14 @@ def usable_rows(
         long += excess is not None
         if excess is None or on_long_rows != "drop":
             kept.append(position)
-    if on_long_rows != "drop":
-        return UsableRows(rows, shortened=long)
     if not kept:
         raise ValueError(
             f"all {len(rows)} rows have more than max_length={collator.max_length} tokens; none is "
             "left."
         )
+    collator([rows[kept[0]]])
+    if on_long_rows != "drop":
+        return UsableRows(rows, shortened=long)
     select: Callable[[list[int]], Any] = getattr(rows, "select", lambda ps: [rows[p] for p in ps])
     return UsableRows(select(kept) if long else rows, dropped=long)
 

@@ -149,12 +149,13 @@ def test_short_rows_are_not_tokenised(
     collator = VLMoECollator(processor, 128)
     rows = [row(user(f"is it {n}?"), assistant("yes")) for n in range(5)]
     calls = []
-    encode = collator.encode_conversation
+    tokenizer = type(processor.tokenizer)
+    render = tokenizer.apply_chat_template
     monkeypatch.setattr(
-        collator, "encode_conversation", lambda *a, **k: calls.append(a) or encode(*a, **k)
+        tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or render(*a, **k)
     )
     usable_rows(rows, collator, progress=False)
-    assert len(calls) <= 1  # what the template adds
+    assert len(calls) == 2  # what the template adds, and the first row
 
 
 def test_limits_follow_the_model(tiny_model: Any) -> None:
