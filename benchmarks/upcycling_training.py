@@ -19,8 +19,9 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from vlmoe.training.checkpoints import find_checkpoint, read_state, set_aside_newer
-from vlmoe_cli.train import TrainResult, build_trainer, check_arguments, run
+from vlmoe_cli.train import TrainResult, build_trainer, run
 from vlmoe_cli.training_arguments import training_arguments
+from vlmoe_cli.training_checks import check_arguments
 
 
 @dataclass(frozen=True)

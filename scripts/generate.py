@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command_line import run_command
+from .command_line import readable, run_command
 from .option_parser import command_options, require
 from .options import GenerateOptions, RuntimeOptions
 
@@ -43,12 +43,12 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
         FileNotFoundError: a file or folder does not exist.
     """
     source = require(options.model, "model", "generate")
+    question = readable(question, "The question")
+    system = readable(options.system, "--system") if options.system else None
     paths = options.image or []
     for path in paths:
         if not Path(path).expanduser().is_file():
             raise FileNotFoundError(f"There is no image file {path}.")
-    if options.max_new_tokens < 1 or options.temperature < 0:
-        raise ValueError("--max_new_tokens must be 1 or more, --temperature 0 or more.")
     import torch
     from transformers import TextStreamer, set_seed
 
@@ -61,7 +61,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
     limits = processor.image_limits
     images = [open_image(Path(path).expanduser(), path, limits=limits) for path in paths]
     set_seed(options.seed)
-    inputs = prompt_inputs(processor, question, images, options.system).to(model.device)
+    inputs = prompt_inputs(processor, question, images, system).to(model.device)
     require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)
     tokenizer = processor.tokenizer
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_line import run_command
+from .command_line import readable, run_command
 from .generate import prompt_inputs
 from .option_parser import command_options, require
 from .options import ImageOptions, InspectOptions, RuntimeOptions
@@ -69,6 +69,7 @@ def inspect_experts(
         OSError: the output folder cannot be written into.
     """
     source = require(options.model, "model", "inspect")
+    question = readable(question, "The question") if question else None
     _check(question, options)
     from vlmoe.training.folder_lock import folder_lock
 
@@ -159,9 +160,6 @@ def _check(question: str | None, options: InspectOptions) -> None:
     for path in options.image or []:
         if not Path(path).expanduser().is_file():
             raise FileNotFoundError(f"There is no image file {path}.")
-    for name in ("batch_size", "max_new_tokens", "max_rows"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
 
 
 def _rows(options: InspectOptions, images: ImageOptions) -> Any:

@@ -4,6 +4,8 @@
 import dataclasses
 from typing import Any
 
+from .option_ranges import LEAST_TEMPERATURE, require_in_range
+
 
 def option(help: str, default: Any = None, **argparse_arguments: Any) -> Any:
     """A dataclass field with a default and a help text; the rest goes to argparse's
@@ -11,8 +13,28 @@ def option(help: str, default: Any = None, **argparse_arguments: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argparse_arguments})
 
 
+class Options:
+    """A group of options; each number lies in its range, however the group was made."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a number out of its range."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            require_in_range(field.name, getattr(self, field.name))
+
+
+def refuse_unread(options: Options, names: tuple[str, ...], way_on: str) -> None:
+    """Refuse options that have another value than their default where nothing reads them.
+
+    Raises:
+        ValueError: names the first of them, and what to do.
+    """
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise ValueError(f"--{field.name} changes nothing here: {way_on}, or leave it out.")
+
+
 @dataclasses.dataclass
-class ModelOptions:
+class ModelOptions(Options):
     """Which model to train."""
 
     _argument_group_name = "model"
@@ -43,7 +65,7 @@ class ModelOptions:
 
 
 @dataclasses.dataclass
-class LoraOptions:
+class LoraOptions(Options):
     """Whether to train an adapter of the experts in place of the model."""
 
     _argument_group_name = "LoRA"
@@ -53,9 +75,15 @@ class LoraOptions:
     lora_attention: bool = option("Adapt the attention of the text model too.", False)
     lora_dropout: float = option("Dropout of the input of the experts' adapters.", 0.0)
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` also for an option that nothing would read."""
+        super().__post_init__()
+        if not self.lora:
+            refuse_unread(self, ("lora_r", "lora_attention", "lora_dropout"), "give --lora")
+
 
 @dataclasses.dataclass
-class DataOptions:
+class DataOptions(Options):
     """What to train on, and what to evaluate on during training."""
 
     _argument_group_name = "data"
@@ -88,9 +116,18 @@ class DataOptions:
         choices=["error", "drop", "shorten-prompt"],
     )
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` also for an option that nothing would read."""
+        super().__post_init__()
+        if not (self.eval_dataset or self.eval_split):
+            way_on = "give --eval_split or --eval_dataset"
+            refuse_unread(self, ("max_eval_rows",), way_on)
+        if self.without_images:
+            refuse_unread(self, ("altered_copies",), "leave out --without_images")
+
 
 @dataclasses.dataclass
-class ImageOptions:
+class ImageOptions(Options):
     """Which images of a dataset are opened."""
 
     _argument_group_name = "images of the data"
@@ -111,7 +148,7 @@ class ImageOptions:
 
 
 @dataclasses.dataclass
-class DataCheckOptions:
+class DataCheckOptions(Options):
     """What to check of a dataset, and with which tokens."""
 
     _argument_group_name = "data"
@@ -132,7 +169,7 @@ class DataCheckOptions:
 
 
 @dataclasses.dataclass
-class RuntimeOptions:
+class RuntimeOptions(Options):
     """How to run a saved model."""
 
     _argument_group_name = "running the model"
@@ -144,7 +181,7 @@ class RuntimeOptions:
 
 
 @dataclasses.dataclass
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """What to evaluate, and on what."""
 
     _argument_group_name = "evaluation"
@@ -168,7 +205,7 @@ class EvaluateOptions:
 
 
 @dataclasses.dataclass
-class GenerateOptions:
+class GenerateOptions(Options):
     """What to ask, and how to answer."""
 
     _argument_group_name = "question and answer"
@@ -187,9 +224,20 @@ class GenerateOptions:
     top_p: float = option("When sampling, of the likeliest tokens those that hold this share.", 1.0)
     seed: int = option("Seed for sampling.", 0)
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` also for an option that nothing would read."""
+        super().__post_init__()
+        if self.temperature == 0:
+            refuse_unread(self, ("top_p",), "give --temperature above 0")
+        elif self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"--temperature must be 0 or at least {LEAST_TEMPERATURE:g}, got "
+                f"{self.temperature}: for the most likely token give 0."
+            )
+
 
 @dataclasses.dataclass
-class InspectOptions:
+class InspectOptions(Options):
     """Whose routing to show, and on what."""
 
     _argument_group_name = "inspection"
@@ -216,7 +264,7 @@ class InspectOptions:
 
 
 @dataclasses.dataclass
-class PushOptions:
+class PushOptions(Options):
     """Where to push a model, and how."""
 
     _argument_group_name = "push"
@@ -231,7 +279,7 @@ class PushOptions:
 
 
 @dataclasses.dataclass
-class CardOptions:
+class CardOptions(Options):
     """What the card says where the folder does not."""
 
     _argument_group_name = "card"
@@ -244,7 +292,7 @@ class CardOptions:
 
 
 @dataclasses.dataclass
-class MergeOptions:
+class MergeOptions(Options):
     """What an adapter is merged into, and where the model goes."""
 
     _argument_group_name = "merge"
@@ -256,7 +304,7 @@ class MergeOptions:
 
 
 @dataclasses.dataclass
-class ExportLoraOptions:
+class ExportLoraOptions(Options):
     """Where an adapter goes, and how its tensors are named."""
 
     _argument_group_name = "export"
@@ -268,7 +316,7 @@ class ExportLoraOptions:
 
 
 @dataclasses.dataclass
-class UpcycleOptions:
+class UpcycleOptions(Options):
     """What becomes sparse, and how."""
 
     _argument_group_name = "upcycling"
@@ -306,9 +354,16 @@ class UpcycleOptions:
     )
     max_shard_size: str = option("Of a weights file.", "5GB")
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` also for an option that nothing would read."""
+        super().__post_init__()
+        for name in ("drop", "noise"):
+            if self.expert_init != name:
+                refuse_unread(self, (f"{name}_ratio",), f"give --expert_init {name}")
+
 
 @dataclasses.dataclass
-class DemoOptions:
+class DemoOptions(Options):
     """How to run the demo."""
 
     _argument_group_name = "demo"

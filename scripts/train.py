@@ -41,6 +41,7 @@ from .options import (
     ModelOptions,
     PushOptions,
 )
+from .training_checks import check_arguments, require_evaluation
 from .training_data import checked_rows, load_data, row_collator, texts_of
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def train(
     from vlmoe.training.folder_lock import launch_lock
 
     check_arguments(arguments)
+    require_evaluation(arguments, bool(data_options.eval_dataset or data_options.eval_split))
     is_adapter = lora_options is not None and lora_options.lora
     refuse_mixing(arguments.output_dir, is_adapter=is_adapter)
     with launch_lock(arguments.output_dir, arguments.should_save):
@@ -212,27 +214,6 @@ def _train(
         set_aside_newer(arguments.output_dir, checkpoint)
     trainer.accelerator.wait_for_everyone()
     return run(trainer, checkpoint)
-
-
-def check_arguments(arguments: "TrainingArguments") -> None:
-    """Refuse training arguments under which the model could not learn what it should.
-
-    Raises:
-        ValueError: names the argument and what to do.
-    """
-    if arguments.label_smoothing_factor:
-        raise ValueError(
-            "--label_smoothing_factor makes Trainer compute the loss without the router losses; "
-            "leave it at 0."
-        )
-    if arguments.remove_unused_columns:
-        raise ValueError("--remove_unused_columns drops `messages` and `images`; set it to false.")
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"One process sees {arguments.n_gpu} GPUs and would cut batches by rows, which the "
-            f"image inputs do not allow. Start one process per GPU: accelerate launch "
-            f"--num_processes {arguments.n_gpu} -m vlmoe_cli.train ..."
-        )
 
 
 def run_origin(

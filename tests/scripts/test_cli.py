@@ -248,9 +248,9 @@ def test_the_light_parser_reads_what_the_dataclasses_say() -> None:
     parser = OptionParser(prog="x")
     for options in (GenerateOptions, RuntimeOptions):
         add_options(parser, options)
-    argv = ["--image", "a.png", "--image", "b.png", "--max-new-tokens", "5", "--top_p=0.5"]
+    argv = ["--image", "a.png", "--image", "b.png", "--temperature", "1", "--top_p=0.5"]
     generation, runtime, _ = parse_options(parser, argv, [GenerateOptions, RuntimeOptions])
-    assert generation == GenerateOptions(image=["a.png", "b.png"], max_new_tokens=5, top_p=0.5)
+    assert generation == GenerateOptions(image=["a.png", "b.png"], temperature=1, top_p=0.5)
     assert runtime == RuntimeOptions()
     evaluation = OptionParser(prog="x")
     add_options(evaluation, EvaluateOptions)

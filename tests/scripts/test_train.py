@@ -17,8 +17,9 @@ from vlmoe.training.checkpoints import model_problems
 from vlmoe_cli import main
 from vlmoe_cli.loading import model_for_training
 from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import check_arguments, train
+from vlmoe_cli.train import train
 from vlmoe_cli.training_arguments import training_arguments
+from vlmoe_cli.training_checks import check_arguments
 
 TINIER = {
     "text_config": {"hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24},

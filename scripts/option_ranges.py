@@ -1,0 +1,79 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Which numbers an option takes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `least` to `most`, above `above`, below `below`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        """Whether the number lies in the range."""
+        inside = self.least <= value <= self.most and self.above < value < self.below
+        return inside and math.isfinite(value)
+
+    def __str__(self) -> str:
+        """The range in words: `above 0 and at most 1`."""
+        bounds = {
+            "{:g} or more": self.least,
+            "above {:g}": self.above,
+            "at most {:g}": self.most,
+            "below {:g}": self.below,
+        }
+        words = [text.format(bound) for text, bound in bounds.items() if math.isfinite(bound)]
+        return " and ".join(words) or "finite"
+
+
+COUNT = Range(1)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(above=0)
+SEED = Range(0, 2**32 - 1)
+LEAST_TEMPERATURE = 1e-4  # logits divided by a far smaller one are infinite
+
+# By the option's name, which means the same for every command. `max_steps` -1 is "not given".
+RANGES = {
+    **dict.fromkeys(("max_train_rows", "max_eval_rows", "max_test_rows", "max_rows"), COUNT),
+    **dict.fromkeys(("max_length", "max_new_tokens", "batch_size", "lora_r"), COUNT),
+    **dict.fromkeys(("max_image_pixels", "max_image_side"), COUNT),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok", "expert_split"), COUNT),
+    **dict.fromkeys(("altered_copies", "noise_ratio", "router_std"), NOT_NEGATIVE),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+    "lora_dropout": Range(0, below=1),
+    "drop_ratio": Range(0, 1),
+    "temperature": Range(0, 100),
+    "top_p": Range(above=0, most=1),
+    # of TrainingArguments
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), COUNT),
+    **dict.fromkeys(("save_total_limit",), COUNT),
+    **dict.fromkeys(("num_train_epochs", "learning_rate", "adam_epsilon"), POSITIVE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("dataloader_num_workers", "neftune_noise_alpha"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Range(0, below=1)),
+}
+
+
+def require_in_range(name: str, value: Any) -> None:
+    """Refuse a number that lies outside of its option's range.
+
+    None, an option that was not given, passes, and so does an option without a range.
+
+    Raises:
+        ValueError: names the option, what is allowed, and what was given.
+    """
+    allowed = RANGES.get(name)
+    if allowed is None or value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"--{name} must be a number, got {value!r}.")
+    if not allowed.holds(value):
+        raise ValueError(f"--{name} must be {allowed}, got {value}.")

@@ -1,0 +1,108 @@
+"""Numbers out of range and options that nothing reads: one line before any work."""
+
+from typing import Any
+
+import pytest
+
+from vlmoe_cli import main
+from vlmoe_cli.option_ranges import RANGES, Range, require_in_range
+from vlmoe_cli.options import (
+    DataOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    InspectOptions,
+    LoraOptions,
+    ModelOptions,
+    Options,
+    UpcycleOptions,
+)
+from vlmoe_cli.training_arguments import training_arguments
+from vlmoe_cli.training_checks import check_arguments, require_evaluation
+
+GENERATE = ["generate", "--model", "x", "?"]
+EVALUATE = ["evaluate", "--model", "x", "--dataset", "x"]
+TRAIN = ["train", "--dataset", "x", "--use_cpu"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            [*GENERATE, "--temperature", "1", "--top_p", "5"],
+            "--top_p must be above 0 and at most 1",
+        ),
+        (
+            [*GENERATE, "--temperature", "1", "--top_p", "0"],
+            "--top_p must be above 0 and at most 1",
+        ),
+        ([*GENERATE, "--temperature", "nan"], "--temperature must be 0 or more"),
+        ([*GENERATE, "--temperature", "1e-40"], "--temperature must be 0 or at least 0.0001"),
+        ([*GENERATE, "--temperature", "1e30"], "--temperature must be 0 or more and at most 100"),
+        ([*GENERATE, "--max_new_tokens", "0"], "--max_new_tokens must be 1 or more, got 0"),
+        ([*GENERATE, "--seed", "-1"], "--seed must be 0 or more"),
+        ([*EVALUATE, "--batch_size", "0"], "--batch_size must be 1 or more, got 0"),
+        ([*EVALUATE, "--max_rows", "-3"], "--max_rows must be 1 or more, got -3"),
+        ([*EVALUATE, "--max_length", "0"], "--max_length must be 1 or more"),
+        ([*TRAIN, "--num_train_epochs", "0"], "--num_train_epochs must be above 0, got 0.0"),
+        ([*TRAIN, "--max_steps", "0"], "--max_steps must be 1 or more, or -1, got 0"),
+        ([*TRAIN, "--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
+        ([*TRAIN, "--learning_rate", "inf"], "--learning_rate must be above 0, got inf"),
+        ([*TRAIN, "--per_device_train_batch_size", "-2"], "--per_device_train_batch_size must be"),
+        ([*TRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be 1"),
+        ([*TRAIN, "--seed", "-1"], "--seed must be 0 or more"),
+        ([*TRAIN, "--weight_decay", "nan"], "--weight_decay must be 0 or more"),
+        ([*TRAIN, "--altered_copies", "-1"], "--altered_copies must be 0 or more"),
+        ([*TRAIN, "--report_to", "wandb"], "--report_to wandb cannot be used here"),
+        ([*TRAIN, "--lora", "--lora_r", "0"], "--lora_r must be 1 or more"),
+        ([*TRAIN, "--lora_r", "4"], "--lora_r changes nothing here: give --lora"),
+        ([*TRAIN, "--lora_attention"], "--lora_attention changes nothing here: give --lora"),
+        (
+            [*TRAIN, "--max_eval_rows", "4"],
+            "--max_eval_rows changes nothing here: give --eval_split",
+        ),
+        ([*TRAIN, "--eval_on_start"], "--eval_on_start needs an evaluation: give --eval_split"),
+        ([*TRAIN, "--without_images", "--altered_copies", "1"], "--altered_copies changes nothing"),
+        ([*GENERATE, "--top_p", "0.5"], "--top_p changes nothing here: give --temperature above 0"),
+        (["upcycle", "x", "--num_experts", "0"], "--num_experts must be 1 or more"),
+        (["upcycle", "x", "--drop_ratio", "0.1"], "--drop_ratio changes nothing here"),
+    ],
+)
+def test_an_option_out_of_range_or_unread_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(DataOptions, EvaluateOptions, GenerateOptions, InspectOptions, LoraOptions),
+        *(ModelOptions, UpcycleOptions),
+    ],
+)
+def test_the_defaults_are_allowed(options: type[Options]) -> None:
+    options()
+
+
+def test_every_default_of_the_training_arguments_is_allowed() -> None:
+    arguments = training_arguments(use_cpu=True)
+    check_arguments(arguments)
+    require_evaluation(arguments, has_evaluation=False)
+
+
+def test_a_python_caller_meets_the_same_range() -> None:
+    with pytest.raises(ValueError, match="--batch_size must be 1 or more, got 0"):
+        EvaluateOptions(batch_size=0)
+
+
+@pytest.mark.parametrize("value", ["3", [1], True])
+def test_what_is_no_number_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match="--seed must be a number"):
+        require_in_range("seed", value)
+
+
+def test_a_range_says_its_bounds() -> None:
+    assert str(Range(0, below=1)) == "0 or more and below 1"
+    assert all(str(each) for each in RANGES.values())
