@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmoe.training.checkpoints import checkpoint_problems, model_problems
+from vlmoe.training.checkpoints import (
+    checkpoint_folders,
+    checkpoint_problems,
+    checkpoint_step,
+    model_problems,
+)
 from vlmoe.training.folder_lock import LOCK_FILE
 from vlmoe_cli.options import DataOptions, ModelOptions
 
@@ -160,19 +165,37 @@ def test_a_run_killed_at_every_checkpoint_goes_on(
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_goes_on(
+def test_runs_killed_ten_times_at_random_moments_go_on(
     start: Callable[[Path], BaseProcess], whole_run: Path, tmp_path: Path
 ) -> None:
+    """At any time between the lock and the end; a run that has ended is compared, and a new one is
+    begun."""
+
+    def works(output: Path) -> Callable[[], bool]:
+        lock = output / LOCK_FILE
+        before = lock.read_text() if lock.exists() else ""
+        return lambda: lock.exists() and lock.read_text() not in ("", before)
+
+    process, moment = start(tmp_path / "timed"), works(tmp_path / "timed")
+    while not moment():
+        assert process.is_alive()
+    begun = time.monotonic()
+    process.join()
+    longest = time.monotonic() - begun
+
     generator = random.Random(0)
-    output = tmp_path / "run"
-    kills = 0
-    for _ in range(12):
-        delay, kind = generator.uniform(0.0, 1.5), generator.choice(SIGNALS)
-        kills += kill_when(start(output), lambda: True, delay, kind)
-        assert_nothing_half_written(output)
-    assert kills >= 3
-    finish(start, output)
-    assert_same_result(output, whole_run)
+    outputs, kills = [tmp_path / "run-0"], []
+    while len(kills) < 10:
+        moment = works(outputs[-1])
+        delay = generator.uniform(0.0, longest)
+        if kill_when(start(outputs[-1]), moment, delay, signal.SIGKILL):
+            kills.append(max(map(checkpoint_step, checkpoint_folders(outputs[-1])), default=0))
+            assert_nothing_half_written(outputs[-1])
+        else:
+            outputs.append(tmp_path / f"run-{len(outputs)}")
+    for output in outputs:
+        finish(start, output)
+        assert_same_result(output, whole_run)
 
 
 @pytest.mark.slow
