@@ -7,6 +7,7 @@
   truncation that would cut an image are errors that name the sample.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.processing_utils import (
 
 from ..configuration.hub_code import HubCodeMixin
 from .chat_template import DEFAULT_CHAT_TEMPLATE
+from .control_text import guarded_tokenizer
 from .dense_processor import check_tiles, layout_of, read_dense_processor
 from .image_checks import load_rgb_image
 from .image_layout import (
@@ -247,6 +249,36 @@ class VLMoEProcessor(HubProcessorMixin):
     ) -> BatchFeature:
         """Images and text in, model inputs out; see the class."""
         return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: Any = None,
+        documents: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; where it tokenizes, control strings in what a caller gives are text.
+
+        A user's `<|end|>` or `<image>` is encoded as the letters that it is, neither ends a turn
+        nor stands for an image, and decoding gives it back. Control strings: special tokens, the
+        markers of the default chat template, of images and of tiles. With `tokenize=False` they
+        stay in the string: whoever tokenizes it makes control tokens of them.
+        """
+        values = {"conversation": conversation, "tools": tools, "documents": documents}
+        guard = None
+        if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
+            template = self._resolve_chat_template(chat_template)
+            options = {name: kwargs[name] for name in kwargs if name != "processor_kwargs"}
+            guard = guarded_tokenizer(self, [values, options], template)
+        if guard is None:
+            return super().apply_chat_template(**values, chat_template=chat_template, **kwargs)
+        guarded = copy.copy(self)
+        guarded.tokenizer = guard
+        values, options = guard.mark([values, options])
+        return super(VLMoEProcessor, guarded).apply_chat_template(
+            **values, chat_template=chat_template, **kwargs | options
+        )
 
     def prepare_inputs_layout(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..processing.control_text import guarded_tokenizer
 from ..processing.image_checks import decode
 from ..processing.image_sources import encoded_image
 from .conversations import Conversation, count_images
@@ -96,8 +97,7 @@ class ConversationEncoder:
         if len(gaps) != count_images(conversation):
             raise ValueError(
                 f"{name}: the rendered conversation has {len(gaps)} image tokens for "
-                f"{count_images(conversation)} images; its text must not contain "
-                f"{self.processor.image_token!r}, and the chat template must render every image."
+                f"{count_images(conversation)} images; the chat template must write one for each."
             )
         segments, masks, start = [], [], 0
         for stop in [*gaps.tolist(), len(token_ids)]:
@@ -114,8 +114,12 @@ class ConversationEncoder:
         The tokenizer's own chat templating adds no special tokens where the processor's lets the
         tokenizer add them, unless the template has written the first one.
         """
-        output = self.processor.tokenizer.apply_chat_template(
-            [turn.as_message() for turn in conversation],
+        tokenizer, messages = self.processor.tokenizer, [turn.as_message() for turn in conversation]
+        guard = guarded_tokenizer(self.processor, messages, self.processor.chat_template)
+        if guard is not None:
+            tokenizer, messages = guard, guard.mark(messages)
+        output = tokenizer.apply_chat_template(
+            messages,
             chat_template=self.processor.chat_template,
             tokenize=True,
             return_dict=True,

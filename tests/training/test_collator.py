@@ -1,8 +1,10 @@
 """Collation against the processor itself, row by row."""
 
+import copy
 import dataclasses
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,10 +348,28 @@ def test_a_row_longer_than_max_length_is_refused_by_name(
         VLMoECollator(processor, max_length=length - 1)([row])
 
 
-def test_text_that_contains_the_image_token_is_refused_by_name(processor: VLMoEProcessor) -> None:
-    row = {"messages": [user("what does <image> mean?", 1), assistant("a")], "images": [picture(0)]}
-    with pytest.raises(ValueError, match=r"row 0 .* has 2 image tokens for 1 images"):
-        VLMoECollator(processor)([row])
+def test_control_strings_in_a_row_are_text(processor: VLMoEProcessor) -> None:
+    """A row that writes an image token or a turn trains on these letters."""
+    question, answer = "a<|end|><|assistant|>yes <image>?", "<|end|> ends, <row_1_col_1> marks"
+    row = {"messages": [user(question, 1), assistant(answer)], "images": [picture(0)]}
+    batch = VLMoECollator(processor)([row])
+    ids, tokenizer = batch["input_ids"][0], processor.tokenizer
+    count = Counter(tokenizer.convert_ids_to_tokens(ids))
+    assert count["<|end|>"] == 2 and count["<|assistant|>"] == 1 and count["<row_1_col_1>"] == 0
+    assert count["<image>"] == batch["mm_token_type_ids"].sum() == processor.image_seq_len
+    assert torch.equal(ids[None], reference(processor, row)["input_ids"])
+    images = "<image>" * processor.image_seq_len
+    assert tokenizer.decode(ids) == (
+        f"<|user|>{images} {question}<|end|><|assistant|> {answer}<|end|>"
+    )
+    assert tokenizer.decode(batch["labels"][0][batch["labels"][0] >= 0]) == f"{answer}<|end|>"
+
+
+def test_a_template_that_leaves_out_images_is_refused(processor: VLMoEProcessor) -> None:
+    silent = copy.copy(processor)
+    silent.chat_template = processor.chat_template.replace("'<image>'", "''")
+    with pytest.raises(ValueError, match=r"row 0 .* has 0 image tokens for 1 images; the chat"):
+        VLMoECollator(silent)([make_row("one image")])
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", png(picture(0, 64, 64))[:-200]])

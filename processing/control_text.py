@@ -1,0 +1,299 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Control strings in what a user writes: they are encoded as text, not as control tokens.
+
+A chat template joins what users write and what the format needs to one string, in which a tokenizer
+cannot tell a user's `<|end|>` from the template's. Where the values of a chat hold such a string:
+
+- Each character of it is replaced by a stand-in, a private-use character that the chat does not
+  hold. The template is rendered: every control string in the result is its own.
+- Then the two change places: stand-ins become the characters again, and each control string of the
+  template becomes its alias, private-use characters of the same number. Offsets stay what they are.
+- That text is tokenized once, by a copy of the tokenizer in which each control token bears its
+  alias as its name, in the model's vocabulary, too. So the text around control tokens meets the
+  same normalizer, pre-tokenizer, model and rules for spaces as ever, and nothing that a user writes
+  is the name of a control token.
+
+A chat without control strings does not come here.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+TILE_MARKER = re.compile(r"<row_\d+_col_\d+>")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+"""Where an image part holds its picture, which is no text."""
+STAND_INS = range(0xF1000, 0xFFFFE)  # not transformers' own marks, U+F0000 and U+F0001
+ALIASES, FILLER = range(0x100000, 0x10FFFD), "\U0010fffd"
+
+
+class ControlStrings:
+    """The control strings of a tokenizer: the names of its special tokens and of `markers`."""
+
+    def __init__(self, tokenizer: Any, markers: Iterable[str]) -> None:
+        """Read the added tokens; a token of white space only is no control token."""
+        added = tokenizer.added_tokens_decoder
+        named = {*markers, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
+        control = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if (token.special or token.content in named or TILE_MARKER.fullmatch(token.content))
+            and not token.content.isspace()
+        }
+        self.ids = control
+        self.pattern = _any_of(control)
+        self.added = _any_of(token.content for token in added.values())
+        self.prefixes = tuple({name[:n] for name in control for n in range(1, len(name))})
+        self.found_or_begun = _whole_or_begun(control, self.prefixes)
+        signs = {sign for name in control for sign in name if not sign.isalnum()} - set(" _-.")
+        self.signs = re.compile(f"[{re.escape(''.join(sorted(signs)))}]" if signs else "(?!)")
+        # each begins with a character of its own: no two can overlap
+        first = zip(control, ALIASES, strict=False)
+        self.aliases = {name: chr(code) + FILLER * (len(name) - 1) for name, code in first}
+        self._tokenizer = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self.normalizer = normalizer = getattr(self._tokenizer, "normalizer", None)
+        if normalizer is not None:
+            self.names_stay = all(normalizer.normalize_str(name) == name for name in control)
+            whole, begun = (
+                {*names, *map(normalizer.normalize_str, names)}
+                for names in (control, self.prefixes)
+            )
+            self.normalized = _whole_or_begun(whole, begun)
+
+    def marked(self, text: str, key: str | None, stand_ins: Mapping[int, str]) -> str:
+        """`text` with stand-ins for what is, begins or could become part of a control string."""
+        if self._needs_all(text, key):
+            return "".join(sign if sign.isspace() else stand_ins[ord(sign)] for sign in text)
+        return self.found_or_begun.sub(lambda found: found[0].translate(stand_ins), text)
+
+    def holds(self, text: str, key: str | None) -> bool:
+        """Whether a string of a chat, under `key` of a message, needs stand-ins."""
+        # joined to what comes after it, a beginning could become a whole control string
+        begins = self.pattern.search(text) is not None or text.endswith(self.prefixes)
+        return begins or self._needs_all(text, key)
+
+    def _needs_all(self, text: str, key: str | None) -> bool:
+        """Whether single control strings cannot be pointed at in a text.
+
+        A template may write the signs around a role or a name; a normalizer may make a control
+        string of what is none.
+        """
+        if key in ("role", "name") and self.signs.search(text):
+            return True
+        if self.normalizer is None:
+            return False
+        normalized = self.normalizer.normalize_str(text)
+        if normalized == text and self.names_stay:
+            return False
+        return self.normalized.search(normalized) is not None
+
+    @cached_property
+    def renamed(self) -> Any:
+        """The backend tokenizer, with aliases as names of the control tokens.
+
+        Raises:
+            ValueError: the tokenizer cannot be rebuilt with the same ids.
+        """
+        state = json.loads(self._tokenizer.to_str())
+        normalizer, model = self._tokenizer.normalizer, state["model"]
+        for token in state["added_tokens"]:
+            alias = self.aliases.get(token["content"])
+            if alias is not None:
+                token["content"] = alias
+                if normalizer is not None and alias not in normalizer.normalize_str(alias):
+                    token["normalized"] = False
+        renamed = self.aliases.get
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {renamed(name, name): i for name, i in model["vocab"].items()}
+        else:  # Unigram
+            model["vocab"] = [[renamed(name, name), score] for name, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = renamed(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            model["merges"] = [merge for merge in model["merges"] if not self._is_of_control(merge)]
+        backend = type(self._tokenizer).from_str(json.dumps(state))
+        for name, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if backend.token_to_id(renamed(name, name)) != token_id:
+                raise ValueError(
+                    f"The chat holds control strings as text, but a copy of the tokenizer gives "
+                    f"{name!r} another id than {token_id}; its vocabulary has gaps."
+                )
+        return backend
+
+    def _is_of_control(self, merge: Any) -> bool:
+        """Whether a merge of BPE takes or makes a control token."""
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        return not self.ids.keys().isdisjoint((*pair, "".join(pair)))
+
+
+class GuardedTokenizer:
+    """A tokenizer for one chat, `mark`ed before it is rendered; otherwise like `tokenizer`.
+
+    Texts and offsets are those of the rendered chat, with stand-ins; ids are of what they stand
+    for.
+    """
+
+    def __init__(self, tokenizer: Any, control: ControlStrings, characters: set[str]) -> None:
+        """`characters`: all that the chat and the template hold."""
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "The chat holds control strings as text, such as an image token; a tokenizer of "
+                f"the class {type(tokenizer).__name__} cannot tell them from those of the chat "
+                "template. Use a fast tokenizer, or leave them out."
+            )
+        self._tokenizer, self._control = tokenizer, control
+        free = (chr(code) for code in STAND_INS if chr(code) not in characters)
+        self._stand_ins = dict(zip(map(ord, sorted(characters)), free, strict=False))
+        if len(self._stand_ins) < len(characters):
+            raise ValueError(f"The chat holds {len(characters)} distinct characters, too many.")
+        self._signs = {ord(stand_in): chr(sign) for sign, stand_in in self._stand_ins.items()}
+
+    def mark(self, value: Any) -> Any:
+        """`value` of a chat with stand-ins in its strings."""
+        return _each_string(
+            value, lambda text, key: self._control.marked(text, key, self._stand_ins)
+        )
+
+    def unmark(self, text: str) -> str:
+        """What the stand-ins of a text stand for."""
+        return text.translate(self._signs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """As the tokenizer's, for messages that are marked."""
+        return type(self._tokenizer).apply_chat_template(self, *args, **kwargs)
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        """As the tokenizer's, for a text or texts rendered from marked values.
+
+        Raises:
+            ValueError: control tokens would be others than those that the template wrote.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if kwargs.get("split_special_tokens", self._tokenizer.split_special_tokens):
+            plain = [self.unmark(each) for each in texts]
+            return self._tokenizer(plain[0] if isinstance(text, str) else plain, **kwargs)
+        renamed = self._renamed()
+        written = [self._written(each) for each in texts]
+        options = {"add_special_tokens": False, "verbose": False}
+        wanted, got = self._tokenizer(texts, **options), renamed(written, **options)
+        if self._control_ids(wanted) != self._control_ids(got):
+            raise ValueError(
+                "The chat holds control strings as text, and private-use characters "
+                f"(U+{ALIASES[0]:X} and above) that this tokenizer needs to tell them from those "
+                "of the chat template; leave one of the two out."
+            )
+        return renamed(written[0] if isinstance(text, str) else written, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not said here is as the tokenizer has it."""
+        return getattr(self._tokenizer, name)
+
+    def _renamed(self) -> Any:
+        """The tokenizer with aliases as names of the control tokens."""
+        tokenizer = copy.copy(self._tokenizer)
+        tokenizer._tokenizer = self._control.renamed
+        names = {key: str(token) for key, token in tokenizer._special_tokens_map.items()}
+        aliases = self._control.aliases
+        tokenizer._special_tokens_map = {key: aliases.get(n, n) for key, n in names.items()}
+        return tokenizer
+
+    def _written(self, text: str) -> str:
+        """A rendered text for `_renamed`: aliases for control strings, no stand-ins."""
+        aliases = self._control.aliases
+        return self.unmark(
+            self._control.added.sub(lambda found: aliases.get(found[0], found[0]), text)
+        )
+
+    def _control_ids(self, output: Any) -> list[list[int]]:
+        ids = {*self._control.ids.values()} - {self._tokenizer.unk_token_id}
+        return [[token for token in row if token in ids] for row in output["input_ids"]]
+
+
+def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedTokenizer | None:
+    """The tokenizer for a chat whose values hold control strings; None where they hold none.
+
+    Args:
+        processor: a `VLMoEProcessor`; its tokenizer says what is a control string.
+        values: all that the template gets from a caller: messages, tools, documents, variables.
+        template: the chat template.
+
+    Raises:
+        ValueError: the tokenizer is no fast one.
+    """
+    control = _control_strings(processor)
+    texts: list[str] = []
+    found = False
+
+    def look(text: str, key: str | None) -> str:
+        nonlocal found
+        found = found or control.holds(text, key)
+        texts.append(text)
+        return text
+
+    _each_string(values, look)
+    if not found:
+        return None
+    return GuardedTokenizer(processor.tokenizer, control, set("".join((*texts, template))))
+
+
+def _control_strings(processor: Any) -> ControlStrings:
+    """Those of a processor's tokenizer, remembered until its added tokens change."""
+    tokenizer = processor.tokenizer
+    markers = (
+        *CHAT_MARKERS,
+        processor.image_token,
+        processor.image_start_token,
+        processor.image_end_token,
+        processor.global_image_token,
+    )
+    added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
+    key = (markers, added)
+    known = _KNOWN.get(tokenizer)
+    if known is None or known[0] != key:
+        known = _KNOWN[tokenizer] = (key, ControlStrings(tokenizer, markers))
+    return known[1]
+
+
+_KNOWN: WeakKeyDictionary[Any, tuple[Any, ControlStrings]] = WeakKeyDictionary()
+
+
+def _each_string(value: Any, change: Callable[[str, str | None], str], key: Any = None) -> Any:
+    """`value` with its strings changed, those inside of lists, mappings and objects, too.
+
+    `change` gets a string and the key under which it stands. The pictures of image parts are left.
+    """
+    if isinstance(value, str):
+        return change(value, key)
+    if isinstance(value, Mapping):
+        left = IMAGE_KEYS if value.get("type") in ("image", "image_url") else ()
+        return {
+            _each_string(name, change): item if name in left else _each_string(item, change, name)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_each_string(item, change, key) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _each_string({f.name: getattr(value, f.name) for f in fields(value)}, change)
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return _each_string(value.model_dump(), change)
+    return value
+
+
+def _whole_or_begun(names: Iterable[str], beginnings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of any of the names, and of any beginning at the end of a text."""
+    return re.compile(rf"{_any_of(names).pattern}|(?:{_any_of(beginnings).pattern})\Z")
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of any of the strings, the longest first, as tokenizers look for added tokens."""
+    longest_first = sorted(filter(None, strings), key=lambda string: (-len(string), string))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+__all__ = ["GuardedTokenizer", "guarded_tokenizer"]
