@@ -123,7 +123,8 @@ def row_name(row: Mapping[str, Any], position: int) -> str:
 
 def split_conversations(messages: Sequence[Any]) -> Sequence[Any]:
     """The conversations of a `messages` entry: itself, if it is a list of lists."""
-    return messages if _is_list(messages[0]) else [messages]
+    several = _is_list(messages) and bool(messages) and _is_list(messages[0])
+    return messages if several else [messages]
 
 
 def count_images(conversation: Conversation) -> int:
@@ -144,22 +145,26 @@ def split_reference(conversation: Conversation, name: str) -> tuple[Conversation
     return conversation[:-1], conversation[-1].text()
 
 
-def without_image_parts(messages: Sequence[Any]) -> list[Any]:
-    """A `messages` entry with every image part taken out, its nesting kept."""
-    return [
-        without_image_parts(item) if _is_list(item) else _message_without_images(item)
-        for item in messages
-    ]
+def without_image_parts(messages: Any) -> Any:
+    """A `messages` entry with every image part taken out, its nesting and its faults kept."""
+    if _is_list(messages):
+        return [without_image_parts(item) for item in messages]
+    content = messages.get("content") if isinstance(messages, Mapping) else None
+    if not _is_list(content):
+        return messages
+    return {**messages, "content": [part for part in content if not _is_image_part(part)]}
 
 
-def has_image_parts(messages: Sequence[Any]) -> bool:
-    """Whether a `messages` entry holds any image part."""
-    return any(
-        isinstance(part, Mapping) and part.get("type") == "image"
-        for conversation in split_conversations(messages)
-        for message in conversation
-        for part in (message["content"] if _is_list(message["content"]) else ())
-    )
+def has_image_parts(messages: Any) -> bool:
+    """Whether a `messages` entry, however broken it is, holds any image part."""
+    if _is_list(messages):
+        return any(map(has_image_parts, messages))
+    content = messages.get("content") if isinstance(messages, Mapping) else None
+    return _is_list(content) and any(map(_is_image_part, content))
+
+
+def _is_image_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def _parse_conversation(messages: Any, name: str) -> Conversation:
@@ -229,14 +234,6 @@ def _question_types(value: Any, count: int, name: str) -> list[str]:
             f"got {value!r:.80}."
         )
     return [kind or "" for kind in value]
-
-
-def _message_without_images(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose content has no image part."""
-    content = message["content"]
-    if _is_list(content):
-        content = [part for part in content if part.get("type") != "image"]
-    return {**message, "content": content}
 
 
 def _user_texts(messages: Any) -> Iterator[str]:

@@ -220,7 +220,7 @@ def _dialogue(asked: Any, answer: Any, count: int) -> Messages:
 
 def _with_images(messages: Messages, count: int) -> Messages:
     """Messages that name no image, with `count` image parts before the first user text."""
-    if count and not has_image_parts([message for message in messages if message["content"]]):
+    if count and not has_image_parts(messages):
         user = next((message for message in messages if message["role"] == "user"), None)
         if user is not None and user["content"] is not None:
             user["content"] = [{"type": "image", "text": None}] * count + user["content"]

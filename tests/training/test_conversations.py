@@ -174,3 +174,13 @@ def test_fields_that_nobody_reads_are_named_with_the_nearest_known_one(
 def test_other_columns_may_stand_beside_the_known_ones() -> None:
     row = {"messages": [USER, ANSWER], "source": "web", "ids": 3, "message": "kept by others"}
     assert parse_row(row, 0).conversations
+
+
+@pytest.mark.parametrize(
+    "messages", [None, [], "x", {}, {"a": 1}, [None], [{}], [[]], [[], 3], [{"content": None}], 7]
+)
+def test_broken_messages_hold_no_image_and_are_refused_by_name(messages: Any) -> None:
+    assert not has_image_parts(messages)
+    assert without_image_parts(messages) == messages
+    with pytest.raises(ValueError, match="row 'r7'"):
+        parse_row({"id": "r7", "messages": messages}, 0)
