@@ -23,12 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .expert_lora_config import (
-    IN_MEMORY,
-    check_not_offloaded,
-    expert_lora_config,
-    restore_balance_losses,
-)
+from .expert_lora_config import IN_MEMORY, check_not_offloaded, expert_lora_config
 from .experts_dispatch import is_torchao
 from .int8_experts import check_quantized_bank, is_int8, let_trainer_train
 from .routed_lora import ExpertAdapter, routed_lora_forward
@@ -81,12 +76,6 @@ class ParamWrapper(peft_layers.ParamWrapper):
         of_token = _adapter_of_token(adapter_names, own, x)
         adapters = _adapters(chain, own, keep_places=True)
         return routed_lora_forward(bank, x, choice, weights, adapters, dropout, of_token)
-
-    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As PEFT's: the bank, for good; the balance losses are what they were before LoRA."""
-        bank = super().unload_and_optionally_merge_module(*args, **kwargs)
-        restore_balance_losses(bank)
-        return bank
 
     def _fall_back(self, reason: str) -> None:
         for name, parameter in self.named_parameters():

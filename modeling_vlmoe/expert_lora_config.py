@@ -13,15 +13,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from .modeling_vlmoe_text import VLMoEPreTrainedModel
+
 _LINEAR_PARTS = ("attention", "shared_experts", "connector")
 _CONNECTORS = ("connector", "multi_modal_projector", "merger")
 _ROUTERS = ("router", "gate")
-_BALANCE_LOSSES: dict[str, Any] = {
-    "router_aux_loss_coef": 0.0,
-    "router_z_loss_coef": 0.0,
-    "router_local_entropy_coef": None,
-    "router_global_entropy_coef": None,
-}
 # field: values that experts can be adapted with, and why not with others
 _ALLOWED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_dora": ((False,), "the norms of DoRA need the adapted weights of all experts"),
@@ -65,9 +61,10 @@ def expert_lora_config(
 ) -> LoraConfig:
     """The `LoraConfig` that adapts a model's experts, and more on request; prints what it matched.
 
-    Unless `router` is adapted too it is frozen: then its balance losses are switched off in
-    `model.config`, where they would reach nothing but the adapters below the router. A routed model
-    gets them back with `merge_and_unload` or `unload`, so that it is saved as it was.
+    Unless `router` is adapted too it is frozen. While no router trains VLMoE has no router losses,
+    which would reach nothing but the adapters below the routers; the model's config is left as it
+    is. Other models have a balance loss wherever `output_router_logits` is set: TRL sets it unless
+    its argument `router_aux_loss_coef` is 0.
 
     Args:
         model: one with fused experts (VLMoE, Qwen3-VL-MoE, Qwen3-MoE, OLMoE, Mixtral, ...).
@@ -100,8 +97,7 @@ def expert_lora_config(
     config = _config(model, matches, ranks, r, alpha, options)
     print(_report(matches, ranks, alpha / r))
     if not router:
-        off = _switch_off_balance_losses(model, banks)
-        print(f"  router: frozen; balance losses off{f' (were {off})' if off else ''}")
+        print(f"  router: frozen; {_balance_losses(model)}")
     return config
 
 
@@ -270,6 +266,14 @@ def _pattern(matches: Iterable[_Match], part: str) -> str:
     return "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", name) for name in escaped}))
 
 
+def _balance_losses(model: PreTrainedModel) -> str:
+    if isinstance(model, VLMoEPreTrainedModel):
+        return "balance losses off while it is"
+    return (
+        "keep `output_router_logits` False (in TRL router_aux_loss_coef=0), or balance losses stay"
+    )
+
+
 def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
@@ -296,23 +300,3 @@ def check_not_offloaded(name: str, bank: nn.Module) -> None:
     for parameter_name, parameter in bank.named_parameters(recurse=False):
         if parameter.is_meta and hasattr(bank, "_hf_hook"):
             raise ValueError(f"{name}.{parameter_name} is offloaded. {IN_MEMORY}")
-
-
-def _switch_off_balance_losses(model: PreTrainedModel, banks: Iterable[str]) -> str:
-    """Set their coefficients to zero, which the banks remember; says what was on."""
-    config = model.config.get_text_config()
-    on = {
-        name: getattr(config, name, None) for name in _BALANCE_LOSSES if getattr(config, name, None)
-    }
-    for name in on:
-        setattr(config, name, _BALANCE_LOSSES[name])
-    for bank in map(model.get_submodule, banks if on else ()):
-        bank.balance_losses_before_lora = (config, on)
-    return ", ".join(f"{name} {value}" for name, value in on.items())
-
-
-def restore_balance_losses(bank: nn.Module) -> None:
-    """Undo what `expert_lora_config` set in the config of the bank's model, if it did."""
-    config, before = bank.__dict__.pop("balance_losses_before_lora", (None, {}))
-    for name, value in before.items():
-        setattr(config, name, value)

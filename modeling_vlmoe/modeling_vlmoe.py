@@ -205,6 +205,9 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
+        if learning and outputs.router_logits and not self.wants_router_losses():
+            # TRL adds a balance loss to any of them; of frozen routers it shall train nothing.
+            outputs.router_logits = tuple(each.detach() for each in outputs.router_logits)
         return VLMoEModelOutputWithPast(
             **outputs,
             image_hidden_states=image_features,
@@ -249,10 +252,26 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             take_vision_notes(blocks, router_logits, encoded.chosen_experts, shown)
         return router_logits, shown
 
+    def wants_router_losses(self) -> bool:
+        """Whether a router loss has a coefficient and a router trains, or an adapter on one.
+
+        Frozen routers cannot be balanced: the losses would reach only what lies below them.
+        """
+        if not self.config.text_config.has_router_losses:
+            return False
+        layers = (layer.mlp for layer in self.language_model.layers if hasattr(layer, "mlp"))
+        vision = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
+        return any(
+            parameter.requires_grad
+            for block in (*layers, *vision)
+            if hasattr(block, "router")
+            for parameter in block.router.parameters()
+        )
+
     def _warn_of_missing_router_losses(self) -> None:
         """Say once that a foreign loss has no router losses; nothing is said while compiling."""
         text_config = self.config.text_config
-        if text_config.has_router_losses and not is_torchdynamo_compiling():
+        if self.wants_router_losses() and not is_torchdynamo_compiling():
             logger.warning_once(
                 "Training without VLMoE's router losses, in spite of router_aux_loss_coef="
                 f"{text_config.router_aux_loss_coef} and router_z_loss_coef="
@@ -328,7 +347,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         text_config = self.config.text_config
         if output_router_logits is None:
             output_router_logits = text_config.output_router_logits
-        with_router_losses = labels is not None and text_config.has_router_losses
+        with_router_losses = labels is not None and self.model.wants_router_losses()
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a loss needs no cache
         outputs = self.model(

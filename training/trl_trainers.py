@@ -105,7 +105,7 @@ class RouterLossTrainer(ModelCardMixin, ABC):
     ) -> Any:
         """TRL's loss plus the router losses times their coefficients."""
         vlmoe = self._vlmoe()
-        if not vlmoe.config.text_config.has_router_losses:
+        if not vlmoe.model.wants_router_losses():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with recorded_outputs(vlmoe.model) as recorded:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -56,7 +56,8 @@ def test_experts_alone_by_default_and_the_printed_count_is_what_trains(
     assert set(names.values()) == {(3, 2.0)}
     assert printed.startswith(f"LoRA: {trained(model):,} parameters, alpha / r = 2\n")
     assert "mlp.experts.down_proj: 3 matched, r=3, " in printed
-    assert "router: frozen; balance losses off" in printed
+    own = "balance losses off" if name == OURS else "(in TRL router_aux_loss_coef=0)"
+    assert "router: frozen; " in printed and own in printed
     enable_routed_lora(model)
 
 
@@ -111,40 +112,70 @@ def test_a_rank_shared_by_the_active_experts(tiny_moe: Model) -> None:
         expert_lora_config(tiny_moe(OURS), r=3, rank_scaling="per_active_expert")
 
 
-def test_a_frozen_router_has_no_balance_loss(
-    tiny_moe: Model, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_is_made_without_changing_the_model(tiny_moe: Model) -> None:
+    for name in (OURS, "MixtralForCausalLM", "Qwen3VLMoeForConditionalGeneration"):
+        model = tiny_moe(name)
+        before = model.config.to_dict()
+        attributes = {key: set(vars(module)) for key, module in model.named_modules()}
+        expert_lora_config(model)
+        assert model.config.to_dict() == before
+        assert {key: set(vars(module)) for key, module in model.named_modules()} == attributes
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_frozen_router_has_no_balance_loss(tiny_moe: Model, routed: bool) -> None:
     model = tiny_moe(OURS, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     ids = torch.arange(6, 20).view(2, 7)
     with_losses = model(input_ids=ids, labels=ids)
     assert with_losses.aux_loss is not None
-    config = expert_lora_config(model)
-    assert "(were router_aux_loss_coef 0.5, router_z_loss_coef 0.25)" in capsys.readouterr().out
-    adapted_model = get_peft_model(model, config)
+    adapted_model = get_peft_model(model, expert_lora_config(model))
+    if routed:
+        enable_routed_lora(adapted_model)
     without = adapted_model(input_ids=ids, labels=ids)
-    assert without.loss < with_losses.loss
+    assert without.aux_loss is without.z_loss is None and without.loss < with_losses.loss
     logits = torch.nn.functional.cross_entropy(
         without.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
     torch.testing.assert_close(without.loss, logits)
 
 
+def test_an_adapted_router_has_its_balance_loss(tiny_moe: Model) -> None:
+    model = tiny_moe(OURS, router_aux_loss_coef=0.5)
+    ids = torch.arange(6, 20).view(2, 7)
+    adapted_model = get_peft_model(model, expert_lora_config(model, router=True))
+    assert adapted_model(input_ids=ids, labels=ids).aux_loss is not None
+
+
+def test_a_foreign_loss_on_frozen_routers_trains_nothing(tiny_moe: Model) -> None:
+    """As TRL's, which asks for router logits whatever trains."""
+    model = tiny_moe(OURS)
+    ids = torch.arange(6, 20).view(2, 7)
+    for router in (False, True):
+        adapted_model = get_peft_model(model, expert_lora_config(model, router=router)).train()
+        logits = adapted_model(input_ids=ids, output_router_logits=True).router_logits
+        assert all(each.requires_grad == router for each in logits)
+        adapted_model.unload()
+
+
+@pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
 def test_the_model_without_lora_has_its_balance_losses_again_and_saves_them(
-    tiny_moe: Model, end: str, tmp_path: Path
+    tiny_moe: Model, end: str, routed: bool, tmp_path: Path
 ) -> None:
     model = tiny_moe(OURS, router_aux_loss_coef=0.5, router_global_entropy_coef={"text": 0.125})
     before = model.config.to_dict()
-    expert_lora_config(model, r=2)
-    peft_model = get_peft_model(model, expert_lora_config(model))  # asked twice
-    enable_routed_lora(peft_model)
-    assert model.config.text_config.router_aux_loss_coef == 0
-    assert model.config.text_config.router_global_entropy_coef is None
+    peft_model = get_peft_model(model, expert_lora_config(model))
+    if routed:
+        enable_routed_lora(peft_model)
     plain = getattr(peft_model, end)()
     assert plain.config.to_dict() == before
     plain.save_pretrained(tmp_path)
     saved = type(plain.config).from_pretrained(tmp_path).text_config
     assert (saved.router_aux_loss_coef, saved.router_global_entropy_coef) == (0.5, {"text": 0.125})
+    for parameter in plain.parameters():  # PEFT leaves the base frozen
+        parameter.requires_grad_(True)
+    ids = torch.arange(6, 20).view(2, 7)
+    assert plain(input_ids=ids, labels=ids).aux_loss is not None
 
 
 @pytest.mark.parametrize(
