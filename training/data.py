@@ -18,10 +18,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits, is_url
+from .content_digest import content_digest
 from .conversations import COLUMNS, has_image_parts, without_image_parts
 from .field_names import misspelled
-from .image_column import ImageSources, with_image_column
+from .image_column import ImageSources, image_files, with_image_column
 from .images import altered_image
 from .local_files import FORMATS, local_splits, read_local
 from .row_formats import IMAGE_COLUMNS, READ_AS_WELL, as_conversations
@@ -227,11 +228,16 @@ def _with_altered_copies(rows: "Dataset", copies: int, options: dict[str, Any]) 
     """The rows, then their altered copies, each time in the same order."""
     from datasets import concatenate_datasets
 
+    files = list(image_files(rows))
+    key = ("altered", rows._fingerprint, repr(options))
+    if any(map(is_url, files)):  # what the web will answer is not known
+        files, key = [], (*key, os.urandom(16).hex())
     altered = [
         rows.map(
             _altered_row,
             fn_kwargs={"number": number, "options": options},
             features=rows.features,
+            new_fingerprint=content_digest(files, *key, str(number)),
             desc=f"altering images, copy {number} of {copies}",
         )
         for number in range(1, copies + 1)

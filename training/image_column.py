@@ -7,6 +7,7 @@ it. Every reader of rows makes its entries with `ImageSources.entries`.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ def with_image_column(rows: "Dataset", sources: ImageSources) -> "Dataset":
     if is_list or isinstance(feature, Image):
         undecoded = Image(decode=False)
         rows = _retype(rows, column, List(undecoded) if is_list else undecoded)
-        if not _names_files(rows, column):
+        if next(image_files(rows, column), None) is None:
             return _listed(rows, column)
     values = [sources.entries(value, f"row {i}") for i, value in enumerate(rows[column])]
     return rows.remove_columns(column).add_column(
@@ -133,15 +134,14 @@ def _retype(rows: "Dataset", column: str, feature: Any) -> "Dataset":
     return _rebuilt(rows, rows.data, {**rows.features, column: feature})
 
 
-def _names_files(rows: "Dataset", column: str) -> bool:
-    """Whether any picture of an undecoded column lacks its bytes; no bytes are read."""
-    from pyarrow import compute, types
+def image_files(rows: "Dataset", column: str = "images") -> Iterator[str]:
+    """The paths of the pictures of an undecoded column that lack their bytes; no bytes are read."""
+    from pyarrow import types
 
     for chunk in rows.data.column(column).chunks:
         images = chunk if types.is_struct(chunk.type) else chunk.flatten()
-        if compute.any(images.field("bytes").is_null()).as_py():
-            return True
-    return False
+        without_bytes = images.filter(images.field("bytes").is_null())
+        yield from without_bytes.field("path").drop_null().to_pylist()
 
 
 def _listed(rows: "Dataset", column: str) -> "Dataset":

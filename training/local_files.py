@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .caption_folders import caption_rows, captioned_pictures
+from .content_digest import content_digest
 from .image_column import ImageSources, with_image_column
 from .row_formats import as_conversations
 
@@ -127,7 +128,12 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
 
 def _read_saved(path: Path, split: str) -> "Dataset":
     """A split of a `save_to_disk` folder."""
-    return _pick_split(path, _saved_splits(path), split)
+    from datasets import Dataset
+
+    rows = _pick_split(path, _saved_splits(path), split)
+    # The fingerprint that is saved may be that of the code that made the rows, not of the rows.
+    digest = content_digest(file["filename"] for file in rows.cache_files)
+    return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=digest)
 
 
 def _saved_splits(path: Path) -> dict[str, "Dataset"]:
@@ -146,8 +152,9 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
     names = ", ".join(map(str, files))
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"empty dataset: {names} has 0 bytes.")
+    name = f"content-{content_digest(files)}"  # part of the cache's key
     try:
-        return load_dataset(kind, data_files=[str(file) for file in files], split="train")
+        return load_dataset(kind, name, data_files=[str(file) for file in files], split="train")
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"empty dataset: {names} has no rows.") from error

@@ -317,6 +317,20 @@ def test_bytes_in_data_are_not_replaced_by_a_file_of_the_path_beside_them(
     assert second["images"] == [{"bytes": None, "path": str(tmp_path / "a.png")}]
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_picture_without_bytes_and_path_hides_no_other(
+    tmp_path: Path, as_list: bool, server: Server
+) -> None:
+    entries = [{"bytes": None, "path": path} for path in (None, server.url)]
+    values: list[Any] = [[entry] for entry in entries] if as_list else entries
+    kind: Any = datasets.Image(decode=False)
+    rows = datasets.Dataset.from_dict({"messages": [[QUESTION, ANSWER]] * 2})
+    rows = rows.add_column("images", values, feature=datasets.List(kind) if as_list else kind)
+    write_parquet(rows, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="row 0, image 0: expected a file path, got None"):
+        load_rows(str(tmp_path / "rows.parquet"))
+
+
 def test_a_row_may_lack_its_single_picture(tmp_path: Path, png: bytes) -> None:
     question = {"role": "user", "content": [{"type": "text", "text": "what?"}]}
     rows = datasets.Dataset.from_dict(
