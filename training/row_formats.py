@@ -91,6 +91,7 @@ def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = No
     Raises `ValueError` naming the row for a key that nobody reads, unless there is a list of
     `faults` to add it to, and for pictures both inside the content and in a column.
     """
+    rows = _encoded(rows, json=False)
     form = row_format(rows)
     if form is None:
         return rows
@@ -354,22 +355,30 @@ def _image_counts(rows: "Dataset") -> list[int]:
     return values.is_valid().cast(pyarrow.int64()).to_pylist()
 
 
-def _encoded(rows: "Dataset") -> "Dataset":
-    """The same rows with images and untyped JSON left as they are stored."""
+def _encoded(rows: "Dataset", json: bool = True) -> "Dataset":
+    """The same rows with images, other media and, if `json`, untyped JSON left as stored: whoever
+    decodes media opens whatever paths and URLs the rows name."""
     from datasets import Dataset, DatasetInfo, Features
 
-    rows = rows.flatten_indices() if rows._indices is not None else rows
-    info = DatasetInfo(features=Features(_undecoded(rows.features)))
+    features = Features(_undecoded(rows.features, json))
+    if features == rows.features:
+        return rows
+    rows = rows.flatten_indices(keep_in_memory=True) if rows._indices is not None else rows
+    info = DatasetInfo(features=features)
     return Dataset(rows.data, info=info, split=rows.split, fingerprint=rows._fingerprint)
 
 
-def _undecoded(feature: Any) -> Any:
-    """A feature whose images and untyped JSON are not decoded."""
+def _undecoded(feature: Any, json: bool) -> Any:
+    """A feature whose images, other media and, if `json`, untyped JSON are not decoded."""
+    from datasets import Json
+
     if isinstance(feature, Mapping):
-        return {name: _undecoded(inner) for name, inner in feature.items()}
+        return {name: _undecoded(inner, json) for name, inner in feature.items()}
     if hasattr(feature, "feature"):
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    return dataclasses.replace(feature, decode=False) if hasattr(feature, "decode") else feature
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature, json))
+    if not hasattr(feature, "decode") or (isinstance(feature, Json) and not json):
+        return feature
+    return dataclasses.replace(feature, decode=False)
 
 
 def _decoded(value: Any, feature: Any) -> Any:

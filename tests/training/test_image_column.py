@@ -331,6 +331,67 @@ def test_a_picture_without_bytes_and_path_hides_no_other(
         load_rows(str(tmp_path / "rows.parquet"))
 
 
+IMAGE = datasets.Image()
+TEXT = datasets.Value("string")
+PLAIN = datasets.List({"role": TEXT, "content": TEXT})
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "wrap"),
+    [
+        ("images", datasets.LargeList(IMAGE), lambda entry: [entry]),
+        ("images", {"picture": IMAGE}, lambda entry: {"picture": entry}),
+        ("id", IMAGE, lambda entry: entry),
+        ("question_type", IMAGE, lambda entry: entry),
+        ("question_type", datasets.List(IMAGE), lambda entry: [entry]),
+        ("question_type", datasets.Video(), lambda entry: entry),
+        ("another", IMAGE, lambda entry: entry),
+        (
+            "messages",
+            datasets.List({"role": TEXT, "content": TEXT, "picture": IMAGE}),
+            lambda entry: [{"role": "user", "content": "a", "picture": entry}],
+        ),
+        (
+            "messages",
+            datasets.List(
+                {"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT, "url": IMAGE})}
+            ),
+            lambda entry: [
+                {"role": "user", "content": [{"type": "image", "text": None, "url": entry}]}
+            ],
+        ),
+        (
+            "messages",
+            datasets.List({"role": TEXT, "content": datasets.List({"type": TEXT, "text": IMAGE})}),
+            lambda entry: [{"role": "user", "content": [{"type": "text", "text": entry}]}],
+        ),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"with_images": False}])
+def test_a_column_of_media_makes_no_request_wherever_it_stands(
+    tmp_path: Path,
+    processor: VLMoEProcessor,
+    server: Server,
+    column: str,
+    kind: Any,
+    wrap: Callable[[Any], Any],
+    options: dict[str, Any],
+) -> None:
+    entry = {"bytes": None, "path": server.url}
+    rows = datasets.Dataset.from_dict({"number": [0, 1]})
+    if column != "messages":
+        plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rows = rows.add_column("messages", [plain] * 2, feature=datasets.Features(x=PLAIN)["x"])
+    rows = rows.add_column(column, [wrap(entry)] * 2, feature=kind).remove_columns("number")
+    write_parquet(rows, tmp_path / "train.parquet")
+    try:
+        loaded = load_rows(str(tmp_path / "train.parquet"), **options)
+        VLMoECollator(processor)([loaded[0], loaded[len(loaded) - 1]])
+    except (ValueError, FileNotFoundError):
+        pass
+    assert server.requests == []
+
+
 def test_a_row_may_lack_its_single_picture(tmp_path: Path, png: bytes) -> None:
     question = {"role": "user", "content": [{"type": "text", "text": "what?"}]}
     rows = datasets.Dataset.from_dict(
