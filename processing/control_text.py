@@ -25,6 +25,8 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .text_checks import require_characters
+
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TILE_MARKER = re.compile(r"<row_\d+_col_\d+>")
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -232,6 +234,7 @@ def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedToke
 
     def look(text: str, key: str | None) -> str:
         nonlocal found
+        require_characters(text, "the chat")
         found = found or control.holds(text, key)
         texts.append(text)
         return text

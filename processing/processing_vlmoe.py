@@ -38,6 +38,7 @@ from .image_layout import (
     tile_grid,
 )
 from .image_sources import DEFAULT_LIMITS, ImageLimits
+from .text_checks import check_text_options, require_characters
 from .tower_layout import image_processor_for, image_seq_length
 
 TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
@@ -230,9 +231,13 @@ class VLMoEProcessor(HubProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors that a call with images and text returns."""
-        names = [*super().model_input_names, "pixel_attention_mask", "mm_token_type_ids"]
-        return list(dict.fromkeys(names))
+        """Names of the tensors that a call with images and text returns.
+
+        Those of the text come first: Trainer groups rows by the length of the first.
+        """
+        names = [*self.tokenizer.model_input_names, *super().model_input_names]
+        names += ["pixel_attention_mask", "mm_token_type_ids"]
+        return [name for name in dict.fromkeys(names) if name not in self.unused_input_names]
 
     @property
     def image_limits(self) -> ImageLimits:
@@ -248,6 +253,7 @@ class VLMoEProcessor(HubProcessorMixin):
         self, images: Any = None, text: Any = None, **kwargs: Unpack[VLMoEProcessorKwargs]
     ) -> BatchFeature:
         """Images and text in, model inputs out; see the class."""
+        check_text_options(kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
     def apply_chat_template(
@@ -297,6 +303,11 @@ class VLMoEProcessor(HubProcessorMixin):
             text = [text] if isinstance(text, str) else list(text)
         elif isinstance(text, list):
             text = text.copy()  # the expansion writes into it
+        if _are_texts(text):
+            if not text:
+                raise ValueError("`text` is an empty list; give at least one text.")
+            for sample, each in enumerate(text):
+                require_characters(each, f"sample {sample}")
         if images is None:
             return None, text, None, None
         placeholders = [t.count(self.image_token) for t in text] if _are_texts(text) else None

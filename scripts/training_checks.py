@@ -29,6 +29,12 @@ def check_arguments(arguments: "TrainingArguments") -> None:
         )
     if arguments.remove_unused_columns:
         raise ValueError("--remove_unused_columns drops `messages` and `images`; set it to false.")
+    if arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"--train_sampling_strategy {arguments.train_sampling_strategy} needs the lengths of "
+            "rows before they are collated, which conversations with images do not have; allowed: "
+            "random, sequential."
+        )
     if arguments.n_gpu > 1:
         raise ValueError(
             f"One process sees {arguments.n_gpu} GPUs and would cut batches by rows, which the "

@@ -96,7 +96,7 @@ class RowCollator:
         self.max_length = max_length
         self.share_images = share_images
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.pad_token_id = int(processor.tokenizer.pad_token_id)
+        self.pad_token_id = _padding_id(processor.tokenizer)
         self.encode_conversation = ConversationEncoder(processor, text_cache_mb * MEGABYTE)
         self.encode_image = ImageEncoder(processor, image_cache_mb * MEGABYTE, allow_image_urls)
 
@@ -218,6 +218,17 @@ class VLMoEPromptCollator(RowCollator):
             types += parsed.question_types
         batch, _ = self._pad(token_rows, side="left")
         return PromptBatch({**batch, **self._pixels(token_rows)}, references, types, names)
+
+
+def _padding_id(tokenizer: Any) -> int:
+    """What fills short rows, which attention and labels leave out: a token that is no image's."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ValueError(
+        "the tokenizer has neither a pad token nor an end token to fill short rows with; set "
+        "tokenizer.pad_token."
+    )
 
 
 def _shared_layout(

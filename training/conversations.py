@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
+from ..processing.text_checks import require_characters
 from .field_names import did_you_mean, misspelled
 
 ROLES = ("system", "user", "assistant")
@@ -86,6 +87,11 @@ def parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
     """The checked conversations of a row called `name`, its images aside."""
     require_known_columns(row.keys(), name)
     messages = row.get("messages")
+    if not row:
+        raise ValueError(
+            f"{name} has no columns; Trainer takes off those that the model does not know, such as "
+            "`messages`: set remove_unused_columns=False in TrainingArguments."
+        )
     if not _is_list(messages) or not messages:
         raise ValueError(
             f"{name}: `messages` must be a list of messages or of conversations, got "
@@ -196,6 +202,7 @@ def _parse_turn(message: Any, name: str) -> Turn:
     if role not in ROLES:
         raise ValueError(f"{name}: unknown role {role!r}; allowed are {', '.join(ROLES)}.")
     if isinstance(content, str):
+        require_characters(content, name)
         return Turn(role, (content,))
     if not _is_list(content):
         raise ValueError(
@@ -215,6 +222,7 @@ def _parse_part(part: Any, name: str) -> str | None:
     if known and len(part) > len(known):
         require_known_keys(part, known, f"{name}: a part of type {kind!r}")
     if kind == "text" and isinstance(part.get("text"), str):
+        require_characters(part["text"], name)
         return part["text"]
     if kind == "image":
         return IMAGE

@@ -186,6 +186,8 @@ def test_a_model_of_another_type_is_refused(tmp_path: Path, saved_model: Path) -
     [
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
         ({"remove_unused_columns": True}, "--remove_unused_columns"),
+        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy group_by_"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "--train_sampling_strategy batch_"),
     ],
 )
 def test_arguments_that_would_spoil_training_are_refused(

@@ -492,3 +492,32 @@ def test_prompt_is_never_cut(processor: VLMoEProcessor) -> None:
 def test_micro_batch_without_label_tokens_is_no_error(processor: VLMoEProcessor) -> None:
     batch = VLMoECollator(processor)([make_row("no answer")])
     assert (batch["labels"] == IGNORE_INDEX).all()
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(processor: VLMoEProcessor) -> None:
+    """Padding is masked, so that the batch is the same but for these ids."""
+    rows = [make_row("text only"), make_row("several turns")]
+    wanted = VLMoECollator(processor)(rows)
+    own = copy.copy(processor)
+    own.tokenizer = copy.deepcopy(processor.tokenizer)
+    own.tokenizer.pad_token = None
+    batch = VLMoECollator(own)(rows)
+    padding = wanted["attention_mask"] == 0
+    assert padding.any() and (batch["input_ids"][padding] == own.tokenizer.eos_token_id).all()
+    assert torch.equal(batch["labels"], wanted["labels"])
+    assert torch.equal(batch["input_ids"][~padding], wanted["input_ids"][~padding])
+    own.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"set tokenizer\.pad_token"):
+        VLMoECollator(own)
+
+
+def test_rows_that_trainer_emptied_name_its_option(processor: VLMoEProcessor) -> None:
+    with pytest.raises(ValueError, match=r"row 0 of the batch .*remove_unused_columns=False"):
+        VLMoECollator(processor)([{}])
+
+
+@pytest.mark.parametrize("question", ["a\ud800", [{"type": "text", "text": "a\ud800"}]])
+def test_half_a_surrogate_pair_names_the_row(processor: VLMoEProcessor, question: Any) -> None:
+    row = {"messages": [{"role": "user", "content": question}, assistant("b")], "id": 7}
+    with pytest.raises(ValueError, match=r"row 7 .*: the text holds '\\ud800' at position 1"):
+        VLMoECollator(processor)([row])
