@@ -79,7 +79,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         if self.unused_vision_parameters:
             self.freeze_unused_vision_parameters()
             modules = unused_vision_modules(self.vision_tower, self.unused_vision_parameters)
-            logger.warning(
+            logger.warning_once(
                 "Frozen, as the chosen vision features do not pass through them: "
                 f"{', '.join(modules)}"
             )

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .atomic_files import atomic_path
+from .figure_text import as_it_is, drawable
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2a78d6", "#d9731a", "#1a7f37", "#c62828", "#6b6b6b"
 DOTS_PER_INCH = 150
@@ -58,15 +59,22 @@ def plot_answers(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(answers) :]:
         axis.set_axis_off()
-    for axis, item in zip(axes, answers, strict=False):
+    texts = drawable(
+        [text for item in answers for text in (item.question, item.answer.strip(), item.truth)]
+    )
+    for axis, item, question, answer, truth in zip(
+        axes, answers, texts[::3], texts[1::3], texts[2::3], strict=False
+    ):
         axis.imshow(np.asarray(item.image.convert("RGB")), interpolation="nearest", aspect="equal")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        axis.set_title(_wrapped(item.question, 30), fontsize=9.5, pad=7)
-        verdict = item.answer.strip() or "(nothing)"
-        verdict = verdict if item.is_right else f"{verdict}\n(truth: {item.truth})"
+        as_it_is(axis.set_title(_wrapped(question, 30), fontsize=9.5, pad=7))
+        verdict = answer or "(nothing)"
+        verdict = verdict if item.is_right else f"{verdict}\n(truth: {truth})"
         color = GREEN if item.is_right else RED
-        axis.set_xlabel(_wrapped(verdict, 28), color=color, fontsize=10.5, fontweight="bold")
+        as_it_is(
+            axis.set_xlabel(_wrapped(verdict, 28), color=color, fontsize=10.5, fontweight="bold")
+        )
     right = sum(item.is_right for item in answers)
     figure.suptitle(title or f"{right} of these {len(answers)} answers are right", fontsize=13)
     return save_figure(figure, path)
@@ -159,7 +167,7 @@ def plot_shares(
     Args:
         panels: by their titles the shares, (rows, experts) each.
         path: the PNG file to write.
-        row_names: what the rows are called.
+        row_names: what the rows are called; a number where no font can draw it (figure_text.py).
         row_label: what they are together.
         title: above all panels.
 
@@ -185,13 +193,14 @@ def plot_shares(
 
     norm = TwoSlopeNorm(vcenter=fair, vmin=0, vmax=max(largest, 2 * fair))
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    labels = drawable([str(name) for name in row_names])
     for axis in axes.flatten()[len(matrices) :]:
         axis.set_axis_off()
     for axis, (name, matrix) in zip(axes.flatten(), matrices.items(), strict=False):
         mesh = axis.imshow(100 * matrix, cmap="RdBu_r", norm=norm, aspect="auto")
         xticks = range(0, experts, math.ceil(experts / 32))
         axis.set(title=name, xlabel="expert", xticks=xticks, yticks=range(rows))
-        axis.set_yticklabels(row_names)
+        as_it_is(axis.set_yticklabels(labels))
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         if with_numbers:

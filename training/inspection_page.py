@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from .atomic_files import atomic_path
+from .figure_text import drawable
 from .figures import DOTS_PER_INCH
 from .inspection_figures import expert_colors, text_color
 from .inspection_report import LAYERS_IN_FULL, VISION_TOKENS, BeforeTraining, Inspection
@@ -304,9 +305,10 @@ def _types(inspection: Inspection) -> str:
             f"{head}<p>Left out: these data name no types of questions, or only one (the column "
             "<code>question_type</code>).</p>"
         )
+    labels = drawable(types["types"])
     counted = ", ".join(
-        f"{escape(kind)} ({count:,})"
-        for kind, count in zip(types["types"], types["questions"], strict=True)
+        f"{escape(kind if label == kind else f'{label} {kind}')} ({count:,})"
+        for label, kind, count in zip(labels, types["types"], types["questions"], strict=True)
     )
     caption = (
         "A row is a type of question, a column an expert; a panel is a layer. If the rows of a "

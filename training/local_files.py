@@ -121,7 +121,8 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
     ]
     unnamed = [file for file, split in named_files if split is None]
     if unnamed and len(unnamed) < len(files):
-        logger.warning("%s: these files name no split and are not read: %s", path, unnamed)
+        names = ", ".join(str(file.relative_to(path)) for file in unnamed)
+        logger.warning("%s: these files name no split and are not read: %s.", path, names)
         named_files = [(file, split) for file, split in named_files if split is not None]
     return _group(named_files)
 

@@ -9,10 +9,12 @@ Shapes: B rows, T tokens of a forward, n tokens of a sequence, L sparse layers, 
 per token.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from .evaluation import greedy_answers
 from .expert_load import find_backbone, sparse_routers, token_kinds
 
 IMAGE_KIND, TEXT_KIND, PADDING_KIND = 0, 1, 2
+_recorded: WeakSet[nn.Module] = WeakSet()  # backbones inside a `record_routing` block
+_guard = threading.Lock()
 
 
 @dataclass
@@ -123,6 +127,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
 
     Raises:
         ValueError: the decoder has no sparse layer; in the block, it is given no `input_ids`.
+        RuntimeError: another block, also one of another thread, records this model.
 
     Example:
         >>> with record_routing(model) as trace, torch.no_grad():
@@ -158,16 +163,33 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
         weights = torch.stack([weights for _, weights in choices]).view(shape)
         trace.forwards.append(ForwardRouting(**tokens, experts=experts, weights=weights))
 
-    handles = [
-        backbone.register_forward_pre_hook(before_forward, with_kwargs=True),
-        *(module.register_forward_hook(after_router) for module in routers.values()),
-        backbone.register_forward_hook(after_forward),
-    ]
+    with _alone(backbone):
+        handles = [
+            backbone.register_forward_pre_hook(before_forward, with_kwargs=True),
+            *(module.register_forward_hook(after_router) for module in routers.values()),
+            backbone.register_forward_hook(after_forward),
+        ]
+        try:
+            yield trace
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _alone(backbone: nn.Module) -> Iterator[None]:
+    """Refuse a second recording of one model: the forwards of two threads would be mixed."""
+    with _guard:
+        if backbone in _recorded:
+            raise RuntimeError(
+                f"The routing of this {type(backbone).__name__} is being recorded already, here or "
+                "in another thread. Leave that block first, or record a copy of the model."
+            )
+        _recorded.add(backbone)
     try:
-        yield trace
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _recorded.discard(backbone)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel
 
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.modeling_vlmoe import modeling_vlmoe
 from vlmoe.modeling_vlmoe.connector import vision_features
 
 Inputs = dict[str, torch.Tensor]
@@ -128,8 +129,10 @@ def test_exactly_what_the_features_do_not_pass_through_is_frozen(
 def test_one_log_line_names_what_is_frozen(
     build: Model, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], unused: list[str]
 ) -> None:
+    modeling_vlmoe.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         build(fields)
+        build(fields)  # as an upcycling does: nothing new to say
     lines = [record.message for record in caplog.records if "Frozen" in record.message]
     assert len(lines) == bool(unused)
     for line in lines:

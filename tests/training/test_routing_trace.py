@@ -1,5 +1,6 @@
 """Recorded choices of each token against the router logits that the model returns."""
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -120,3 +121,30 @@ def test_what_cannot_be_recorded_is_refused(tiny_model: Model) -> None:
     dense = tiny_model(text={"mlp_only_layers": [0, 1, 2]})
     with pytest.raises(ValueError, match="has no experts"), record_routing(dense):
         pass
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_model_is_recorded_by_one_block_at_a_time(tiny_model: Model, in_thread: bool) -> None:
+    model = tiny_model().eval()
+    errors: list[BaseException] = []
+
+    def record() -> None:
+        try:
+            with record_routing(model):
+                pytest.fail("recorded twice")
+        except RuntimeError as error:
+            errors.append(error)
+
+    with record_routing(model) as trace, torch.no_grad():
+        if in_thread:
+            thread = threading.Thread(target=record)
+            thread.start()
+            thread.join()
+        else:
+            record()
+        model(**batch())
+    assert "being recorded already" in str(errors[0])
+    assert len(trace.forwards) == 1
+    with record_routing(model) as again, torch.no_grad():
+        model(**batch())
+    assert len(trace.forwards) == len(again.forwards) == 1
