@@ -1,6 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """What generation does with images: a look at the prompt before, and none at each token.
 
+Image tokens are not generated: they are suppressed, in models that are loaded as in new ones.
+
 In a chat a cache may be kept from turn to turn. Its tokens have seen their images; of the images
 that come with the whole chat, those of new tokens count.
 
@@ -69,6 +71,20 @@ class ImageGenerationMixin(GenerationMixin):
         encoded.pooler_output = features.unsqueeze(0)
         kwargs["mm_encoder_outputs"] = {"image": encoded}
         return kwargs
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, after which a loaded generation config suppresses image tokens."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.suppress_image_tokens()
+
+    def suppress_image_tokens(self) -> None:
+        """Never generate an image token, which no image would follow, unless the config chooses.
+
+        Sampled, it would make every later call on the text fail.
+        """
+        generation = self.generation_config
+        if generation is not None and generation.suppress_tokens is None:
+            generation.suppress_tokens = [self.config.image_token_id]
 
     def prepare_inputs_for_generation(
         self,

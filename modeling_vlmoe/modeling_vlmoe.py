@@ -307,6 +307,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             config.text_config.hidden_size, config.text_config.vocab_size, bias=False
         )
         self.post_init()
+        self.suppress_image_tokens()
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Any

@@ -3,12 +3,14 @@
 Rows are spelled as in conftest.py: "." is a text token, a letter an image.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from vlmoe import VLMoEForConditionalGeneration
 
@@ -126,3 +128,35 @@ def test_decoding_looks_for_image_tokens_in_the_prompt_only(
     )
     model.generate(**tiny_batch(model.config, ["....."]), max_new_tokens=6, do_sample=False)
     assert len(looks) == 1
+
+
+def test_an_image_token_is_never_generated(
+    tiny_model: Model, tiny_batch: Batch, tmp_path: Path
+) -> None:
+    built = tiny_model()
+    image = built.config.image_token_id
+    built.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    saved = json.loads(file.read_text())
+    assert saved.pop("suppress_tokens") == [image]
+    file.write_text(json.dumps(saved))  # as older versions wrote it
+    older = VLMoEForConditionalGeneration.from_pretrained(tmp_path)
+    file.unlink()
+    without_file = VLMoEForConditionalGeneration.from_pretrained(tmp_path)
+    settings = GenerationConfig(max_new_tokens=9)
+    with_settings = type(built).from_pretrained(tmp_path, generation_config=settings)
+    assert settings.suppress_tokens is None
+    for model in (built, older, without_file, with_settings):
+        with torch.no_grad():  # without suppression nothing else would be chosen
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[image] = model.model(**tiny_batch(model.config, ["..."]))[0][0, -1]
+        for options in ({}, {"generation_config": GenerationConfig(max_new_tokens=3)}):
+            new = model.generate(**tiny_batch(model.config, ["..."]), **options, do_sample=False)
+            assert new.shape[1] > 3 and image not in new
+
+
+def test_what_a_user_suppresses_stays(tiny_model: Model, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.suppress_tokens = [7]
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).generation_config.suppress_tokens == [7]
