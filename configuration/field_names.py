@@ -9,6 +9,7 @@ all of them stay allowed.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -21,8 +22,9 @@ from huggingface_hub.errors import (
 from transformers import GenerationConfig, PreTrainedConfig
 
 CLOSE = 0.85  # of difflib: "n_groups" to "n_group" is 0.93, "sep_token_id" to "pad_token_id" 0.83
-# Libraries write these into the whole config, whoever reads them.
-_OF_ANY_CONFIG = ("use_cache", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+# Of the text config's fields those that nobody writes into a whole config for other reasons, as
+# libraries do with `use_cache` or `pad_token_id`.
+_ROUTING = re.compile("expert|router|moe|topk|group|scoring|routed|sparse|mlp_only")
 # What other families call it: what it is called here.
 ALIASES = {
     **dict.fromkeys(
@@ -55,7 +57,6 @@ ALIASES = {
     ),
     **dict.fromkeys(("z_loss_coef", "moe_z_loss_coeff"), "router_z_loss_coef"),
     "moe_layer_freq": "decoder_sparse_step",
-    "first_k_dense_replace": "mlp_only_layers",
     "image_token_index": "image_token_id",
     "downsample_ratio": "pixel_shuffle_factor",
     "scale_factor": "pixel_shuffle_factor",
@@ -98,9 +99,11 @@ def refuse_unknown(config_class: type[PreTrainedConfig], names: Iterable[str]) -
     """
     known, below = _fields(config_class)
     for name in names:
-        if name in known or name in _OF_ANY_CONFIG or name.startswith("_"):
+        if name in known or name.startswith("_"):
             continue
         if name in below:
+            if not _ROUTING.search(name):
+                continue
             raise ValueError(
                 f"`{name}` is a field of the text config: set it in `text_config`, as in "
                 f"`text_config={{{name!r}: ...}}` or `config.text_config.{name} = ...`."
