@@ -11,16 +11,33 @@ warning. Here they are one error, raised before anything is allocated for them. 
   `state_dict` of the caller's.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_accelerate_available
+from transformers.utils import logging as transformers_logging
 
 SHOWN = 3  # names of each kind in a message
 
 _caller_judges: ContextVar[bool] = ContextVar("caller_judges", default=False)
+
+
+class NotWholeError(ValueError):
+    """Weights of `source` are not those of a `kind` of model; `problems` names them."""
+
+    def __init__(self, source: str, kind: str, problems: str) -> None:
+        super().__init__(
+            f"The weights of {source} are not those of the {kind} that its config describes: "
+            f"{problems}. Copy or download weights and config again; from_pretrained(..., "
+            "output_loading_info=True) loads and reports them all the same."
+        )
+        self.problems = problems
 
 
 @contextmanager
@@ -41,7 +58,7 @@ def require_whole_weights(model: Any, load_config: Any, loading_info: Any) -> No
         load_config, loading_info: as transformers hands them to `_finalize_model_loading`.
 
     Raises:
-        ValueError: naming the source and the first missing, unexpected and mismatched tensors.
+        NotWholeError: naming the first missing, unexpected and mismatched tensors.
     """
     source = load_config.pretrained_model_name_or_path
     if _caller_judges.get() or source is None:
@@ -56,11 +73,30 @@ def require_whole_weights(model: Any, load_config: Any, loading_info: Any) -> No
         () if allowed else loading_info.mismatched_keys,
     )
     if problems:
-        raise ValueError(
-            f"The weights of {source} are not those of the {type(model).__name__} that its config "
-            f"describes: {problems}. Copy or download weights and config again; from_pretrained(..."
-            ", output_loading_info=True) loads and reports them all the same."
-        )
+        raise NotWholeError(source, type(model).__name__, problems)
+
+
+def meta_device_map() -> str | None:
+    """The `device_map` with which a model is loaded to be judged: by the headers of its files.
+
+    None, which really loads it, where transformers takes no device map.
+    """
+    can = is_accelerate_available() and not is_deepspeed_zero3_enabled()
+    return "meta" if can else None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings and progress bars: loading what was judged says all of it once more."""
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def weight_problems(
@@ -84,6 +120,35 @@ def weight_problems(
         for kind, found in kinds.items()
         if (names := sorted(found))
     )
+
+
+def require_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Raise if a tensor holds NaN or infinite numbers; one pass over all of them.
+
+    Args:
+        tensors: with their names; of quantised ones the scales are looked at.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the first such tensor.
+    """
+    bad = [name for name, tensor in tensors if not _is_finite(tensor)]
+    if bad:
+        raise ValueError(
+            f"{source}: the tensor {bad[0]} holds NaN or infinite numbers"
+            f"{f', and {len(bad) - 1} more do' if len(bad) > 1 else ''}. Take an older checkpoint, "
+            "or copy or download the weights again."
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if hasattr(tensor, "__tensor_flatten__"):  # such as torchao's, of numbers and scales
+        names, _ = tensor.__tensor_flatten__()
+        return all(_is_finite(getattr(tensor, name)) for name in names)
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    return bool(torch.stack(wide.aminmax()).isfinite().all())
 
 
 def untied(model: nn.Module, missing: Iterable[str]) -> set[str]:

@@ -43,16 +43,19 @@ def card(folder: str | Path, options: CardOptions) -> Path:
 
     Raises:
         FileNotFoundError: the folder holds no config.json.
-        ValueError: the folder is of another model, a file there is damaged, the README.md there is
-            its author's own, or the target holds another model or is in use.
+        ValueError: the folder is of another model or holds other weights, a file there is damaged,
+            the README.md there is its author's own, or the target holds another model or is in use.
         OSError: the target cannot be written into.
     """
     from vlmoe.training.folder_lock import folder_lock
+    from vlmoe.training.whole_model import weights_problems
 
     source = Path(folder).expanduser()
     target = Path(options.output).expanduser() if options.output else source
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: a card tells of a saved model.")
+    if problems := list(weights_problems(source)):
+        raise ValueError(f"{source} holds no whole model: {'; '.join(problems)}.")
     if source.resolve() != target.resolve() and any(target.glob("*.safetensors")):
         raise ValueError(
             f"--output {target} holds the weights of another model, whose files the card's would "

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.configuration.configuration_vlmoe import PRESETS
+from vlmoe.modeling_vlmoe.whole_weights import require_finite
 from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from vlmoe.training.checkpoints import model_problems
-from vlmoe.training.file_checks import tensor_shapes
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
+from vlmoe.training.whole_model import weights_problems
 
 from .option_parser import close_matches, json_object
 from .options import ImageOptions, LoraOptions, ModelOptions, RuntimeOptions
@@ -54,10 +55,10 @@ def model_for_training(
         config = VLMoEConfig.from_pretrained(options.model)
         replace_fields(config, overrides)
         processor = processor or VLMoEProcessor.from_pretrained(options.model)
-        model = _load_model(options.model, config, dtype)
+        model = load_model(options.model, config, dtype)
     _choose_implementations(model, options)
     if checkpoint is not None:
-        require_same_model(model, checkpoint)
+        require_same_model(model.config, checkpoint)
     return model, processor
 
 
@@ -117,7 +118,7 @@ def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
-    model = _load_model(source, VLMoEConfig.from_pretrained(source), _dtype(options.dtype))
+    model = load_model(source, dtype=_dtype(options.dtype))
     _choose_implementations(model, options)
     return model.eval().to(device), VLMoEProcessor.from_pretrained(source)
 
@@ -138,6 +139,30 @@ def set_image_limits(processor: VLMoEProcessor, options: ImageOptions) -> None:
     """Give the processor the limits of the options, where they name some; raises as they do."""
     limits = image_limits(options, processor.image_limits)
     processor.max_image_pixels, processor.max_image_side = limits.max_pixels, limits.max_side
+
+
+def load_model(
+    source: str, config: VLMoEConfig | None = None, dtype: torch.dtype | None = None
+) -> VLMoEForConditionalGeneration:
+    """A saved model whose weights are all there and all finite.
+
+    Args:
+        source: a folder or a Hub id.
+        config: in place of the model's own.
+        dtype: of the weights; by default the saved one.
+
+    Raises:
+        ValueError: they are not, or do not fit the config.
+    """
+    try:
+        model = VLMoEForConditionalGeneration.from_pretrained(
+            source, config=config, dtype=dtype or "auto"
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The weights of {source} do not fit its config: {reason}") from error
+    require_finite(model.state_dict().items(), source)
+    return model
 
 
 def is_preset(name: str) -> bool:
@@ -173,31 +198,17 @@ def check_model_source(source: str) -> None:
         )
 
 
-def require_same_model(model: VLMoEForConditionalGeneration, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose tensors are not those of `model`: Trainer would skip them.
+def require_same_model(config: VLMoEConfig, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of `config`: Trainer would skip them.
 
     Raises:
-        ValueError: names the first tensor that differs.
+        ValueError: names the first tensors that differ.
     """
-    saved = tensor_shapes(checkpoint)
-    if not saved:
-        return  # not in safetensors: nothing to read without loading
-    tied = set(model.all_tied_weights_keys)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    lost = sorted(name for name in own if name not in saved and name not in tied)
-    foreign = sorted(name for name in saved if name not in own)
-    other = sorted(name for name in saved if name in own and saved[name] != own[name])
-    if lost or foreign:
-        name, where = (lost[0], "only in the model") if lost else (foreign[0], "only in it")
-        detail = f"the tensor {name} is {where}"
-    elif other:
-        detail = f"{other[0]} has shape {saved[other[0]]} there and {own[other[0]]} in the model"
-    else:
-        return
-    raise ValueError(
-        f"The checkpoint {checkpoint} is of another model: {detail}. Give the options that it was "
-        "trained with."
-    )
+    if problems := list(weights_problems(checkpoint, config)):
+        raise ValueError(
+            f"The checkpoint {checkpoint} is of another model: {'; '.join(problems)}. Give the "
+            "options that it was trained with."
+        )
 
 
 def replace_fields(config: Any, overrides: dict[str, Any]) -> None:
@@ -255,18 +266,6 @@ def _chat_tokenizer(source: str) -> Any:
     tokenizer.pad_token, tokenizer.eos_token = PAD, END
     tokenizer.chat_template = None
     return tokenizer
-
-
-def _load_model(
-    source: str, config: VLMoEConfig, dtype: torch.dtype | None
-) -> VLMoEForConditionalGeneration:
-    try:
-        return VLMoEForConditionalGeneration.from_pretrained(
-            source, config=config, dtype=dtype or "auto"
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The weights of {source} do not fit its config: {reason}") from error
 
 
 def _choose_implementations(

@@ -54,12 +54,12 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
 
 
 def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
-    from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+    from vlmoe import VLMoEProcessor
     from vlmoe.modeling_vlmoe.quantization import quantized_experts
     from vlmoe.training.adapter_files import adapter_config, load_adapter
     from vlmoe.training.atomic_files import publish_folder, staging_folder
 
-    from .loading import check_model_source
+    from .loading import check_model_source, load_model
 
     config = adapter_config(folder)
     source = model or config.get("base_model_name_or_path")
@@ -67,7 +67,7 @@ def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
         raise ValueError(f"{folder} does not say what its base model is; give --model.")
     check_model_source(source)
     processor = VLMoEProcessor.from_pretrained(source)
-    base = VLMoEForConditionalGeneration.from_pretrained(source)
+    base = load_model(source)
     if quantized_experts(base):
         raise ValueError(
             f"The experts of {source} are quantised, and LoRA cannot be merged into them; give the "

@@ -174,13 +174,16 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder from which nobody could load the model.
 
     Raises:
-        ValueError: it holds no whole model, or weights only as a pickle.
+        ValueError: it holds no whole model, weights only as a pickle, or numbers in them that are
+            not finite.
     """
     from vlmoe.training.checkpoints import model_problems
+    from vlmoe.training.whole_model import require_finite_files
 
     problems = model_problems(folder)
     if problems:
         raise ValueError(f"{folder} holds no whole model: {'; '.join(problems)}.")
+    require_finite_files(folder)
 
 
 def files_to_push(folder: Path) -> list[str]:

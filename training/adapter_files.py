@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..modeling_vlmoe.whole_weights import require_finite
 from .atomic_files import atomic_path, write_json
 from .file_checks import content_problems
 
@@ -44,16 +45,22 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
-    """Configuration and tensors of a LoRA adapter; raises as `adapter_config`."""
-    config = adapter_config(folder)
-    return config, load_file(Path(folder).expanduser() / WEIGHTS_FILE)
+    """Configuration and tensors of a LoRA adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: as `adapter_config`, or a tensor is not finite.
+    """
+    config, file = adapter_config(folder), Path(folder).expanduser() / WEIGHTS_FILE
+    tensors = load_file(file)
+    require_finite(tensors.items(), str(file))
+    return config, tensors
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     """`model` with the adapter, by PEFT, after names and shapes have been compared.
 
     Raises:
-        FileNotFoundError, ValueError: as `adapter_config`, or the adapter does not fit the model,
+        FileNotFoundError, ValueError: as `read_adapter`, or the adapter does not fit the model,
             by the number of experts for instance; then `model` has no weights of it.
     """
     from peft import (
@@ -86,7 +93,7 @@ def export_per_expert(folder: str | Path, output: str | Path) -> int:
     is copied.
 
     Raises:
-        FileNotFoundError, ValueError: as `adapter_config`, or it adapts no experts.
+        FileNotFoundError, ValueError: as `read_adapter`, or it adapts no experts.
     """
     config, tensors = read_adapter(folder)
     parameters = {name.rpartition(".")[2] for name in config.get("target_parameters") or ()}

@@ -15,13 +15,14 @@ most their folder is renamed.
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from .atomic_files import free_name, remove_folder
 from .file_checks import content_problems, json_problem
+from .whole_model import weights_problems
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,7 @@ def checkpoint_problems(path: str | Path) -> list[str]:
         return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
     return [
         *_state_problems(folder),
-        *_presence_problems(folder),
-        *content_problems(folder, (STATE_FILE,)),
+        *_whole_model(_presence_problems(folder), folder, (STATE_FILE,)),
     ]
 
 
@@ -226,7 +226,13 @@ def model_problems(path: str | Path) -> list[str]:
     folder = Path(path)
     if not folder.is_dir():
         return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
-    return [*_model_presence_problems(folder), *content_problems(folder)]
+    return _whole_model(_model_presence_problems(folder), folder)
+
+
+def _whole_model(absent: Iterable[str], folder: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """Problems by file; where there are none, whether the weights are those of the model."""
+    problems = [*absent, *content_problems(folder, leave_out)]
+    return problems or list(weights_problems(folder))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -61,14 +61,13 @@ def json_problem(file: Path) -> str | None:
     return None
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors weights, read from the headers
-    alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def tensor_headers(folder: Path) -> dict[str, dict[str, Any]]:
+    """`shape`, `dtype` (F32, I8, ...) and `data_offsets` of every tensor in safetensors files, by
+    name."""
+    headers: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        header, _ = _safetensors_header(file)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return shapes
+        headers |= _safetensors_header(file)[0]
+    return headers
 
 
 def _index_problem(file: Path) -> str | None:
@@ -84,7 +83,7 @@ def _index_problem(file: Path) -> str | None:
     if not file.name.endswith(".safetensors.index.json"):
         return None
     try:
-        held = tensor_shapes(file.parent)
+        held = tensor_headers(file.parent)
     except ValueError:
         return None  # the shard itself is reported
     lost = sorted(set(shard_of) - set(held))

@@ -29,6 +29,14 @@ from ...configuration.configuration_vlmoe import VLMoEConfig
 from ..active_parameters import active_parameters
 from ..connector import unused_vision_parameters
 from ..modeling_vlmoe_text import damaged_file
+from ..whole_weights import (
+    NotWholeError,
+    meta_device_map,
+    quietly,
+    require_finite,
+    untied,
+    weight_problems,
+)
 from .dense_configs import text_fields, vision_fields, vlmoe_fields
 from .exactness import TOLERANCE, Outputs, UpcyclingError, drawn_sample, outputs_of
 from .options import Upcycling
@@ -50,24 +58,24 @@ MODEL_CLASSES = {
 }
 
 
-def load_dense(source: Any, kind: str = "image-text") -> tuple[Any, str]:
-    """A dense model in evaluation mode, and what to call it.
+def load_dense(source: Any, kind: str = "image-text") -> tuple[Any, str, set[str]]:
+    """A dense model in evaluation mode, what to call it, and the tensors that were made up for it.
+
+    The last are of vision encoders alone, which are often saved without their pooling head.
 
     Args:
         source: a loaded model, a folder or a Hub id.
         kind: "image-text", "text" or "vision".
 
     Raises:
-        ValueError: the model is quantised, or an adapter sits on it.
+        ValueError: the model is quantised, an adapter sits on it, its weights are not those that
+            its config describes, or not finite.
         OSError: a file is missing or damaged.
     """
     if isinstance(source, (str, Path)):
-        _refuse_quantized(AutoConfig.from_pretrained(source), str(source))
-        try:
-            model = MODEL_CLASSES[kind].from_pretrained(source, dtype="auto")
-        except SafetensorError as error:
-            raise OSError(damaged_file(source, error)) from error
-        return model.eval(), str(source)
+        model, missing = _loaded(source, kind)
+        require_finite(model.state_dict().items(), str(source))
+        return model.eval(), str(source), missing
     name = type(source).__name__
     if not isinstance(source, PreTrainedModel):
         raise ValueError(
@@ -83,7 +91,29 @@ def load_dense(source: Any, kind: str = "image-text") -> tuple[Any, str]:
                 f"{name}'s rotary table {buffer_name} was rounded to {buffer.dtype}, by `.to` or "
                 "`.half`; load the model with from_pretrained(..., dtype=...), which keeps it."
             )
-    return source, name
+    require_finite(source.state_dict().items(), name)
+    return source, name, set()
+
+
+def _loaded(source: str | Path, kind: str) -> tuple[Any, set[str]]:
+    """The model, and what was missing of a vision encoder; its folder may hold a whole model."""
+    _refuse_quantized(AutoConfig.from_pretrained(source), str(source))
+    load = MODEL_CLASSES[kind].from_pretrained
+    judged = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with quietly():
+            model, info = load(source, dtype="auto", device_map=meta_device_map(), **judged)
+        missing, is_part = untied(model, info["missing_keys"]), kind == "vision"
+        problems = weight_problems(
+            () if is_part else missing,
+            () if is_part else info["unexpected_keys"],
+            info["mismatched_keys"],
+        )
+        if problems:
+            raise NotWholeError(str(source), type(model).__name__, problems)
+        return load(source, dtype="auto"), missing
+    except SafetensorError as error:
+        raise OSError(damaged_file(source, error)) from error
 
 
 def _refuse_quantized(config: Any, name: str) -> None:
@@ -147,7 +177,7 @@ class Conversion:
             sample_for: from the sparse model's configuration makes inputs, as VLMoE's processor
                 does; for None they are drawn pictures and random words.
         """
-        model, source = load_dense(dense)
+        model, source, _ = load_dense(dense)
         config = options.sparse_config(vlmoe_fields(model.config, _is_tied(model)))
         weights = dict(model.state_dict())
         return cls._of(model, source, config, weights, options, sample_for(config))
@@ -166,9 +196,11 @@ class Conversion:
 
         For the arguments see `VLMoEForConditionalGeneration.from_vision_text` and `begin`.
         """
-        encoder, vision_source = load_dense(vision, "vision")
-        encoder = getattr(encoder, "vision_model", encoder)  # of a dual encoder, such as CLIP
-        model, text_source = load_dense(text, "text")
+        encoder, vision_source, missing = load_dense(vision, "vision")
+        if hasattr(encoder, "vision_model"):  # of a dual encoder, such as CLIP
+            encoder = encoder.vision_model
+            missing = {name.removeprefix("vision_model.") for name in missing}
+        model, text_source, _ = load_dense(text, "text")
         old_size = model.get_input_embeddings().weight.shape[0]
         image_token_id = old_size if image_token_id is None else image_token_id
         text_config = text_fields(model.config, _is_tied(model))
@@ -187,6 +219,8 @@ class Conversion:
         weights = {f"{TOWER}{name}": tensor.to(model.dtype) for name, tensor in tower.items()}
         weights |= model.state_dict()
         config = options.sparse_config(dense)
+        if needed := missing & set(tower) - set(unused_vision_parameters(config)):
+            raise NotWholeError(vision_source, type(encoder).__name__, weight_problems(needed, ()))
         sample, source = sample_for(config), f"{vision_source} + {text_source}"
         begun = cls._of(model, source, config, weights, options, sample, (CONNECTOR,))
         generation = copy.deepcopy(begun.generation_config) or GenerationConfig()

@@ -164,7 +164,7 @@ def test_fields_of_a_saved_model_can_be_replaced_but_not_its_sizes(saved_model: 
     for wrong, message in (
         ('{"text_config": {"router_aux_los": 1}}', "did you mean router_aux_loss_coef"),
         ('{"text_config": {"router_aux_loss_coef": -1}}', "router_aux_loss_coef"),
-        ('{"text_config": {"hidden_size": 64}}', "do not fit its config"),
+        ('{"text_config": {"hidden_size": 64}}', "are not those of"),
     ):
         with pytest.raises(ValueError, match=message):
             model_for_training(ModelOptions(model=str(saved_model), model_overrides=wrong), texts)
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
 ) -> None:
     model = VLMoEForConditionalGeneration.from_pretrained(saved_model)
     with torch.no_grad():
-        model.model.language_model.norm.weight.fill_(float("nan"))
+        model.model.language_model.norm.weight.fill_(3e38)
     model.save_pretrained(tmp_path / "model")
     VLMoEProcessor.from_pretrained(saved_model).save_pretrained(tmp_path / "model")
     arguments = training_arguments(
