@@ -13,6 +13,8 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from .options import PATHS, with_home
+
 
 class OptionParser(argparse.ArgumentParser):
     """An argparse parser whose errors are `ValueError`, and that takes no abbreviated options."""
@@ -113,6 +115,8 @@ def command_options(
     parsed = parse_options(parser, argv, option_classes)
     if argument and argument_required and not getattr(parsed[-1], argument[0]):
         raise ValueError(f"The {argument[0]} is missing: {usage}.")
+    if argument and argument[0] in (*PATHS, "folder"):
+        setattr(parsed[-1], argument[0], with_home(getattr(parsed[-1], argument[0])))
     return parsed
 
 
@@ -160,7 +164,7 @@ def read_config(path: str | Path, option_classes: list[type]) -> dict[str, Any]:
     """
     import yaml
 
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}.")
     try:

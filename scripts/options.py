@@ -2,6 +2,7 @@
 """The options of every command, as dataclasses; option_parser.py makes parsers from them."""
 
 import dataclasses
+import os
 from typing import Any
 
 from .option_ranges import LEAST_TEMPERATURE, require_in_range
@@ -13,13 +14,31 @@ def option(help: str, default: Any = None, **argparse_arguments: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argparse_arguments})
 
 
+PATHS = (
+    *("model", "before", "vision", "tokenizer", "chat_template", "dataset", "eval_dataset"),
+    *("image", "output", "output_dir", "save_predictions"),
+)
+"""Options that may be paths."""
+
+
 class Options:
-    """A group of options; each number lies in its range, however the group was made."""
+    """A group of options; each number lies in its range, and in paths `~` is the home folder,
+    however the group was made."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for a number out of its range."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            require_in_range(field.name, getattr(self, field.name))
+            value = getattr(self, field.name)
+            require_in_range(field.name, value)
+            if field.name in PATHS:
+                setattr(self, field.name, with_home(value))
+
+
+def with_home(value: Any) -> Any:
+    """A path, or a list of them, with the home folder in place of a leading `~`."""
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def refuse_unread(options: Options, names: tuple[str, ...], way_on: str) -> None:

@@ -120,7 +120,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path |
                 "%s holds no complete checkpoint: training starts from the beginning.", output_dir
             )
         return checkpoint
-    return require_complete(word)
+    return require_complete(Path(word).expanduser())
 
 
 def _require_only_unfinished(output_dir: str | Path) -> None:

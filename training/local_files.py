@@ -12,6 +12,7 @@
   (`image_column.py`).
 """
 
+import glob
 import logging
 import os
 import re
@@ -141,8 +142,18 @@ def _saved_splits(path: Path) -> dict[str, "Dataset"]:
     """The splits of a `save_to_disk` folder."""
     from datasets import Dataset, load_from_disk
 
+    _refuse_unreadable_name(str(path))
     saved = load_from_disk(str(path))
     return {str(saved.split or "train"): saved} if isinstance(saved, Dataset) else dict(saved)
+
+
+def _refuse_unreadable_name(path: str) -> None:
+    """`datasets` would read another file, or none."""
+    if "::" in path or os.path.expandvars(path) != path:
+        raise ValueError(
+            f"{path}: `datasets` takes `::` for a chain of file systems, and $NAME for a variable; "
+            "rename the file or folder."
+        )
 
 
 def _read_files(kind: str, files: list[Path]) -> "Dataset":
@@ -151,11 +162,14 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
     from datasets.exceptions import DatasetGenerationError
 
     names = ", ".join(map(str, files))
+    _refuse_unreadable_name(names)
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"empty dataset: {names} has 0 bytes.")
     name = f"content-{content_digest(files)}"  # part of the cache's key
     try:
-        return load_dataset(kind, name, data_files=[str(file) for file in files], split="train")
+        return load_dataset(
+            kind, name, data_files=[glob.escape(str(file)) for file in files], split="train"
+        )
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"empty dataset: {names} has no rows.") from error
