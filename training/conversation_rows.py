@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .conversations import split_conversations
+from .conversations import row_name, split_conversations
+from .row_formats import conversational
 
 
 class ConversationRows(Dataset):
@@ -24,9 +25,11 @@ class ConversationRows(Dataset):
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.rows = rows
         columns = getattr(rows, "column_names", None)
-        messages = rows["messages"] if columns else [row["messages"] for row in rows]  # type: ignore[call-overload]
+        if not columns:
+            rows = [conversational(row, row_name(row, i)) for i, row in enumerate(rows)]
+        messages = rows["messages"] if columns else [row.get("messages") for row in rows]  # type: ignore[call-overload]
+        self.rows = rows
         self._positions = [
             (index, each)
             for index, entry in enumerate(messages)

@@ -1,12 +1,13 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Dataset rows in the conversational form: reading, checking, taking apart.
 
-A row is `{"messages": [...], "images": [...]}`. `messages` is one conversation (a list of turns
-`{"role": ..., "content": ...}`) or a list of conversations about the same images. `content` is a
-string or a list of parts, `{"type": "image"}` or `{"type": "text", "text": ...}`; keys with the
-value None, which Arrow adds, count as absent, and any other key is an error. Every conversation
-names every image of its row once, in order. `question_type`, optional, is a string or one string
-per conversation; `id`, optional, names the row in messages.
+A row is `{"messages": [...], "images": [...]}`, or has one of the forms of `row_formats.py`.
+`messages` is one conversation (a list of turns `{"role": ..., "content": ...}`) or a list of
+conversations about the same images. `content` is a string or a list of parts, `{"type": "image"}`
+or `{"type": "text", "text": ...}`; keys with the value None, which Arrow adds, count as absent, and
+any other key is an error. Every conversation names every image of its row once, in order.
+`question_type`, optional, is a string or one string per conversation; `id`, optional, names the row
+in messages.
 
 Here each conversation becomes a tuple of `Turn`s: hashable, so that it can be a cache key.
 """
@@ -67,7 +68,8 @@ def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
     if not isinstance(row, Mapping):
         raise ValueError(f"row {position} of the batch is a {type(row).__name__}, not a mapping.")
     name = row_name(row, position)
-    conversations = parse_messages(row, name)
+    row = _conversational(row, name)
+    conversations = _parse_messages(row, name)
     images = row.get("images")
     images = [] if images is None else images
     if not _is_list(images):
@@ -85,6 +87,20 @@ def parse_row(row: Mapping[str, Any], position: int) -> ParsedRow:
 
 def parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
     """The checked conversations of a row called `name`, its images aside."""
+    return _parse_messages(_conversational(row, name), name)
+
+
+def _conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The row with `messages` and `images`, if it has the form of another project."""
+    if "messages" in row and row.get("images"):
+        return row
+    from .row_formats import conversational  # it builds on this module
+
+    return conversational(row, name)
+
+
+def _parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
+    """The checked conversations of `messages`."""
     require_known_columns(row.keys(), name)
     messages = row.get("messages")
     if not row:

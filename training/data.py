@@ -25,7 +25,8 @@ from .field_names import misspelled
 from .image_column import ImageSources, image_files, with_image_column
 from .images import altered_image
 from .local_files import FORMATS, local_splits, read_local
-from .row_formats import IMAGE_COLUMNS, READ_AS_WELL, as_conversations
+from .row_datasets import as_conversations
+from .row_formats import IMAGE_COLUMNS, READ_AS_WELL
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +71,7 @@ def load_rows(
             `allow_image_urls` too, downloads them. By default they are an error.
         image_limits: the largest image that is opened for altered copies.
         faults: where given, what is wrong with single rows and images is added to it in place of
-            being raised (`row_formats.is_faulty` tells what is left of them).
+            being raised (`row_datasets.is_faulty` tells what is left of them).
 
     Raises `FileNotFoundError` for a source that does not exist and `ValueError` for a split it does
     not have, missing columns, unreadable or no rows; each names the culprit. Single rows are

@@ -15,7 +15,7 @@ from .conversations import Conversation, ParsedRow, parse_row, row_name
 from .encoding import EncodedConversation
 from .images import open_image
 from .long_rows import RowMeasure
-from .row_formats import is_faulty
+from .row_datasets import is_faulty
 
 EXAMPLES = 3
 LEARNED = ("«", "»")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .caption_folders import caption_rows, captioned_pictures
 from .content_digest import content_digest
 from .image_column import ImageSources, with_image_column
-from .row_formats import as_conversations
+from .row_datasets import as_conversations
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,20 +19,13 @@ a function of one row; what it does not understand it passes on, for `parse_row`
 
 import base64
 import binascii
-import dataclasses
 import json
-import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .conversations import MESSAGE_KEYS, has_image_parts, require_known_keys
-
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-
-logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("images", "image", "file_name")
 READ_AS_WELL = (
@@ -43,12 +36,6 @@ CAPTION_COLUMNS = ("text", "caption")
 PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
-
-TO_BE_READ = r'^\s*[^\[{"\s]|"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
-"""Found in JSON of messages that holds a bare number or a picture."""
-
-FAULTY: list[Any] = [[{"role": "faulty", "content": []}]]
-"""The messages of a row whose fault is kept in place of being raised."""
 
 Messages = list[dict[str, Any]]
 
@@ -66,17 +53,15 @@ class RowFormat:
     convert: Callable[[Mapping[str, Any], int, str], tuple[list[Messages], list[Any]]]
 
 
-def row_format(rows: "Dataset") -> RowFormat | None:
-    """The form of rows, or None for conversations with `images` and for other rows."""
-    columns = rows.features
+def format_of(columns: Collection[str]) -> RowFormat | None:
+    """The form of rows with these columns, or None for conversations and for other rows."""
     if "messages" in columns:
-        inside = _hold_pictures(columns["messages"], _stored(rows, "messages"))
-        return RowFormat("pictures inside the content", ("messages",), _chat) if inside else None
+        return None
     if "conversations" in columns:
         return RowFormat("LLaVA or ShareGPT conversations", ("conversations",), _turns)
-    if {"prompt", "completion"} <= columns.keys():
+    if "prompt" in columns and "completion" in columns:
         return RowFormat("prompt and completion", ("prompt", "completion"), _completion)
-    if {"question", "answer"} <= columns.keys():
+    if "question" in columns and "answer" in columns:
         return RowFormat("question and answer", ("question", "answer"), _question)
     caption = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if caption and any(name in columns for name in IMAGE_COLUMNS):
@@ -84,74 +69,44 @@ def row_format(rows: "Dataset") -> RowFormat | None:
     return None
 
 
-def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = None) -> "Dataset":
-    """The rows with `messages` in place of the columns of another form; pictures that stood inside
-    the content are in `images`, as `{"bytes", "path"}`. Conversations are returned as they are.
+def conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A row of any form with `messages` and `images`; conversations are returned as they are.
 
-    Raises `ValueError` naming the row for a key that nobody reads, unless there is a list of
-    `faults` to add it to, and for pictures both inside the content and in a column.
+    Raises `ValueError` that starts with `name` for a key that nobody reads, and for pictures both
+    inside the content and in a column.
     """
-    rows = _encoded(rows, json=False)
-    form = row_format(rows)
+    form = format_of(row.keys())
+    if form is None and has_pictures(row.get("messages")):
+        form = INSIDE
     if form is None:
-        return rows
-    from datasets import concatenate_datasets
+        return row
+    column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
+    images = row[column] if column else []
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    messages, pictures = form.convert({each: row[each] for each in form.columns}, len(images), name)
+    if pictures and images:
+        raise ValueError(f"{name}: {two_places(column)}")
+    kept = {each: row[each] for each in row if each not in (*form.columns, *IMAGE_COLUMNS)}
+    return {**kept, "messages": messages, "images": pictures or images}
 
-    texts = _encoded(rows.select_columns(list(form.columns)))
-    converted = texts.add_column("image_count", _image_counts(rows)).map(
-        _converted,
-        with_indices=True,
-        fn_kwargs={"form": form, "features": texts.features, "source": source},
-        remove_columns=[*form.columns, "image_count"],
-        features=_features(),
-        desc=f"reading {form.name}",
+
+def has_pictures(messages: Any) -> bool:
+    """Whether any part of a `messages` entry holds a picture itself."""
+    if isinstance(messages, list | tuple):
+        return any(map(has_pictures, messages))
+    content = messages.get("content") if isinstance(messages, Mapping) else None
+    return isinstance(content, list | tuple) and any(
+        isinstance(part, Mapping) and any(part.get(key) is not None for key in PICTURE_KEYS)
+        for part in content
     )
-    found = [fault for fault in converted["fault"] if fault is not None]
-    if faults is not None:
-        faults += found
-    elif found:
-        raise ValueError(found[0])
-    converted = converted.remove_columns("fault")
-    column = _image_column(rows)
-    if any(converted["pictures"]):
-        if column is not None:
-            raise ValueError(
-                f"{source} has pictures inside the content of messages and in the column "
-                f"{column!r}; keep one of them."
-            )
-        converted = converted.rename_column("pictures", "images")
-    else:
-        converted = converted.remove_columns("pictures")
-    if form.convert is not _chat or "images" in converted.column_names:
-        logger.warning("%s: read as %s (%s).", source, form.name, ", ".join(form.columns))
-    others = rows.remove_columns(list(form.columns))
-    return concatenate_datasets([others, converted], axis=1) if others.column_names else converted
 
 
-def _converted(
-    row: dict[str, Any], position: int, form: RowFormat, features: Any, source: str
-) -> dict[str, Any]:
-    """One row of `as_conversations`."""
-    decoded = {name: _decoded(row[name], features[name]) for name in features}
-    name = f"{source}, row {position}"
-    try:
-        messages, pictures = form.convert(decoded, row["image_count"], name)
-    except ValueError as error:
-        return {"messages": FAULTY, "pictures": [], "fault": str(error)}
-    return {
-        "messages": messages,
-        "pictures": [_entry(picture) for picture in pictures],
-        "fault": None,
-    }
-
-
-def is_faulty(given: Any) -> bool:
-    """Whether a row, or an entry of `images`, stands for one whose fault was kept when reading."""
-    if not isinstance(given, Mapping):
-        return False
-    if "messages" in given:
-        return given["messages"] == FAULTY
-    return given.get("bytes") is None and given.get("path") is None
+def two_places(column: Any) -> str:
+    """The complaint about pictures both inside the content and in a column."""
+    return (
+        f"pictures stand inside the content of messages and in the column {column!r}; keep one of "
+        "them."
+    )
 
 
 def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
@@ -215,7 +170,10 @@ def _caption(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messag
 
 def _dialogue(asked: Any, answer: Any, count: int) -> Messages:
     """A user turn with so many images, and the answer."""
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    messages: Messages = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": answer},
+    ]
     return _with_images(messages, count)
 
 
@@ -274,13 +232,6 @@ def _picture(key: str, value: Any) -> Any:
     return value
 
 
-def _entry(picture: Any) -> dict[str, Any]:
-    """A picture as a `datasets.Image` stores it."""
-    if isinstance(picture, dict):
-        return {"bytes": picture.get("bytes"), "path": picture.get("path")}
-    return {"bytes": None, "path": picture if isinstance(picture, str) else json.dumps(picture)}
-
-
 def _marked_parts(text: str) -> list[dict[str, Any]]:
     """A text cut at its `<image>` markers."""
     parts: list[dict[str, Any]] = []
@@ -305,111 +256,4 @@ def _string(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _hold_pictures(feature: Any, stored: Any) -> bool:
-    """Whether messages of this feature, as Arrow stores them, hold pictures (or bare numbers, which
-    are texts that `datasets` would turn into numbers)."""
-    import pyarrow.compute
-    from datasets import Json
-
-    if isinstance(feature, Json):
-        texts = stored.cast(pyarrow.string())
-        return pyarrow.compute.any(pyarrow.compute.match_substring_regex(texts, TO_BE_READ)).as_py()
-    if isinstance(feature, Mapping):
-        fields = {name: pyarrow.compute.struct_field(stored, name) for name in feature}
-        return any(
-            fields[name].null_count < len(stored)
-            if "type" in feature and name in PICTURE_KEYS
-            else _hold_pictures(inner, fields[name])
-            for name, inner in feature.items()
-        )
-    if hasattr(feature, "feature"):
-        return _hold_pictures(feature.feature, pyarrow.compute.list_flatten(stored))
-    return False
-
-
-def _stored(rows: "Dataset", column: str) -> Any:
-    """A column as Arrow stores it."""
-    return rows.with_format("arrow").select_columns([column])[:][column]
-
-
-def _image_column(rows: "Dataset") -> str | None:
-    return next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
-
-
-def _image_counts(rows: "Dataset") -> list[int]:
-    """How many images the image column of each row holds, none of them decoded."""
-    import pyarrow
-    import pyarrow.compute
-    from datasets import Json
-
-    column = _image_column(rows)
-    if column is None:
-        return [0] * len(rows)
-    values = _stored(rows, column)
-    feature = rows.features[column]
-    if isinstance(feature, Json):
-        decoded = [_decoded(value, feature) for value in values.to_pylist()]
-        return [len(v) if isinstance(v, list) else int(v is not None) for v in decoded]
-    if hasattr(feature, "feature"):
-        return pyarrow.compute.fill_null(pyarrow.compute.list_value_length(values), 0).to_pylist()
-    return values.is_valid().cast(pyarrow.int64()).to_pylist()
-
-
-def _encoded(rows: "Dataset", json: bool = True) -> "Dataset":
-    """The same rows with images, other media and, if `json`, untyped JSON left as stored: whoever
-    decodes media opens whatever paths and URLs the rows name."""
-    from datasets import Dataset, DatasetInfo, Features
-
-    features = Features(_undecoded(rows.features, json))
-    if features == rows.features:
-        return rows
-    rows = rows.flatten_indices(keep_in_memory=True) if rows._indices is not None else rows
-    info = DatasetInfo(features=features)
-    return Dataset(rows.data, info=info, split=rows.split, fingerprint=rows._fingerprint)
-
-
-def _undecoded(feature: Any, json: bool) -> Any:
-    """A feature whose images, other media and, if `json`, untyped JSON are not decoded."""
-    from datasets import Json
-
-    if isinstance(feature, Mapping):
-        return {name: _undecoded(inner, json) for name, inner in feature.items()}
-    if hasattr(feature, "feature"):
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature, json))
-    if not hasattr(feature, "decode") or (isinstance(feature, Json) and not json):
-        return feature
-    return dataclasses.replace(feature, decode=False)
-
-
-def _decoded(value: Any, feature: Any) -> Any:
-    """A stored value, its untyped JSON read: `datasets` itself turns a text "3.50" into a number.
-
-    Where it stores a text, that text may be any scalar's JSON; it is then the text itself.
-    """
-    from datasets import Json
-
-    if value is None:
-        return None
-    if isinstance(feature, Json):
-        try:
-            read = json.loads(value)
-        except ValueError:
-            return value
-        return value if read is None or isinstance(read, bool | int | float) else read
-    if isinstance(feature, Mapping):
-        return {name: _decoded(value[name], inner) for name, inner in feature.items()}
-    if hasattr(feature, "feature"):
-        return [_decoded(each, feature.feature) for each in value]
-    return value
-
-
-def _features() -> "Features":
-    """The columns that a converted row has."""
-    from datasets import Features, List, Value
-
-    part = {"type": Value("string"), "text": Value("string")}
-    message = {"role": Value("string"), "content": List(part)}
-    picture = {"bytes": Value("binary"), "path": Value("string")}
-    return Features(
-        {"messages": List(List(message)), "pictures": List(picture), "fault": Value("string")}
-    )
+INSIDE = RowFormat("pictures inside the content", ("messages",), _chat)

@@ -10,6 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from vlmoe.training.conversation_rows import ConversationRows
 from vlmoe.training.conversations import IMAGE, parse_row
 from vlmoe.training.data import load_rows
 from vlmoe.training.images import open_image
@@ -167,6 +168,17 @@ FORMS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
 def test_every_form_becomes_the_conversations_it_means(form: str, folder: Path) -> None:
     rows, expected = FORMS[form]
     assert read(write(folder, rows)) == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_are_passed_as_objects_are_read_alike(form: str, folder: Path) -> None:
+    rows, expected = FORMS[form]
+    for position, (row, (conversations, colors)) in enumerate(zip(rows, expected, strict=True)):
+        parsed = parse_row(row, position)
+        assert [[tuple(turn) for turn in each] for each in parsed.conversations] == conversations
+        assert parsed.images == [f"{color}.png" for color in colors]
+        (seen,) = ConversationRows([row])
+        assert parse_row(seen, position).conversations == parsed.conversations
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,216 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Datasets whose rows have the forms of other projects (`row_formats.py`), as conversations.
+
+The texts are read once and kept in the cache of `datasets`; images are neither decoded nor copied.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .row_formats import IMAGE_COLUMNS, INSIDE, PICTURE_KEYS, RowFormat, format_of, two_places
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+logger = logging.getLogger(__name__)
+
+TO_BE_READ = r'^\s*[^\[{"\s]|"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
+"""Found in JSON of messages that holds a bare number or a picture."""
+
+FAULTY: list[Any] = [[{"role": "faulty", "content": []}]]
+"""The messages of a row whose fault is kept in place of being raised."""
+
+
+def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = None) -> "Dataset":
+    """The rows with `messages` in place of the columns of another form; pictures that stood inside
+    the content are in `images`, as `{"bytes", "path"}`. Conversations are returned as they are.
+
+    Raises `ValueError` naming the row for a key that nobody reads, unless there is a list of
+    `faults` to add it to, and for pictures both inside the content and in a column.
+    """
+    rows = _encoded(rows, json=False)
+    form = _format_of(rows)
+    if form is None:
+        return rows
+    from datasets import concatenate_datasets
+
+    texts = _encoded(rows.select_columns(list(form.columns)))
+    converted = texts.add_column("image_count", _image_counts(rows)).map(
+        _converted,
+        with_indices=True,
+        fn_kwargs={"form": form, "features": texts.features, "source": source},
+        remove_columns=[*form.columns, "image_count"],
+        features=_features(),
+        desc=f"reading {form.name}",
+    )
+    found = [fault for fault in converted["fault"] if fault is not None]
+    if faults is not None:
+        faults += found
+    elif found:
+        raise ValueError(found[0])
+    converted = converted.remove_columns("fault")
+    column = _image_column(rows)
+    if any(converted["pictures"]):
+        if column is not None:
+            raise ValueError(f"{source}: {two_places(column)}")
+        converted = converted.rename_column("pictures", "images")
+    else:
+        converted = converted.remove_columns("pictures")
+    if form is not INSIDE or "images" in converted.column_names:
+        logger.warning("%s: read as %s (%s).", source, form.name, ", ".join(form.columns))
+    others = rows.remove_columns(list(form.columns))
+    return concatenate_datasets([others, converted], axis=1) if others.column_names else converted
+
+
+def _converted(
+    row: dict[str, Any], position: int, form: RowFormat, features: Any, source: str
+) -> dict[str, Any]:
+    """One row of `as_conversations`."""
+    decoded = {name: _decoded(row[name], features[name]) for name in features}
+    name = f"{source}, row {position}"
+    try:
+        messages, pictures = form.convert(decoded, row["image_count"], name)
+    except ValueError as error:
+        return {"messages": FAULTY, "pictures": [], "fault": str(error)}
+    return {
+        "messages": messages,
+        "pictures": [_entry(picture) for picture in pictures],
+        "fault": None,
+    }
+
+
+def is_faulty(given: Any) -> bool:
+    """Whether a row, or an entry of `images`, stands for one whose fault was kept when reading."""
+    if not isinstance(given, Mapping):
+        return False
+    if "messages" in given:
+        return given["messages"] == FAULTY
+    return given.get("bytes") is None and given.get("path") is None
+
+
+def _format_of(rows: "Dataset") -> RowFormat | None:
+    """The form of rows, or None for conversations with `images` and for other rows."""
+    if "messages" not in rows.column_names:
+        return format_of(rows.column_names)
+    inside = _hold_pictures(rows.features["messages"], _stored(rows, "messages"))
+    return INSIDE if inside else None
+
+
+def _entry(picture: Any) -> dict[str, Any]:
+    """A picture as a `datasets.Image` stores it."""
+    if isinstance(picture, dict):
+        return {"bytes": picture.get("bytes"), "path": picture.get("path")}
+    return {"bytes": None, "path": picture if isinstance(picture, str) else json.dumps(picture)}
+
+
+def _hold_pictures(feature: Any, stored: Any) -> bool:
+    """Whether messages of this feature, as Arrow stores them, hold pictures (or bare numbers, which
+    are texts that `datasets` would turn into numbers)."""
+    import pyarrow.compute
+    from datasets import Json
+
+    if isinstance(feature, Json):
+        texts = stored.cast(pyarrow.string())
+        return pyarrow.compute.any(pyarrow.compute.match_substring_regex(texts, TO_BE_READ)).as_py()
+    if isinstance(feature, Mapping):
+        fields = {name: pyarrow.compute.struct_field(stored, name) for name in feature}
+        return any(
+            fields[name].null_count < len(stored)
+            if "type" in feature and name in PICTURE_KEYS
+            else _hold_pictures(inner, fields[name])
+            for name, inner in feature.items()
+        )
+    if hasattr(feature, "feature"):
+        return _hold_pictures(feature.feature, pyarrow.compute.list_flatten(stored))
+    return False
+
+
+def _stored(rows: "Dataset", column: str) -> Any:
+    """A column as Arrow stores it."""
+    return rows.with_format("arrow").select_columns([column])[:][column]
+
+
+def _image_column(rows: "Dataset") -> str | None:
+    return next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
+
+
+def _image_counts(rows: "Dataset") -> list[int]:
+    """How many images the image column of each row holds, none of them decoded."""
+    import pyarrow
+    import pyarrow.compute
+    from datasets import Json
+
+    column = _image_column(rows)
+    if column is None:
+        return [0] * len(rows)
+    values = _stored(rows, column)
+    feature = rows.features[column]
+    if isinstance(feature, Json):
+        decoded = [_decoded(value, feature) for value in values.to_pylist()]
+        return [len(v) if isinstance(v, list) else int(v is not None) for v in decoded]
+    if hasattr(feature, "feature"):
+        return pyarrow.compute.fill_null(pyarrow.compute.list_value_length(values), 0).to_pylist()
+    return values.is_valid().cast(pyarrow.int64()).to_pylist()
+
+
+def _encoded(rows: "Dataset", json: bool = True) -> "Dataset":
+    """The same rows with images, other media and, if `json`, untyped JSON left as stored: whoever
+    decodes media opens whatever paths and URLs the rows name."""
+    from datasets import Dataset, DatasetInfo, Features
+
+    features = Features(_undecoded(rows.features, json))
+    if features == rows.features:
+        return rows
+    rows = rows.flatten_indices(keep_in_memory=True) if rows._indices is not None else rows
+    info = DatasetInfo(features=features)
+    return Dataset(rows.data, info=info, split=rows.split, fingerprint=rows._fingerprint)
+
+
+def _undecoded(feature: Any, json: bool) -> Any:
+    """A feature whose images, other media and, if `json`, untyped JSON are not decoded."""
+    from datasets import Json
+
+    if isinstance(feature, Mapping):
+        return {name: _undecoded(inner, json) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature, json))
+    if not hasattr(feature, "decode") or (isinstance(feature, Json) and not json):
+        return feature
+    return dataclasses.replace(feature, decode=False)
+
+
+def _decoded(value: Any, feature: Any) -> Any:
+    """A stored value, its untyped JSON read: `datasets` itself turns a text "3.50" into a number.
+
+    Where it stores a text, that text may be any scalar's JSON; it is then the text itself.
+    """
+    from datasets import Json
+
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        try:
+            read = json.loads(value)
+        except ValueError:
+            return value
+        return value if read is None or isinstance(read, bool | int | float) else read
+    if isinstance(feature, Mapping):
+        return {name: _decoded(value[name], inner) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return [_decoded(each, feature.feature) for each in value]
+    return value
+
+
+def _features() -> "Features":
+    """The columns that a converted row has."""
+    from datasets import Features, List, Value
+
+    part = {"type": Value("string"), "text": Value("string")}
+    message = {"role": Value("string"), "content": List(part)}
+    picture = {"bytes": Value("binary"), "path": Value("string")}
+    return Features(
+        {"messages": List(List(message)), "pictures": List(picture), "fault": Value("string")}
+    )
