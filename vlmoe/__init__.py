@@ -2,7 +2,8 @@
 """VLMoE: sparse mixture-of-experts vision-language models for the Hugging Face ecosystem.
 
 Importing the package registers its classes with `AutoConfig`, `AutoModel`,
-`AutoModelForImageTextToText` and `AutoProcessor`. What adapts experts with LoRA
+`AutoModelForImageTextToText`, `AutoModelForMultimodalLM`, `AutoModelForCausalLM` (which
+`AutoPeftModelForCausalLM` loads adapters with) and `AutoProcessor`. What adapts experts with LoRA
 (`expert_lora_config`, `enable_routed_lora`, `disable_routed_lora`, `hotswap_expert_lora`) needs
 peft, which is imported on first use.
 """
@@ -10,7 +11,14 @@ peft, which is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration.configuration_vlmoe import VLMoEConfig
 from .configuration.configuration_vlmoe_text import VLMoETextConfig
@@ -30,6 +38,8 @@ AutoConfig.register("vlmoe_text", VLMoETextConfig)
 AutoModel.register(VLMoEConfig, VLMoEModel)
 AutoModel.register(VLMoETextConfig, VLMoETextModel)
 AutoModelForImageTextToText.register(VLMoEConfig, VLMoEForConditionalGeneration)
+AutoModelForMultimodalLM.register(VLMoEConfig, VLMoEForConditionalGeneration)
+AutoModelForCausalLM.register(VLMoEConfig, VLMoEForConditionalGeneration)
 AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 
 __all__ = [

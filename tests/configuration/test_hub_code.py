@@ -12,7 +12,9 @@ from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     PreTrainedTokenizerBase,
 )
@@ -50,6 +52,8 @@ AUTO_CLASSES = {
     "AutoConfig": (AutoConfig, VLMoEConfig),
     "AutoModel": (AutoModel, VLMoEModel),
     "AutoModelForImageTextToText": (AutoModelForImageTextToText, VLMoEForConditionalGeneration),
+    "AutoModelForMultimodalLM": (AutoModelForMultimodalLM, VLMoEForConditionalGeneration),
+    "AutoModelForCausalLM": (AutoModelForCausalLM, VLMoEForConditionalGeneration),
     "AutoProcessor": (AutoProcessor, VLMoEProcessor),
 }
 Configs = Callable[..., VLMoEConfig]
@@ -218,6 +222,8 @@ def test_saving_again_replaces_code_and_auto_map_and_leaves_nothing_else(
         "AutoConfig": "configuration_vlmoe.VLMoEConfig",
         "AutoModel": "modeling_vlmoe.VLMoEModel",
         "AutoModelForImageTextToText": "modeling_vlmoe.VLMoEForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_vlmoe.VLMoEForConditionalGeneration",
+        "AutoModelForCausalLM": "modeling_vlmoe.VLMoEForConditionalGeneration",
     }
 
 
