@@ -81,13 +81,16 @@ def prompt_inputs(
     processor: Any, question: str, images: list[Any], system: str | None = None
 ) -> Any:
     """The model's inputs for a question about images."""
-    return processor.apply_chat_template(
-        conversation(question, images, system),
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
+    from vlmoe.training.input_errors import reading
+
+    with reading("The question, by the model's processor and chat template", keep=(ValueError,)):
+        return processor.apply_chat_template(
+            conversation(question, images, system),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
 
 
 def conversation(question: str, images: list[Any], system: str | None) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@
 Importing this module imports torch and transformers.
 """
 
-import json
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from vlmoe.configuration.configuration_vlmoe import PRESETS
 from vlmoe.modeling_vlmoe.whole_weights import require_finite
 from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from vlmoe.training.checkpoints import model_problems
+from vlmoe.training.input_errors import reading
+from vlmoe.training.json_files import read_json
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 from vlmoe.training.whole_model import weights_problems
 
+from .config_overrides import merged, replace_fields, require_known
 from .option_parser import close_matches, json_object
 from .options import ImageOptions, LoraOptions, ModelOptions, RuntimeOptions
 
@@ -43,18 +46,22 @@ def model_for_training(
     """
     overrides = json_object(options.model_overrides, "model_overrides")
     dtype = _dtype(options.dtype)
-    processor = None if checkpoint is None else VLMoEProcessor.from_pretrained(checkpoint)
+    processor = None if checkpoint is None else read_processor(checkpoint)
     if is_preset(options.model):
         config, processor = _new_config(options, overrides, texts, processor)
-        model = VLMoEForConditionalGeneration(config).to(dtype or torch.float32)
+        with _reading_overrides(overrides):
+            model = VLMoEForConditionalGeneration(config).to(dtype or torch.float32)
         model.generation_config = GenerationConfig.from_model_config(model.config)
     else:
         check_model_source(options.model)
         if options.tokenizer:
             raise ValueError("--tokenizer is for presets: a saved model keeps its tokenizer.")
-        config = VLMoEConfig.from_pretrained(options.model)
-        replace_fields(config, overrides)
-        processor = processor or VLMoEProcessor.from_pretrained(options.model)
+        if options.tiling:
+            raise ValueError("--tiling is for presets: a saved model keeps its own way.")
+        config = read_config(options.model)
+        with _reading_overrides(overrides):
+            replace_fields(config, overrides)
+        processor = processor or read_processor(options.model)
         model = load_model(options.model, config, dtype)
     _choose_implementations(model, options)
     if checkpoint is not None:
@@ -76,8 +83,7 @@ def config_and_processor(
     check_model_source(options.model)
     if options.tokenizer:
         raise ValueError("--tokenizer is for presets: a saved model keeps its tokenizer.")
-    config = VLMoEConfig.from_pretrained(options.model)
-    return config, VLMoEProcessor.from_pretrained(options.model)
+    return read_config(options.model), read_processor(options.model)
 
 
 def adapter_for_training(options: ModelOptions, lora: LoraOptions) -> tuple[Any, VLMoEProcessor]:
@@ -120,7 +126,7 @@ def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor
         raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
     model = load_model(source, dtype=_dtype(options.dtype))
     _choose_implementations(model, options)
-    return model.eval().to(device), VLMoEProcessor.from_pretrained(source)
+    return model.eval().to(device), read_processor(source)
 
 
 def image_limits(options: ImageOptions, default: ImageLimits = DEFAULT_LIMITS) -> ImageLimits:
@@ -154,13 +160,11 @@ def load_model(
     Raises:
         ValueError: they are not, or do not fit the config.
     """
-    try:
+    config = config or read_config(source)
+    with reading(f"The weights of {source}"):
         model = VLMoEForConditionalGeneration.from_pretrained(
             source, config=config, dtype=dtype or "auto"
         )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The weights of {source} do not fit its config: {reason}") from error
     require_finite(model.state_dict().items(), source)
     return model
 
@@ -211,24 +215,6 @@ def require_same_model(config: VLMoEConfig, checkpoint: Path) -> None:
         )
 
 
-def replace_fields(config: Any, overrides: dict[str, Any]) -> None:
-    """Set fields of a loaded config, nested ones by nested dicts.
-
-    Raises:
-        ValueError: the config has no such field, or the value does not fit.
-    """
-    for key, value in overrides.items():
-        if not hasattr(config, key):
-            matches = close_matches(key, list(config.to_dict()))
-            raise ValueError(f"--model_overrides: the config has no field {key!r}{matches}.")
-        if isinstance(value, dict) and hasattr(getattr(config, key), "to_dict"):
-            replace_fields(getattr(config, key), value)
-        else:
-            setattr(config, key, value)
-    if hasattr(config, "validate_architecture"):
-        config.validate_architecture()
-
-
 def _new_config(
     options: ModelOptions,
     overrides: dict[str, Any],
@@ -236,9 +222,11 @@ def _new_config(
     processor: VLMoEProcessor | None,
 ) -> tuple[VLMoEConfig, VLMoEProcessor]:
     """The preset's config with the overrides and the tokenizer's ids, and a processor that fits."""
-    fields = json.loads((PRESETS / f"{options.model}.json").read_text(encoding="utf-8"))
-    _require_known_fields(overrides)
-    fields = _merged(fields, overrides)
+    preset = read_json(PRESETS / f"{options.model}.json")
+    with _reading_overrides(overrides):
+        require_known(VLMoEConfig(**preset), overrides)
+        fields = merged(preset, overrides)
+        VLMoEConfig(**fields)  # before a tokenizer is trained for it
     if processor is not None:
         tokenizer = processor.tokenizer
     elif options.tokenizer:
@@ -250,10 +238,28 @@ def _new_config(
     text["vocab_size"] = text["vocab_size"] if trained else len(tokenizer)
     text |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     fields["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE)
-    config = VLMoEConfig(**fields)
-    if processor is None:
-        processor = VLMoEProcessor.for_config(config, tokenizer, tiling=options.tiling)
+    with _reading_overrides(overrides):
+        config = VLMoEConfig(**fields)
+        if processor is None:
+            processor = VLMoEProcessor.for_config(config, tokenizer, tiling=options.tiling)
     return config, processor
+
+
+def _reading_overrides(overrides: dict[str, Any]) -> AbstractContextManager[None]:
+    """What is raised in the block is the fault of `--model_overrides`, if there are some."""
+    return reading("--model_overrides") if overrides else nullcontext()
+
+
+def read_config(source: str) -> VLMoEConfig:
+    """The config of a saved model; raises `InputError`."""
+    with reading(f"{source}/config.json"):
+        return VLMoEConfig.from_pretrained(source)
+
+
+def read_processor(source: str | Path) -> VLMoEProcessor:
+    """The processor of a saved model; raises `InputError`."""
+    with reading(f"The processor of {source}"):
+        return VLMoEProcessor.from_pretrained(source)
 
 
 def _chat_tokenizer(source: str) -> Any:
@@ -261,9 +267,10 @@ def _chat_tokenizer(source: str) -> Any:
     path = Path(source).expanduser()
     if (path.is_absolute() or source.startswith((".", "~"))) and not path.exists():
         raise FileNotFoundError(f"There is no tokenizer folder {source}.")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_tokens([*CHAT_TOKENS, *tile_markers()], special_tokens=True)
-    tokenizer.pad_token, tokenizer.eos_token = PAD, END
+    with reading(f"--tokenizer {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.add_tokens([*CHAT_TOKENS, *tile_markers()], special_tokens=True)
+        tokenizer.pad_token, tokenizer.eos_token = PAD, END
     tokenizer.chat_template = None
     return tokenizer
 
@@ -272,29 +279,11 @@ def _choose_implementations(
     model: VLMoEForConditionalGeneration, options: ModelOptions | RuntimeOptions
 ) -> None:
     if options.attn_implementation:
-        model.set_attn_implementation(options.attn_implementation)
+        with reading(f"--attn_implementation {options.attn_implementation}"):
+            model.set_attn_implementation(options.attn_implementation)
     if options.experts_implementation:
-        model.set_experts_implementation(options.experts_implementation)
-
-
-def _require_known_fields(overrides: dict[str, Any]) -> None:
-    """Raise for a field that the configs do not have; they would keep it silently."""
-    config: Any = VLMoEConfig()
-    for part, given in ((config, overrides), (config.text_config, overrides.get("text_config"))):
-        known = list(part.to_dict())
-        for key in given or {}:
-            if key not in known:
-                matches = close_matches(key, known)
-                raise ValueError(f"--model_overrides: the config has no field {key!r}{matches}.")
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, nested dicts merged."""
-    merged = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if nested else value
-    return merged
+        with reading(f"--experts_implementation {options.experts_implementation}"):
+            model.set_experts_implementation(options.experts_implementation)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

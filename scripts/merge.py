@@ -54,19 +54,18 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
 
 
 def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
-    from vlmoe import VLMoEProcessor
     from vlmoe.modeling_vlmoe.quantization import quantized_experts
     from vlmoe.training.adapter_files import adapter_config, load_adapter
     from vlmoe.training.atomic_files import publish_folder, staging_folder
 
-    from .loading import check_model_source, load_model
+    from .loading import check_model_source, load_model, read_processor
 
     config = adapter_config(folder)
     source = model or config.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"{folder} does not say what its base model is; give --model.")
     check_model_source(source)
-    processor = VLMoEProcessor.from_pretrained(source)
+    processor = read_processor(source)
     base = load_model(source)
     if quantized_experts(base):
         raise ValueError(

@@ -127,8 +127,8 @@ def json_object(text: str | None, option: str) -> dict[str, Any]:
         ValueError: it is no JSON, or no object.
     """
     try:
-        given = json.loads(text) if text else {}
-    except ValueError as error:
+        given = json.loads(text, parse_constant=_refuse_constant) if text else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--{option} is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"--{option} must be a JSON object of fields; got {text}.")
@@ -169,7 +169,7 @@ def read_config(path: str | Path, option_classes: list[type]) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no config file {path}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(
@@ -183,8 +183,30 @@ def read_config(path: str | Path, option_classes: list[type]) -> dict[str, Any]:
         if values[key] is False and key.endswith("_strategy"):
             values[key] = "no"  # YAML reads a bare `no` as false
     if isinstance(values.get("model_overrides"), dict):
-        values["model_overrides"] = json.dumps(values["model_overrides"])
+        values["model_overrides"] = json.dumps(values["model_overrides"], default=str)
+    _require_types(values, option_classes, path)
     return values
+
+
+def _require_types(values: dict[str, Any], option_classes: list[type], path: Path) -> None:
+    """Refuse values that no option of ours takes; `TrainingArguments` checks its own.
+
+    Raises:
+        ValueError: names the file, the option and the value.
+    """
+    for options in option_classes:
+        if not hasattr(options, "_argument_group_name"):
+            continue
+        hints = get_type_hints(options)
+        for field in dataclasses.fields(options):
+            value = values.get(field.name)
+            is_list = "list" in str(hints[field.name])
+            wanted = list if is_list else (str, int, float, bool)
+            fits = isinstance(value, wanted) and (
+                not isinstance(value, bool) or _value_type(hints[field.name]) is bool
+            )
+            if value is not None and not fits:
+                raise ValueError(f"{path}: --{field.name} cannot be {value!r}.")
 
 
 def split_config(argv: list[str], option_classes: list[type]) -> tuple[dict[str, Any], list[str]]:
@@ -234,6 +256,10 @@ def _value_type(hint: Any) -> Any:
     if get_origin(hint) is types.UnionType:
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
     return get_args(hint)[0] if get_origin(hint) is list else hint
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _parse_bool(text: str) -> bool:

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from vlmoe.training.input_errors import reading
+
 from .option_parser import parse_options
 from .options import TRAINING_DEFAULTS, DataOptions, ImageOptions, LoraOptions, ModelOptions
 
@@ -47,7 +49,8 @@ def parse_training(
         FileNotFoundError: there is no such config file.
     """
     parser, option_classes = training_parser(), list(OPTION_CLASSES)
-    model, data, images, lora, arguments, _ = parse_options(parser, argv, option_classes)
+    with reading("The options of TrainingArguments", keep=(ValueError, OSError, ImportError)):
+        model, data, images, lora, arguments, _ = parse_options(parser, argv, option_classes)
     return model, data, arguments, lora, images
 
 

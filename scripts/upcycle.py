@@ -56,22 +56,27 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
             does not compute what the dense one does.
         OSError: a file is missing or damaged, or the disk is full.
     """
+    from vlmoe.training.input_errors import reading
     from vlmoe.training.training_stages import saved_model
     from vlmoe.training.upcycled_folder import source_fingerprint, upcycle_folder
     from vlmoe.training.upcycling_sample import prepared_sample
 
     output = require(options.output_dir, "output_dir", "upcycle")
     template = _text_of(options.chat_template, "chat_template")
-    begin, processor_for = (_vision_and_text if options.vision else _whole)(
-        model, options, template
-    )
     sources = [source for source in (model, options.vision) if source]
+
+    def read(function: Any, *arguments: Any) -> Any:
+        with reading(" and ".join(sources), keep=(ValueError, OSError, ImportError)):
+            return function(*arguments)
+
+    make = _vision_and_text if options.vision else _whole
+    begin, processor_for = read(make, model, options, template)
     request = vars(options) | {"model": model, "chat_template": template}
     return upcycle_folder(
-        begin,
+        lambda sample_for: read(begin, sample_for),
         Path(output),
         request | {"files": [source_fingerprint(source) for source in sources]},
-        processor_for=processor_for,
+        processor_for=lambda config: read(processor_for, config),
         sample_for=lambda processor: prepared_sample(processor, with_images=not options.vision),
         bases=[saved_model(source) for source in sources],
         max_shard_size=options.max_shard_size,

@@ -6,9 +6,9 @@ B (out, r * experts), under the name of the bank. Servers read the names of the 
 before the bank was fused: `experts.3.gate_proj.lora_A.weight` (r, in), `...lora_B.weight` (out, r).
 """
 
-import json
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,9 +18,21 @@ from torch import nn
 from ..modeling_vlmoe.whole_weights import require_finite
 from .atomic_files import atomic_path, write_json
 from .file_checks import content_problems
+from .input_errors import reading
+from .json_files import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _BANK_KEY = re.compile(r"^(.*\.experts)((?:\.base_layer)*)\.lora_([AB])\.weight$")
+
+_FIELDS: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": (int, float),
+    "target_parameters": (list, NoneType),
+    "target_modules": (list, str, NoneType),
+    "rank_pattern": (dict, NoneType),
+    "alpha_pattern": (dict, NoneType),
+    "base_model_name_or_path": (str, NoneType),
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,9 +50,12 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{folder} holds no {name}: it is no folder of a LoRA adapter.")
     if problems := list(content_problems(folder)):
         raise ValueError(f"The adapter in {folder} is damaged: {'; '.join(problems)}.")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')}, not LORA.")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(config.get(name), kinds) or isinstance(config.get(name), bool):
+            raise ValueError(f"{folder / CONFIG_FILE}: `{name}` is {config.get(name)!r:.60}.")
     return config
 
 
@@ -71,7 +86,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     )
 
     _, tensors = read_adapter(folder)
-    adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
+    with reading(f"The adapter in {folder}"):
+        adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
     expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(adapted).items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | given.keys()):

@@ -12,7 +12,6 @@ A folder that cannot be resumed from may hold good weights all the same: they ar
 most their folder is renamed.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,8 @@ from typing import Any
 
 from .atomic_files import free_name, remove_folder
 from .file_checks import content_problems, json_problem
+from .input_errors import InputError
+from .json_files import read_json
 from .whole_model import weights_problems
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def has_whole_weights(folder: Path) -> bool:
 def _shards(file: Path) -> set[str]:
     """The files that a whole index names; of another file, none."""
     is_index = file.name.endswith(".index.json")
-    return set(json.loads(file.read_bytes())["weight_map"].values()) if is_index else set()
+    return set(read_json(file)["weight_map"].values()) if is_index else set()
 
 
 def _is_empty(path: Path) -> bool:
@@ -237,7 +238,7 @@ def _whole_model(absent: Iterable[str], folder: Path, leave_out: tuple[str, ...]
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer state of a whole checkpoint, as a dict: `global_step`, `log_history`, ..."""
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / STATE_FILE, finite=False)
 
 
 def _state_problems(folder: Path) -> Iterator[str]:
@@ -247,12 +248,12 @@ def _state_problems(folder: Path) -> Iterator[str]:
         return
     try:
         state = read_state(folder)
-    except ValueError as error:
-        yield f"{STATE_FILE}: not valid JSON ({error})"
+    except InputError as error:
+        yield str(error).removeprefix(f"{folder}/").rstrip(".")
         return
-    step = state.get("global_step") if isinstance(state, dict) else None
-    if not isinstance(step, int):
-        yield f"{STATE_FILE}: no global_step"
+    step = state.get("global_step")
+    if type(step) is not int or not isinstance(state.get("log_history"), list):
+        yield f"{STATE_FILE}: no global_step or no log_history"
     elif checkpoint_step(folder) not in (-1, step):
         yield f"{STATE_FILE}: is of step {step}, not of step {checkpoint_step(folder)}"
 
@@ -301,4 +302,4 @@ def _config_of(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file() or json_problem(file):
         return {}  # reported by itself
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)

@@ -24,6 +24,7 @@ from .conversations import COLUMNS, has_image_parts, without_image_parts
 from .field_names import misspelled
 from .image_column import ImageSources, image_files, with_image_column
 from .images import altered_image
+from .input_errors import reading
 from .local_files import FORMATS, local_splits, read_local
 from .row_datasets import as_conversations
 from .row_formats import IMAGE_COLUMNS, READ_AS_WELL
@@ -86,7 +87,8 @@ def load_rows(
         "allow_image_urls": allow_image_urls,
         "faults": faults,
     }
-    rows = _standard_columns(_read(source, split, config_name, allowed), source, split)
+    with reading(source, keep=(ValueError, OSError, ImportError)):
+        rows = _standard_columns(_read(source, split, config_name, allowed), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:

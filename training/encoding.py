@@ -22,6 +22,7 @@ from ..processing.image_checks import decode
 from ..processing.image_sources import encoded_image
 from .conversations import Conversation, count_images
 from .images import encoded_key, open_image, pixel_key
+from .input_errors import reading
 from .lru_cache import ByteBoundedCache
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -92,7 +93,8 @@ class ConversationEncoder:
         self, conversation: Conversation, name: str, generation_prompt: bool
     ) -> EncodedConversation:
         """Render, tokenise and cut at the image tokens."""
-        token_ids, mask = self._tokenize(conversation, generation_prompt)
+        with reading(f"{name}, the chat template and tokenizer"):
+            token_ids, mask = self._tokenize(conversation, generation_prompt)
         gaps = np.flatnonzero(token_ids == self.image_token_id)
         if len(gaps) != count_images(conversation):
             raise ValueError(

@@ -1,7 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Whether the files of a saved model or checkpoint are whole, judged without loading them.
 
-- JSON files parse;
+- JSON files parse, and hold the kind of value that files of their name do;
 - safetensors files: the header parses, and the file has exactly the bytes that it promises. The
   format has no checksum: a flipped bit in a weight goes unseen;
 - an index names shards that are there, and they hold the tensors that it lists;
@@ -11,7 +11,6 @@
 A problem is a text; None stands for a whole file.
 """
 
-import json
 import math
 import re
 import struct
@@ -20,6 +19,22 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .input_errors import InputError
+from .json_files import parse_json, read_json
+
+# What the files of a model hold at their top level; other JSON files are the user's own.
+OF_A_MODEL: dict[str, type] = {
+    **dict.fromkeys(("config.json", "generation_config.json", "processor_config.json"), dict),
+    **dict.fromkeys(("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"), dict),
+    **dict.fromkeys(("special_tokens_map.json", "added_tokens.json", "vocab.json"), dict),
+    **dict.fromkeys(("adapter_config.json", "trainer_state.json", "train_results.json"), dict),
+    **dict.fromkeys(("metrics.json", "evaluate_results.json"), dict),
+    **dict.fromkeys(("training_stages.json", "router_telemetry.json"), list),
+}
+MAY_HOLD_NAN = ("trainer_state.json", "router_telemetry.json")  # what was logged, as Python has it
+# Objects inside them, wherever they are.
+PARTS = ("text_config", "vision_config", "image_processor", "weight_map", "rope_parameters")
 
 _BITS = {
     "BOOL": 8,
@@ -53,11 +68,16 @@ def content_problems(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[
 
 
 def json_problem(file: Path) -> str | None:
-    """What is wrong with a JSON file."""
+    """What is wrong with a JSON file: it does not parse, or holds another kind of value than files
+    of its name do."""
+    kind = OF_A_MODEL.get(file.name, (dict, list, str, bool, int, float, type(None)))
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return f"not valid JSON ({error})"
+        content = read_json(file, kind, finite=file.name not in MAY_HOLD_NAN)
+        for name in (each for each in PARTS if kind is dict and each in content):
+            if not isinstance(content[name], (dict, type(None))):
+                return f"`{name}` must be an object, is {content[name]!r:.60}"
+    except InputError as error:
+        return str(error).removeprefix(f"{file}: ").rstrip(".")
     return None
 
 
@@ -74,9 +94,14 @@ def _index_problem(file: Path) -> str | None:
     """Every shard that the index names is there and holds the tensors that the index expects in
     it."""
     try:
-        shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        return f"no weight map ({error})"
+        shard_of = read_json(file).get("weight_map")
+    except InputError as error:
+        return str(error).removeprefix(f"{file}: ").rstrip(".")
+    if not isinstance(shard_of, dict) or not shard_of:
+        return "no weight map"
+    for shard in shard_of.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            return f"the weight map names {shard!r:.60}, which is no file beside it"
     missing = sorted(name for name in set(shard_of.values()) if not (file.parent / name).is_file())
     if missing:
         return f"the shard {missing[0]} is missing"
@@ -123,14 +148,15 @@ def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"has {size} bytes, too few for its header")
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw, "it")
         header.pop("__metadata__", None)
         for entry in header.values():
             start, end = entry["data_offsets"]
+            numbers = [start, end, *entry["shape"]]
             valid = (
                 isinstance(entry["dtype"], str)
-                and 0 <= start <= end
-                and all(n >= 0 for n in entry["shape"])
+                and all(type(number) is int and number >= 0 for number in numbers)
+                and start <= end
             )
             if not valid:
                 raise ValueError(f"bad entry {entry}")

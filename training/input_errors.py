@@ -15,21 +15,25 @@ class InputError(ValueError):
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn any exception of the block into `InputError("what: reason")`, in one line.
 
     Args:
-        what: the input that is read, as the user knows it: a path, `--option`, a row.
+        what: the input that is read, as the user knows it: a path, `--option`, a row. A message
+            that begins with it is kept as it is.
+        keep: classes that pass through unchanged, as their messages name the input already.
 
     Raises:
         InputError: chained to what was raised; an InputError passes through unchanged.
     """
     try:
         yield
-    except InputError:
+    except (InputError, *keep):
         raise
     except Exception as error:
-        raise InputError(f"{what}: {reason_of(error)}") from error
+        reason = reason_of(error)
+        named = reason.startswith(what)
+        raise InputError(reason if named else f"{what}: {reason}") from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -31,7 +31,8 @@ from ..modeling_vlmoe.upcycling.report import REPORT_NAME
 from ..processing.image_layout import TILING_OPTIONS
 from ..processing.tower_layout import image_seq_length, tower_image_size
 from .atomic_files import atomic_path
-from .training_stages import LICENSE_FIELDS, RESULTS_FILE, STAGES_FILE, read_json, read_stages
+from .input_errors import InputError, reading
+from .training_stages import LICENSE_FIELDS, RESULTS_FILE, STAGES_FILE, read_stages, saved_json
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +155,19 @@ def render_model_card(
 ) -> str:
     """The text of the card; see `write_model_card`."""
     folder = Path(folder)
-    config, stages = _read_config(folder), read_stages(folder)
-    evaluations, upcycled = _read_evaluations(folder), read_json(folder / REPORT_NAME)
+    config = _read_config(folder)
+    with reading(f"{folder}: {STAGES_FILE}, {REPORT_NAME} or results that no card can tell"):
+        return _rendered(folder, config, repo_id, metadata or {})
+
+
+def _rendered(
+    folder: Path, config: VLMoEConfig, repo_id: str | None, metadata: Mapping[str, Any]
+) -> str:
+    stages = read_stages(folder)
+    evaluations, upcycled = _read_evaluations(folder), saved_json(folder / REPORT_NAME)
     name = (repo_id or "").split("/")[-1] or _model_name(folder, stages)
     start = stages[-1]["start"] if stages else _start_of_upcycled(upcycled or {})
-    data = _metadata(config, start, stages, evaluations, {"model_name": name, **(metadata or {})})
+    data = _metadata(config, start, stages, evaluations, {"model_name": name, **metadata})
     return _template().render(
         metadata=data.to_yaml(),
         marker=MARKER,
@@ -179,25 +188,26 @@ def render_model_card(
 
 
 def _read_config(folder: Path) -> VLMoEConfig:
-    values = read_json(folder / "config.json")
+    values = saved_json(folder / "config.json")
     if values is None:
         raise FileNotFoundError(f"{folder} holds no config.json: a card tells of a saved model.")
     if values.get("model_type") != "vlmoe":
         raise ValueError(
             f"{folder}/config.json is of a {values.get('model_type')!r} model; allowed: vlmoe."
         )
-    return VLMoEConfig.from_dict(values)
+    with reading(f"{folder}/config.json"):
+        return VLMoEConfig.from_dict(values)
 
 
 def _read_evaluations(folder: Path) -> list[Evaluation]:
     """What metrics.json and evaluate_results.json tell; of the same data only the former."""
     known = []
     for file, read in ((METRICS_FILE, _demo_evaluation), (EVALUATION_FILE, _command_evaluation)):
-        values = read_json(folder / file)
+        values = saved_json(folder / file)
         try:
             known += [] if values is None else [read(values)]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
                 f"{folder / file} is not what this version of vlmoe writes ({error!r}); make it "
                 "again, or take it away."
             ) from error
@@ -298,7 +308,7 @@ def _sparse_layers(config: VLMoEConfig) -> list[int]:
 def _image_facts(config: VLMoEConfig, folder: Path) -> dict[str, Any]:
     """Pixels and tokens of an image or tile, and whether large images are tiled; None where the
     vision tower takes any size."""
-    processor = read_json(folder / "processor_config.json") or {}
+    processor = saved_json(folder / "processor_config.json") or {}
     image_processor = processor.get("image_processor") or {}
     tiling = any(image_processor.get(option) for option in TILING_OPTIONS)
     size = tokens = None

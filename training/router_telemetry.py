@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from .atomic_files import atomic_path
 from .expert_load import ExpertLoad, record_expert_load
+from .json_files import read_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -106,8 +107,8 @@ def read_telemetry(path: str | Path) -> list[dict[str, Any]]:
         ValueError: the file is damaged.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(entries, list) and all(isinstance(entry["step"], int) for entry in entries):
+        entries = read_json(path, list, finite=False)
+        if all(isinstance(entry["step"], int) for entry in entries):
             return entries
         problem = "it holds no list of entries with a `step`"
     except (ValueError, KeyError, TypeError) as error:

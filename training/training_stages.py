@@ -7,7 +7,6 @@ the list goes back to the first weights. The model card is rendered from it (mod
 are left out: of a local folder or file only its name is kept.
 """
 
-import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from transformers import TrainerState, TrainingArguments
+
+from .input_errors import InputError
+from .json_files import read_json
 
 STAGES_FILE = "training_stages.json"
 RESULTS_FILE = "train_results.json"
@@ -56,9 +58,12 @@ def read_stages(folder: str | Path) -> list[dict[str, Any]]:
 
     The last one holds the results of train_results.json as `results`.
     """
-    stages = read_json(Path(folder) / STAGES_FILE) or []
+    file = Path(folder) / STAGES_FILE
+    stages = saved_json(file, list) or []
+    if not all(isinstance(stage, dict) for stage in stages):
+        raise InputError(f"{file}: must hold a list of objects, one for each training.")
     if stages:
-        stages[-1]["results"] = read_json(Path(folder) / RESULTS_FILE)
+        stages[-1]["results"] = saved_json(Path(folder) / RESULTS_FILE)
     return stages
 
 
@@ -185,18 +190,13 @@ def dataset_name(source: str | None) -> tuple[str | None, bool]:
     return (path.resolve().name if is_local else source), is_local
 
 
-def read_json(file: Path) -> Any:
+def saved_json(file: Path, kind: type = dict) -> Any:
     """The content of a JSON file, or None where there is no such file.
 
     Raises:
-        ValueError: it is not valid JSON; the message names the file.
+        InputError: it is not valid JSON, or not of the kind; the message names the file.
     """
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return read_json(file, kind) if file.is_file() else None
 
 
 def _card_data(source: str | Path) -> Any:

@@ -22,6 +22,7 @@ from ..modeling_vlmoe.whole_weights import (
     require_finite,
 )
 from .file_checks import tensor_headers
+from .input_errors import InputError, reading
 
 CONFIG_FILE, WEIGHTS = "config.json", "model.safetensors"
 
@@ -35,16 +36,17 @@ def weights_problems(folder: Path, config: VLMoEConfig | None = None) -> Iterato
     """
     if not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
         return
+    unfit = f"{CONFIG_FILE}: no model can be built from it"
     try:
-        config = config or VLMoEConfig.from_pretrained(folder)
-        with quietly():
+        with reading(unfit, keep=(NotWholeError,)), quietly():
+            config = config or VLMoEConfig.from_pretrained(folder)
             model = VLMoEForConditionalGeneration.from_pretrained(
                 folder, config=config, device_map=meta_device_map()
             )
     except NotWholeError as error:
         yield f"{WEIGHTS}: {error.problems}"
-    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        yield f"{CONFIG_FILE}: no model can be built from it ({error})"
+    except InputError as error:
+        yield str(error)
     else:
         yield from _dtype_problems(folder, model)
 

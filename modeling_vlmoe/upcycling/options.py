@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from ...configuration.configuration_vlmoe import VLMoEConfig
@@ -166,4 +167,6 @@ class Upcycling:
 
 def _require(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+        close = get_close_matches(str(value), allowed, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{name} is {value!r}{meant}; allowed: {', '.join(allowed)}.")

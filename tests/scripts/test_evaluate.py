@@ -46,7 +46,7 @@ def test_the_results_lie_in_the_model_folder_by_default(
     ("arguments", "message"),
     [
         (["--split", "dev"], "dev"),
-        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--batch_size", "0"], "--batch_size must be 1 or more"),
         (["--max_length", "3"], "more than max_length=3"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--dtype", "int8"], "--dtype 'int8' is no number type"),

@@ -453,9 +453,9 @@ def test_results_of_older_weights_do_not_stay(
     [
         ("config.json", None, "holds no config.json"),
         ("config.json", '{"model_type": "llava"}', "is of a 'llava' model"),
-        ("metrics.json", "{", "metrics.json is not valid JSON"),
+        ("metrics.json", "{", "metrics.json: not valid JSON"),
         ("metrics.json", '{"accuracy": 1}', "metrics.json is not what this version"),
-        ("evaluate_results.json", "[]", "evaluate_results.json is not what this version"),
+        ("evaluate_results.json", "[]", "evaluate_results.json: must hold an object"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(
