@@ -53,9 +53,10 @@ def load_rows(
     """Load a split as conversational rows.
 
     Arguments:
-        source: `easy_vqa`, `easy_vqa_captions`, a parquet, json or jsonl file, a folder of them, an
-            image folder with `metadata.jsonl` or with a caption in a text file beside each
-            picture, a folder written by `save_to_disk`, or the id of a dataset on the Hub.
+        source: `easy_vqa`, `easy_vqa_captions`, a parquet, json(l), csv or tsv file, a folder of
+            them, an image folder with `metadata.jsonl` or `metadata.csv` or with a caption in a
+            text file beside each picture, a folder written by `save_to_disk`, or the id of a
+            dataset on the Hub.
         split: its name; on the Hub also a slice such as `train[:10%]`.
         limit: keep the first rows only.
         altered_copies: append so many copies of every row with its images shifted a little, every

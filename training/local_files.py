@@ -1,17 +1,18 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Rows from local files: parquet, json(l), folders of them, image folders, saved datasets.
+"""Rows from local files: parquet, json(l), csv, folders of them, image folders, saved datasets.
 
 - A folder's splits follow the names of its files, and then of its sub-folders, as in `datasets`:
   `train.jsonl`, `data/test-00000-of-00001.parquet`, `validation/rows.jsonl`. Where no name tells,
-  everything is `train`.
-- A folder with `metadata.jsonl` files is an image folder: its splits are the folders of those
-  files, and its rows name images in `file_name` (one) or `images` (a list).
+  everything is `train`. Tables (csv, tsv), all text, are read where there is nothing else.
+- A folder with `metadata.jsonl` or `metadata.csv` files is an image folder: its splits are the
+  folders of those files, and its rows name images in `file_name` (one) or `images` (a list).
 - A folder of pictures, each with its caption in a text file of the same name (`a.png`, `a.txt`),
   has the splits that its sub-folders are named after.
 - Image paths are relative to the file that names them, and stay below the folder that is read
   (`image_column.py`).
 """
 
+import csv
 import glob
 import logging
 import os
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 from .caption_folders import caption_rows, captioned_pictures
 from .content_digest import content_digest
 from .image_column import ImageSources, with_image_column
+from .input_errors import reading
+from .json_rows import require_shallow, require_utf8
 from .row_datasets import as_conversations
 
 if TYPE_CHECKING:
@@ -31,7 +34,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+FORMATS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+METADATA = ("metadata.jsonl", "metadata.csv")
+SEPARATORS = {"csv": ",", "tsv": "\t"}
 SPLIT_WORDS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
@@ -105,10 +116,11 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
             raise ValueError(f"{path}: unknown file type; allowed are {', '.join(FORMATS)}.")
         named = _split_name(path.stem)
         return {"train": [path]} if named is None else {named: [path]}
-    metadata = sorted(path.rglob("metadata.jsonl"))
+    files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
+    metadata = [file for file in files if file.name in METADATA]
     if metadata:
         return _group((file, _split_of_folder(file.parent, path)) for file in metadata)
-    files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
+    files = [file for file in files if FORMATS[file.suffix] not in SEPARATORS] or files
     if not files:
         pictures = captioned_pictures(path)
         if not pictures:
@@ -165,15 +177,32 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
     _refuse_unreadable_name(names)
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"empty dataset: {names} has 0 bytes.")
+    options: dict[str, Any] = {}
+    if kind in SEPARATORS:
+        options = {"sep": SEPARATORS[kind], "keep_default_na": False}
+        options["features"] = _columns_of_text(files[0], SEPARATORS[kind])
+    for file in files if kind == "json" else ():
+        require_utf8(file)
+        require_shallow(file)
+    paths = [glob.escape(str(file)) for file in files]
     name = f"content-{content_digest(files)}"  # part of the cache's key
+    kind = "csv" if kind in SEPARATORS else kind
     try:
-        return load_dataset(
-            kind, name, data_files=[glob.escape(str(file)) for file in files], split="train"
-        )
+        return load_dataset(kind, name, data_files=paths, split="train", **options)
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"empty dataset: {names} has no rows.") from error
         raise ValueError(f"{names} cannot be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _columns_of_text(file: Path, separator: str) -> Any:
+    """The columns of a table, each of texts: "007" is no number, and "NA" is not nothing."""
+    from datasets import Features, Value
+
+    require_utf8(file)
+    with reading(str(file)), open(file, encoding="utf-8-sig", newline="") as opened:
+        names = next(csv.reader(opened, delimiter=separator), [])
+    return Features({name: Value("string") for name in names})
 
 
 def _pick_split(path: Path, splits: dict[str, Any], split: str) -> Any:

@@ -381,11 +381,11 @@ def test_broken_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_file_of_another_type_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.txt").write_text("a,b")
     with pytest.raises(
         ValueError, match=r"unknown file type; allowed are \.parquet, \.json, \.json"
     ):
-        load_rows(str(tmp_path / "a.csv"))
+        load_rows(str(tmp_path / "a.txt"))
 
 
 def test_folder_without_data_is_refused(tmp_path: Path) -> None:
@@ -474,3 +474,68 @@ def test_altered_copies_of_unchanged_pictures_are_found_again(tmp_path: Path) ->
     assert first.to_dict() == again.to_dict()
     assert sorted(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) == files
     assert any("cache-" in file.name for file in files)
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize("name", ["rows", "metadata"])
+def test_tables_are_read_as_text(
+    tmp_path: Path, suffix: str, separator: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, 3)
+    lines = [
+        ("\ufefffile_name", "question", "answer"),
+        ("0.png", '"a, ""b""\tc?"', "007"),
+        ("1.png", "question?", "NA"),
+        (".\\2.png", "question?", "null"),
+    ]
+    path = tmp_path / f"{name}.{suffix}"
+    path.write_text("\n".join(separator.join(line) for line in lines), encoding="utf-8")
+    for source in (path, tmp_path):
+        rows = load_rows(str(source))
+        assert answers(rows) == ["007", "NA", "null"]
+        assert parse_row(rows[0], 0).conversations[0][0].text() == 'a, "b"\tc?'
+        for number, row in enumerate(rows):
+            assert open_image(row["images"][0], "x").tobytes() == picture(number).tobytes()
+
+
+def test_a_table_beside_rows_is_not_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "rows.jsonl", [{"messages": conversation(1, images=0)}])
+    (tmp_path / "scores.csv").write_text("a,b\n1,2\n")
+    assert answers(load_rows(str(tmp_path))) == ["answer 1"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv"])
+def test_another_encoding_is_refused_with_the_remedy(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    text = json.dumps({"messages": conversation(1, images=0)}) if "json" in name else "a,b\n1,2\n"
+    (tmp_path / name).write_text(text, encoding=encoding)
+    with pytest.raises(ValueError, match=rf"{name}: is in UTF-16 .* Save it as UTF-8"):
+        load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"a": "\n' + "[" * 100_000,
+        "]" * 200_000 + "\n" + "[" * 100_000,
+        '{"a": "\\\\"}\n{"b": ' + "[" * 100_000,
+    ],
+    ids=["lists", "objects", "closed", "after an open string", "after a surplus", "after escapes"],
+)
+def test_deep_json_is_refused_before_it_is_parsed(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: nested too deep.* depth of 100"):
+        load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"PAR1" * 100, b"PAR1" + bytes(range(256)) * 4 + b"PAR1"])
+def test_damaged_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.parquet cannot be read as parquet"):
+        load_rows(str(tmp_path / "rows.parquet"))
