@@ -69,11 +69,11 @@ def load_rows(
             a file: its folder; on the Hub: what was downloaded of the dataset) by absolute paths,
             `..` or symbolic links. By default they are an error, since anybody may have made the
             data.
-        allow_image_urls: keep images that rows name by http(s) URL; the collator, with
-            `allow_image_urls` too, downloads them. By default they are an error.
+        allow_image_urls: keep http(s) URLs of images, an error by default; the collator, with
+            `allow_image_urls` too, downloads them.
         image_limits: the largest image that is opened for altered copies.
-        faults: where given, what is wrong with single rows and images is added to it in place of
-            being raised (`row_datasets.is_faulty` tells what is left of them).
+        faults: where given, takes what is wrong with single rows and images in place of an error
+            (`row_datasets.is_faulty` tells what is left of them).
 
     Raises `FileNotFoundError` for a source that does not exist and `ValueError` for a split it does
     not have, missing columns, unreadable or no rows; each names the culprit. Single rows are

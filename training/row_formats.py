@@ -112,7 +112,7 @@ def two_places(column: Any) -> str:
 def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
     """Messages whose parts may hold pictures; all conversations of a row share them."""
     given = row["messages"]
-    several = isinstance(given, list) and bool(given) and isinstance(given[0], list)
+    several = isinstance(given, list | tuple) and bool(given) and isinstance(given[0], list | tuple)
     pictures: list[Any] = []
     conversations = []
     for conversation in given if several else [given]:
@@ -127,7 +127,7 @@ def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages]
 def _turns(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
     """LLaVA's and ShareGPT's turns."""
     given = row["conversations"]
-    if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
+    if not isinstance(given, list | tuple) or not all(isinstance(turn, dict) for turn in given):
         return [], []
     if any(turn.get("role") is not None for turn in given):
         messages, pictures = _messages(given, name)
@@ -147,7 +147,7 @@ def _completion(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Mes
     messages: Messages = []
     pictures: list[Any] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row[column], list):
+        if isinstance(row[column], list | tuple):
             more, own = _messages(row[column], name)
             messages, pictures = messages + more, pictures + own
         else:
@@ -188,14 +188,15 @@ def _with_images(messages: Messages, count: int) -> Messages:
 
 def _messages(given: Any, name: str) -> tuple[Messages, list[Any]]:
     """Messages with their content as parts, and the pictures of those parts in order."""
-    messages, pictures = [], []
-    for message in given if isinstance(given, list) else []:
+    messages: Messages = []
+    pictures: list[Any] = []
+    for message in given if isinstance(given, list | tuple) else []:
         if not isinstance(message, dict):
             messages.append({"role": None, "content": None})
             continue
         require_known_keys(message, MESSAGE_KEYS, f"{name}: a message")
         content = message.get("content")
-        if isinstance(content, list):
+        if isinstance(content, list | tuple):
             content, own = _parts(content, name)
             pictures += own
         else:
