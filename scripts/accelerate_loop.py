@@ -12,7 +12,6 @@ import torch
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.training.collator import VLMoECollator
 from vlmoe.training.data import load_rows
-from vlmoe.training.long_rows import length_limit
 
 
 def train(model: Any, optimizer: Any, loader: Any, accumulate: int, output_dir: str) -> None:
@@ -36,7 +35,6 @@ def train(model: Any, optimizer: Any, loader: Any, accumulate: int, output_dir: 
 if __name__ == "__main__":
     model_folder, dataset, output_dir = sys.argv[1:]
     model = VLMoEForConditionalGeneration.from_pretrained(model_folder)
-    processor = VLMoEProcessor.from_pretrained(model_folder)
-    collate = VLMoECollator(processor, length_limit(model.config))
+    collate = VLMoECollator(VLMoEProcessor.from_pretrained(model_folder))
     loader = torch.utils.data.DataLoader(load_rows(dataset), 4, shuffle=True, collate_fn=collate)
     train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), loader, 2, output_dir)
