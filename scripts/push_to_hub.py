@@ -119,6 +119,7 @@ def push(folder: str | Path, options: PushOptions) -> Pushed:
 def _push(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    from vlmoe.training.adapter_card import pushed_instead
     from vlmoe.training.folder_lock import LOCK_FILE
 
     if (folder / "config.json").is_file():  # an adapter has none; PEFT wrote its card
@@ -126,6 +127,8 @@ def _push(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
 
         write_model_card(folder, repo_id=repo_id)
     files = files_to_push(folder)
+    contents: dict[str, Path | bytes] = {name: folder / name for name in files}
+    contents |= pushed_instead(folder)
     revision = options.revision or MAIN
     api = HfApi(token=options.token, library_name="vlmoe")
     repo_id = ensure_repo(repo_id, options.token, options.private)
@@ -137,7 +140,7 @@ def _push(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
         commit = api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(name, folder / name) for name in files),
+                *(CommitOperationAdd(*item) for item in contents.items()),
                 *(CommitOperationDelete(name) for name in old_weights(there, files)),
             ],
             commit_message=options.message or f"Upload {folder.absolute().name}",
@@ -151,7 +154,10 @@ def _push(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
         is_new=commit.oid != before.sha,
         url=str(commit.commit_url),
         files=files,
-        bytes=sum((folder / name).stat().st_size for name in files),
+        bytes=sum(
+            len(each) if isinstance(each, bytes) else each.stat().st_size
+            for each in contents.values()
+        ),
         left_out=sorted({path.name for path in folder.iterdir()} - {*files, LOCK_FILE}),
     )
 

@@ -30,6 +30,7 @@ import yaml
 USER, WRITER, READER = "tester", "hf_writer", "hf_reader"
 TOKENS = {WRITER: USER, READER: "somebody"}
 LARGE_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|model)")
+MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -200,6 +201,15 @@ class HubServer:
             {"message": f'"{key}" must be a string'}
             for key in ("library_name", "pipeline_tag")
             if not isinstance(data.get(key, ""), str)
+        ]
+        bases = data.get("base_model", [])
+        errors += [
+            {
+                "message": f'"base_model" with value "{base}" is not valid. '
+                "Use a model id from https://hf.co/models."
+            }
+            for base in (bases if isinstance(bases, list) else [bases])
+            if not MODEL_ID.fullmatch(str(base))
         ]
         return Answer({"status": 400 if errors else 200, "errors": errors, "warnings": []})
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
+from .adapter_card import hide_base_model, tidy_adapter_card
 from .atomic_files import atomic_path, open_to_readers, write_json
-from .model_card import CARD_FILE, may_write, write_model_card
+from .model_card import CARD_FILE, PIPELINE_TAG, may_write, write_model_card
 from .training_stages import (
     STAGES_FILE,
     RunOrigin,
@@ -49,12 +50,23 @@ class ModelCardMixin(Base):
         """Save as `Trainer` does, and write the card beside the model."""
         super().save_model(output_dir, _internal_call)
         folder, pushed = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
+        pushes_saves = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
         if self.args.should_save:
             open_to_readers(folder)
+            self._tidy_adapter(folder, pushes_saves)
         self.write_card(folder)
-        pushes_saves = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
         if pushes_saves and self.args.should_save and folder.parent == pushed:
             _copy_card(folder, pushed)  # Trainer copies weights and config there, then pushes it
+
+    def _tidy_adapter(self, folder: Path, pushes_saves: bool) -> None:
+        """Keep this machine's paths out of an adapter's card, and out of its config where Trainer
+        pushes it."""
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "peft_config") else None
+        if isinstance(base, VLMoEForConditionalGeneration):
+            tidy_adapter_card(folder, PIPELINE_TAG)
+            if pushes_saves and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+                hide_base_model(folder)
 
     def create_model_card(self, **given: Any) -> None:
         """Write our card where `Trainer` and TRL write theirs.

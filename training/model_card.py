@@ -32,7 +32,14 @@ from ..processing.image_layout import TILING_OPTIONS
 from ..processing.tower_layout import image_seq_length, tower_image_size
 from .atomic_files import atomic_path
 from .input_errors import InputError, reading
-from .training_stages import LICENSE_FIELDS, RESULTS_FILE, STAGES_FILE, read_stages, saved_json
+from .training_stages import (
+    LICENSE_FIELDS,
+    RESULTS_FILE,
+    STAGES_FILE,
+    hub_models,
+    read_stages,
+    saved_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -260,6 +267,7 @@ def _metadata(
 ) -> ModelCardData:
     known = {key: start.get(key) for key in (*LICENSE_FIELDS, "base_model")}
     known["license"] = known["license"] or UNKNOWN_LICENSE
+    known["base_model"] = hub_models(known["base_model"])
     if "license" in given:
         known |= dict.fromkeys(LICENSE_FIELDS)
     named = [stage["data"]["name"] for stage in stages if not stage["data"]["local"]]

@@ -8,6 +8,7 @@ are left out: of a local folder or file only its name is kept.
 """
 
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ RESULTS_FILE = "train_results.json"
 PRESET_LICENSE = "apache-2.0"
 """The licence of weights that were trained from a preset: the package's own."""
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 PACKAGES = ("vlmoe", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -188,6 +190,15 @@ def dataset_name(source: str | None) -> tuple[str | None, bool]:
     path = Path(source or "").expanduser()
     is_local = bool(source) and path.exists()
     return (path.resolve().name if is_local else source), is_local
+
+
+def hub_models(names: Any) -> Any:
+    """The name of a model, or names, if it may be a Hub id and is no file or folder here; else
+    None."""
+    if isinstance(names, list):
+        return [name for name in names if hub_models(name)] or None
+    is_id = isinstance(names, str) and _HUB_ID.fullmatch(names) and not Path(names).exists()
+    return names if is_id else None
 
 
 def saved_json(file: Path, kind: type = dict) -> Any:

@@ -1,6 +1,7 @@
 """`vlmoe merge` and `vlmoe export-lora`: the same model in another form, or one clear error."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def test_a_merged_model_has_the_adapters_logits_and_needs_no_adapter(
     assert not torch.allclose(base(input_ids=IDS).logits, expected, atol=1e-2)
     VLMoEProcessor.from_pretrained(output)
     assert not list(output.glob("adapter*"))
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def truncate(folder: Path) -> None:
@@ -233,6 +240,10 @@ def test_training_with_lora_saves_an_adapter_that_resumes_and_merges(
     printed = capsys.readouterr().out
     assert "mlp.experts.gate_up_proj: 3 matched, r=2" in printed and "router: frozen" in printed
     assert {f.name for f in output.glob("*.safetensors")} == {WEIGHTS}
+    for folder in (output, output / "checkpoint-2"):
+        assert str(saved_model) not in (folder / "README.md").read_text()
+        assert "pipeline_tag: image-text-to-text" in (folder / "README.md").read_text()
+        assert (folder / WEIGHTS).stat().st_mode & 0o777 == 0o666 & ~umask()
     first = load_file(output / WEIGHTS)
     assert all(tensor.any() for name, tensor in first.items() if "lora_B" in name)
     resume = ["--resume_from_checkpoint", "last", "--max_steps", "4"]

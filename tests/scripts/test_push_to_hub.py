@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from hub_process import command, logits
 from hub_server import READER, HubServer
+from peft import get_peft_model
 from safetensors.numpy import load_file, save_file
+
+from vlmoe import VLMoEForConditionalGeneration, expert_lora_config
 
 REPO = "tester/model"
 CARD = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n# A model\n"
@@ -356,3 +359,61 @@ def test_a_push_that_is_overtaken_changes_nothing(
     assert error.startswith(f"{REPO}: the Hub answered 412: ") and "push again" in error
     assert len(hub.commits(REPO)) == 3
     assert hub.files(REPO) > hub.files(REPO, hub.commits(REPO)[1].sha)
+
+
+@pytest.fixture
+def adapter(saved_model: Path, tmp_path: Path) -> Path:
+    """An adapter as PEFT saves it, of a model in a folder."""
+    base = VLMoEForConditionalGeneration.from_pretrained(saved_model)
+    get_peft_model(base, expert_lora_config(base)).save_pretrained(tmp_path / "adapter")
+    card = tmp_path / "adapter" / "README.md"
+    card.write_text(f"{card.read_text()}\nTrained from [{saved_model}](x).\n")
+    return tmp_path / "adapter"
+
+
+def uploaded(folder: str, repo: str) -> str:
+    """Upload a folder without us; returns the Hub's refusal, if it refuses."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo)
+    try:
+        HfApi().upload_folder(repo_id=repo, folder_path=folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_pushed_adapter_tells_no_path_of_this_machine(
+    hub: HubServer, hub_process: Process, adapter: Path, saved_model: Path
+) -> None:
+    assert '"base_model" with value' in hub_process(uploaded, str(adapter), "tester/plain")
+    before = {file: file.read_bytes() for file in adapter.iterdir()}
+    code, table, error = hub_process(command, "push", str(adapter), "--repo_id", REPO)
+    assert code == 0, error
+    assert f"{saved_model}, is a folder of this machine" in error and "Push it too" in error
+    files = hub.commits(REPO)[-1].files
+    assert not any(str(saved_model).encode() in file.data for file in files.values())
+    config = json.loads(files["adapter_config.json"].data)
+    kept = json.loads((adapter / "adapter_config.json").read_text())
+    assert kept.pop("base_model_name_or_path") == str(saved_model)
+    assert config.pop("base_model_name_or_path") is None and config == kept
+    card = files["README.md"].data.decode()
+    assert f"Trained from [{saved_model.name}](x)." in card and "base_model" not in card
+    assert re.search(
+        rf"bytes +{sum(len(f.data) for n, f in files.items() if n[0] != '.'):,}\n", table
+    )
+    assert {file: file.read_bytes() for file in adapter.iterdir()} == before
+
+
+def test_an_adapter_of_a_model_of_the_hub_names_it(
+    hub: HubServer, hub_process: Process, adapter: Path, saved_model: Path
+) -> None:
+    for name in ("adapter_config.json", "README.md"):
+        file = adapter / name
+        file.write_text(file.read_text().replace(str(saved_model), "user/base"))
+    push(hub_process, adapter)
+    files = hub.commits(REPO)[-1].files
+    for name in ("adapter_config.json", "README.md"):
+        assert (
+            files[name].data == (adapter / name).read_bytes() and b"user/base" in files[name].data
+        )
