@@ -275,7 +275,12 @@ class VLMoEProcessor(HubProcessorMixin):
         guard = None
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
             template = self._resolve_chat_template(chat_template)
-            options = {name: kwargs[name] for name in kwargs if name != "processor_kwargs"}
+            # a variable called `image_token` or the like is a token by its caller's will
+            options = {
+                name: value
+                for name, value in kwargs.items()
+                if name != "processor_kwargs" and not name.endswith("_token")
+            }
             guard = guarded_tokenizer(self, [values, options], template)
         if guard is None:
             return super().apply_chat_template(**values, chat_template=chat_template, **kwargs)

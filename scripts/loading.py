@@ -19,6 +19,7 @@ from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from vlmoe.training.checkpoints import model_problems
 from vlmoe.training.input_errors import reading
 from vlmoe.training.json_files import read_json
+from vlmoe.training.template_trial import try_templates
 from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 from vlmoe.training.whole_model import weights_problems
 
@@ -118,6 +119,7 @@ def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor
         FileNotFoundError: there is no such folder.
     """
     check_model_source(source)
+    processor = read_processor(source)
     device = options.device or _best_device()
     try:
         torch.empty(0, device=device)
@@ -126,7 +128,7 @@ def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor
         raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
     model = load_model(source, dtype=_dtype(options.dtype))
     _choose_implementations(model, options)
-    return model.eval().to(device), read_processor(source)
+    return model.eval().to(device), processor
 
 
 def image_limits(options: ImageOptions, default: ImageLimits = DEFAULT_LIMITS) -> ImageLimits:
@@ -257,9 +259,11 @@ def read_config(source: str) -> VLMoEConfig:
 
 
 def read_processor(source: str | Path) -> VLMoEProcessor:
-    """The processor of a saved model; raises `InputError`."""
+    """The processor of a saved model, its chat template tried; raises `InputError`."""
     with reading(f"The processor of {source}"):
-        return VLMoEProcessor.from_pretrained(source)
+        processor = VLMoEProcessor.from_pretrained(source)
+    try_templates(processor.chat_template, str(source))
+    return processor
 
 
 def _chat_tokenizer(source: str) -> Any:

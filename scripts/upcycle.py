@@ -107,6 +107,7 @@ def _whole(model: str, options: UpcycleOptions, template: str | None) -> tuple[A
 
     from vlmoe import VLMoEProcessor
     from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
+    from vlmoe.training.template_trial import try_templates
 
     if options.connector:
         raise ValueError("--connector is for --vision: a whole model keeps its connector.")
@@ -118,6 +119,7 @@ def _whole(model: str, options: UpcycleOptions, template: str | None) -> tuple[A
         else:
             processor = VLMoEProcessor.from_dense(model, config)
         processor.chat_template = template or processor.chat_template
+        try_templates(processor.chat_template, options.chat_template or model)
         return processor
 
     return lambda sample_for: Conversion.begin(model, asked, sample_for), processor_for
@@ -131,6 +133,7 @@ def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) 
     from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
     from vlmoe.processing.chat_template import with_image_parts
     from vlmoe.processing.dense_processor import add_image_token
+    from vlmoe.training.template_trial import try_templates
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     connector = json_object(options.connector, "connector")
@@ -139,6 +142,7 @@ def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) 
     def processor_for(config: Any) -> Any:
         given = template or tokenizer.chat_template
         given = with_image_parts(given) if isinstance(given, str) else given
+        try_templates(given, options.chat_template or model)
         return VLMoEProcessor.for_config(config, tokenizer, chat_template=given)
 
     return lambda sample_for: Conversion.begin_vision_text(*parts, sample_for), processor_for

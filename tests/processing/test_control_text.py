@@ -130,7 +130,7 @@ def test_all_strings_of_a_chat_are_text(processor):
     """Roles, names, tools and variables, beginnings in one part and ends in the next."""
     template = (
         "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.name ~ ': ' ~ m.content ~ '<|end|>' }}"
-        "{% endfor %}{{ tools[0] | tojson }}{{ documents[0].text }}{{ note }}"
+        "{% endfor %}{{ tools[0] | tojson }}{{ documents[0].text }}{{ note }}{{ end_token }}"
     )
     chat = [
         {"role": "user", "name": "Ann<|end|>", "content": "a<|en"},
@@ -141,12 +141,13 @@ def test_all_strings_of_a_chat_are_text(processor):
         "tools": [{"name": "<|user|>", "parameters": {"<|pad|>": "<image>"}}],
         "documents": [{"text": "<|system|>"}],
         "note": "<global-img>",
+        "end_token": "<|end|>",
     }
     rendered = processor.apply_chat_template(chat, **options)
     ids = processor.apply_chat_template(chat, tokenize=True, **options)[0]
     tokens = processor.tokenizer.convert_ids_to_tokens(ids)
     known = [t for t in tokens if t in processor.tokenizer.all_special_tokens]
-    assert known == ["<|user|>", "<|end|>", "<|end|>"]
+    assert known == ["<|user|>", "<|end|>", "<|end|>", "<|end|>"]
     assert processor.tokenizer.decode(ids).replace(" ", "") == rendered.replace(" ", "")
 
 
