@@ -15,6 +15,7 @@ from vlmoe import (
 )
 
 LAYERS = 2  # the most that the common tests allow
+IMAGE_TOKEN = 20  # behind those that a common test trains the model to generate
 
 
 class TextModelTester:
@@ -53,7 +54,7 @@ class TextModelTester:
         """The configuration and a batch of text."""
         config = self.get_config()
         text_config = config.get_text_config()
-        first = 6  # behind the special tokens and the image token
+        first = IMAGE_TOKEN + 1  # behind the special tokens and the image token
         input_ids = torch.randint(first, text_config.vocab_size, (self.batch_size, self.seq_length))
         attention_mask = torch.ones_like(input_ids)
         return config, {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -74,7 +75,8 @@ class ModelTester(TextModelTester):
     def get_config(self) -> VLMoEConfig:
         """Some tests read `vocab_size` from the whole configuration, where ours has none."""
         text_config = self.tiny_config(text=self.text_fields).text_config
-        return self.tiny_config(text=self.text_fields, vocab_size=text_config.vocab_size)
+        fields = {"vocab_size": text_config.vocab_size, "image_token_id": IMAGE_TOKEN}
+        return self.tiny_config(text=self.text_fields, **fields)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[VLMoEConfig, dict[str, torch.Tensor]]:
         """The configuration and a batch as the processor makes it."""
