@@ -22,7 +22,7 @@ def check_token_inputs(
     past_key_values: Cache | None = None,
     mm_token_type_ids: Any = None,
     hidden_size: int | None = None,
-) -> None:
+) -> int:
     """Check the inputs with an entry for each token.
 
     Args:
@@ -36,13 +36,15 @@ def check_token_inputs(
             `is_behind_virtual_tokens`.
         hidden_size: width of `inputs_embeds`.
 
+    Returns: batch.
+
     Raises:
         ValueError: naming both inputs and their shapes, or none or both of ids and embeddings.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if _shapes_are_symbols():
-        return
+        return (inputs_embeds if input_ids is None else input_ids).shape[0]
     if input_ids is not None:
         name, given, wanted = "input_ids", input_ids, "(batch, length)"
     else:
@@ -62,6 +64,7 @@ def check_token_inputs(
         behind = is_behind_virtual_tokens(inputs_embeds, mm_token_type_ids, attention_mask)
         allowed = f"({batch}, {length})"
         _require(fits or behind, "mm_token_type_ids", mm_token_type_ids, allowed, reference)
+    return batch
 
 
 def is_behind_virtual_tokens(inputs_embeds: Any, types: Any, attention_mask: Any) -> bool:

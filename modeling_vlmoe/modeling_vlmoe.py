@@ -166,9 +166,9 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             ValueError: shapes do not fit each other, or the images are not those of the image
                 tokens.
         """
-        tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
-        check_token_inputs(*tokens, mm_token_type_ids, self.config.text_config.hidden_size)
-        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
+        given = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+        hidden_size = self.config.text_config.hidden_size
+        batch = check_token_inputs(*given, mm_token_type_ids, hidden_size)
         check_rows_of_images(pixel_values, image_index, batch)
         learning = self.training and torch.is_grad_enabled()
         record = learning or kwargs.get("output_router_logits", False)
@@ -176,25 +176,25 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         encoded = self._encoded_images(*images, record)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        tokens = input_ids, inputs_embeds, mm_token_type_ids
-        mm_token_type_ids = self.token_types(*tokens)
+        told = mm_token_type_ids
+        mm_token_type_ids = self.token_types(input_ids, inputs_embeds, told)
 
         image_features = image_tokens = None
         if encoded is not None:
             image_features = encoded.pooler_output.flatten(0, 1).to(inputs_embeds)
             image_tokens = self.get_placeholder_mask(
-                *tokens[:2], image_features, tokens[2], past_key_values
+                input_ids, inputs_embeds, image_features, told, past_key_values
             )
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens, image_features)
         elif mm_encoder_outputs is None:  # `generate` has looked at the prompt
-            self.check_no_image_tokens(*tokens[:2])
+            self.check_no_image_tokens(input_ids, inputs_embeds)
         if learning and not router_losses_follow:
             self._warn_of_missing_router_losses()
         if learning and (image_features is None or not len(image_features)):
             encoded, image_index = self._encode_blank_image(), None
             inputs_embeds = inputs_embeds + (encoded.pooler_output.mean() * 0.0).to(inputs_embeds)
         vision_router_logits, shown = self._vision_routing(
-            encoded, image_index, image_tokens, inputs_embeds.shape[0]
+            encoded, image_index, image_tokens, batch
         )
 
         outputs = self.language_model(
@@ -259,14 +259,11 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         """
         if not self.config.text_config.has_router_losses:
             return False
-        layers = (layer.mlp for layer in self.language_model.layers if hasattr(layer, "mlp"))
-        vision = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
-        return any(
-            parameter.requires_grad
-            for block in (*layers, *vision)
-            if hasattr(block, "router")
-            for parameter in block.router.parameters()
-        )
+        decoder: Any = self.language_model.layers
+        blocks = [layer.mlp for layer in decoder if hasattr(layer, "mlp")]
+        blocks += sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
+        routers = [block.router for block in blocks if hasattr(block, "router")]
+        return any(weight.requires_grad for router in routers for weight in router.parameters())
 
     def _warn_of_missing_router_losses(self) -> None:
         """Say once that a foreign loss has no router losses; nothing is said while compiling."""
