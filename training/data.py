@@ -27,7 +27,7 @@ from .images import altered_image
 from .input_errors import reading
 from .local_files import FORMATS, local_splits, read_local
 from .row_datasets import as_conversations
-from .row_formats import IMAGE_COLUMNS, READ_AS_WELL
+from .row_formats import IMAGE_COLUMNS, OTHER_COLUMNS, READ_AS_WELL
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,7 +189,8 @@ def _standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
     if len(rows) == 0:
         raise ValueError(f"empty dataset: split {split!r} of {source} has no rows.")
     columns = rows.column_names
-    wrong = misspelled(columns, ("id", *COLUMNS))
+    known = COLUMNS if "messages" in columns else (*COLUMNS, *OTHER_COLUMNS)
+    wrong = misspelled(columns, ("id", *known))
     if wrong is not None:
         raise ValueError(
             f"{source}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename "

@@ -28,6 +28,7 @@ from .image_column import ImageSources, with_image_column
 from .input_errors import reading
 from .json_rows import require_shallow, require_utf8
 from .row_datasets import as_conversations
+from .row_formats import IMAGE_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -180,6 +181,7 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
     options: dict[str, Any] = {}
     if kind in SEPARATORS:
         options = {"sep": SEPARATORS[kind], "keep_default_na": False}
+        options["na_values"] = {name: [""] for name in (*IMAGE_COLUMNS, "id")}  # nothing there
         options["features"] = _columns_of_text(files[0], SEPARATORS[kind])
     for file in files if kind == "json" else ():
         require_utf8(file)

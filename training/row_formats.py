@@ -32,6 +32,7 @@ READ_AS_WELL = (
     "`conversations` (LLaVA, ShareGPT), `question` and `answer`, `prompt` and `completion`, or "
     "`text` beside an image"
 )
+OTHER_COLUMNS = ("conversations", "prompt", "completion", "question", "answer")
 CAPTION_COLUMNS = ("text", "caption")
 PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}

@@ -338,14 +338,21 @@ def test_missing_messages_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "meant"), [("mesages", "messages"), ("imagse", "images"), ("Question_type", "que")]
+    ("column", "meant"),
+    [
+        ("mesages", "messages"),
+        ("imagse", "images"),
+        ("Question_type", "que"),
+        ("conversation", "conversations"),
+        ("answers", "answer"),
+    ],
 )
 def test_a_misspelled_column_is_named_with_the_one_that_was_meant(
     tmp_path: Path, column: str, meant: str
 ) -> None:
     row: dict[str, Any] = {"messages": conversation(0, images=0), column: "x"}
-    if column == "mesages":
-        row = {"mesages": row["messages"]}
+    if meant not in ("images", "que"):
+        row = {"question": "a", column: row["messages"]}
     path = write_json(tmp_path / "a.jsonl", [row])
     with pytest.raises(ValueError, match=f"column '{column}' is not read .did you mean '{meant}"):
         load_rows(str(path))

@@ -286,3 +286,27 @@ def test_faulty_rows_of_other_forms_are_refused_by_name(fault: str, folder: Path
     rows, message = BAD[fault]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read(write(folder, rows))
+
+
+@pytest.mark.parametrize(("name", "separator"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_tables_of_questions_and_answers(name: str, separator: str, folder: Path) -> None:
+    table = [("image", "question", "answer"), (RED, "color?", "red"), ("", "1+2?", "3.50")]
+    (folder / name).write_text("\n".join(separator.join(line) for line in table) + "\n")
+    assert read(str(folder / name)) == [
+        (ASKED, ["red"]),
+        ([[user("1+2?"), answer("3.50")]], []),
+    ]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_an_image_folder_with_captions_in_its_metadata(name: str, folder: Path) -> None:
+    rows = [{"file_name": RED, "text": "a red square"}, {"file_name": BLUE, "text": "blue"}]
+    if name.endswith("csv"):
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        (folder / name).write_text("\n".join(lines))
+    else:
+        write(folder, rows, name)
+    assert read(str(folder)) == [
+        ([[user(IMAGE), answer("a red square")]], ["red"]),
+        ([[user(IMAGE), answer("blue")]], ["blue"]),
+    ]
