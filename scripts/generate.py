@@ -52,6 +52,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
     import torch
     from transformers import TextStreamer, set_seed
 
+    from vlmoe.training.finite_outputs import finite_logits
     from vlmoe.training.images import open_image
     from vlmoe.training.long_rows import require_room
 
@@ -71,6 +72,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
             max_new_tokens=options.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            logits_processor=finite_logits(model, inputs),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     answer = tokens[0, inputs["input_ids"].shape[1] :]

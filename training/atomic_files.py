@@ -10,7 +10,6 @@ owner alone.
 """
 
 import itertools
-import json
 import logging
 import os
 import re
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .json_files import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as indented JSON, atomically."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    """Write `data` as indented JSON, atomically.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite; the message names its place.
+    """
+    text = json_text(data, str(path), indent=2) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .collator import PromptBatch, VLMoEPromptCollator
 from .conversation_rows import ConversationRows
 from .conversations import parse_row
+from .finite_outputs import finite_logits
 from .long_rows import prompt_limit
 
 
@@ -48,7 +49,8 @@ def evaluate_model(
         `question`, `question_type`, `prediction`, `reference` and `correct`.
 
     Raises:
-        ValueError: `batch_size` is below 1, there are no rows, or a row is malformed.
+        ValueError: `batch_size` is below 1, there are no rows, a row is malformed, or the model's
+            outputs are NaN or infinite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -94,7 +96,11 @@ def generate_answers(
 def greedy_answers(
     model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int
 ) -> torch.Tensor:
-    """(batch, new tokens): what the model says next, with end and padding tokens."""
+    """(batch, new tokens): what the model says next, with end and padding tokens.
+
+    Raises:
+        ValueError: the logits are NaN or infinite; the message names the layer.
+    """
     sequences = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -102,6 +108,7 @@ def greedy_answers(
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        logits_processor=finite_logits(model, inputs),
     )
     return sequences[:, inputs["input_ids"].shape[1] :]
 

@@ -21,6 +21,7 @@ from .collator import VLMoECollator
 from .conversation_rows import ConversationRows
 from .conversations import parse_row
 from .expert_load import MODALITIES, record_expert_load
+from .finite_outputs import require_finite_logits
 from .long_rows import length_limit
 from .routing_trace import IMAGE_KIND, PADDING_KIND, TEXT_KIND, ForwardRouting, record_routing
 
@@ -71,7 +72,7 @@ def dataset_routing(
 
     Raises:
         ValueError: `batch_size` is below 1, there are no rows, a row is malformed, or the model has
-            no experts.
+            no experts, or gives NaN or infinite numbers.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -89,10 +90,9 @@ def dataset_routing(
             inputs = collator(batch)
             del inputs["labels"]
             with torch.inference_mode():
-                model(
-                    **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                    logits_to_keep=1,
-                )
+                on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+                logits = model(**on_device, logits_to_keep=1).logits
+            require_finite_logits(logits, model, on_device)
             [forward] = trace.forwards
             trace.forwards.clear()
             types += [kind for row in batch for kind in parse_row(row, 0).question_types]

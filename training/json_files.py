@@ -1,8 +1,10 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""JSON files that a user gives: read within limits, errors name the file."""
+"""JSON files that a user gives: read within limits, errors name the file. JSON of our own holds no
+NaN, which browsers and other languages cannot read."""
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +69,33 @@ def parse_json(
         wanted = " or ".join(_KINDS[each] for each in kinds)
         raise InputError(f"{what}: must hold {wanted}; it holds {_KINDS[type(value)]}.")
     return value
+
+
+def json_text(value: Any, what: str, indent: int | None = None) -> str:
+    """`value` as JSON for `what`.
+
+    Raises:
+        ValueError: it holds a number that is NaN or infinite; the message names its place.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        place = next(_not_finite(value), None)
+        if place is None:
+            raise
+        raise ValueError(f"{what}: {place}, which is no number; nothing is written.") from error
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """`a.b[2] is nan` for each such number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place.lstrip('.') or 'the value'} is {value}"
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{place}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            yield from _not_finite(part, f"{place}[{number}]")
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

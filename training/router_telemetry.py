@@ -2,7 +2,6 @@
 """A Trainer callback that shows the routing while it is trained: to the Trainer's loggers, and in
 full in `router_telemetry.json`."""
 
-import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import TrainerCallback
 
 from .atomic_files import atomic_path
 from .expert_load import ExpertLoad, record_expert_load
-from .json_files import read_json
+from .json_files import json_text, read_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -63,7 +62,9 @@ class RouterTelemetry(TrainerCallback):
         if state.is_world_process_zero and state.global_step and self._path.exists():
             entries = read_telemetry(self._path)
             self._entries = [
-                json.dumps(entry) for entry in entries if entry["step"] <= state.global_step
+                json_text(entry, TELEMETRY_FILE)
+                for entry in entries
+                if entry["step"] <= state.global_step
             ]
 
     def on_log(
@@ -75,7 +76,7 @@ class RouterTelemetry(TrainerCallback):
         figures = self._load.summed_over_ranks().as_dict()
         self._load.reset()
         entry = {"step": state.global_step, "epoch": state.epoch} | figures
-        self._entries.append(json.dumps(_rounded(entry)))
+        self._entries.append(json_text(_rounded(entry), TELEMETRY_FILE))
         if control.should_save or time.monotonic() >= self._write_after:
             self._write(state)
         self._trainer.log(scalars(figures))

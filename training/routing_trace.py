@@ -155,7 +155,11 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
         _, weights, experts = (tensor.detach() for tensor in output)
         # With a selection bias the order of choice is not that of the weights.
         order = weights.argsort(dim=-1, descending=True, stable=True)
-        choices.append((experts.gather(-1, order).cpu(), weights.gather(-1, order).float().cpu()))
+        chosen = experts.gather(-1, order).cpu(), weights.gather(-1, order).float().cpu()
+        if not chosen[1].isfinite().all():
+            layer = list(routers)[len(choices)]
+            raise ValueError(f"The router of layer {layer} gives weights that are NaN or infinite.")
+        choices.append(chosen)
 
     def after_forward(backbone: nn.Module, args: tuple, output: Any) -> None:
         shape = (len(choices), *tokens["kinds"].shape, -1)

@@ -61,11 +61,19 @@ def outputs_of(model: Any, sample: Mapping[str, Tensor], in_fp32: bool) -> Outpu
         model: in evaluation mode.
         sample: inputs as VLMoE's processor makes them.
         in_fp32: compute with the weights in fp32, whatever they are stored in.
+
+    Raises:
+        UpcyclingError: in fp32 a logit is NaN or infinite.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in _inputs_for(model, sample).items()}
     with ComputingInFp32() if in_fp32 else nullcontext():
         logits = model(**inputs, use_cache=False).logits
     logits, real = logits.float().cpu(), sample["attention_mask"].bool()
+    if in_fp32 and not logits[real].isfinite().all():
+        raise UpcyclingError(
+            f"The logits of {type(model).__name__} are NaN or infinite; its weights are finite, "
+            "but too large. Start from another checkpoint."
+        )
     image_token_id = getattr(model.config, "image_token_id", None)
     labels = sample["input_ids"].masked_fill(~real, -100)
     if image_token_id is not None:

@@ -24,7 +24,8 @@ class UpcyclingReport:
         same_argmax: share of tokens with the same most likely next token.
         loss: of `dense` and `sparse` at step 0: next-token cross-entropy of the sample's text.
         stored_dtype: for weights in half precision, the `error` when computing in their dtype
-            and, beside it, the dense model's own distance to fp32 (`dense_rounding`).
+            and, beside it, the dense model's own distance to fp32 (`dense_rounding`); None where
+            these are not finite.
         sample: rows, images and tokens that were compared.
         parameters: of `dense` and `sparse`, as `active_parameters` counts them.
         frozen: vision parameters that no output depends on.
@@ -54,7 +55,8 @@ class UpcyclingReport:
         """Write the report into a folder and return its path."""
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
         return path
 
     @classmethod

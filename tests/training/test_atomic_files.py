@@ -37,6 +37,20 @@ def test_unwritable_data_leave_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ({"load": {"layers": [1.0, float("nan")]}}, r"load\.layers\[1\] is nan"),
+        ([{"a": 1}, {"b": (float("inf"),)}], r"\[1\]\.b\[0\] is inf"),
+        (-float("inf"), "the value is -inf"),
+    ],
+)
+def test_json_holds_no_number_that_is_none(tmp_path: Path, data: Any, place: str) -> None:
+    with pytest.raises(ValueError, match=rf"a\.json: {place}, which is no number"):
+        write_json(tmp_path / "a.json", data)
+    assert os.listdir(tmp_path) == []
+
+
 def stage(destination: Path, content: str) -> Path:
     staging = staging_folder(destination)
     for name in ("config.json", "model-1.safetensors", "tokenizer.json", "sub/x.txt"):
