@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
-"""The formats that are decoded. Others of PIL are not: EPS, for one, starts an interpreter."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+"""The formats that are decoded, MPO as JPEG. Others of PIL are not: EPS starts an interpreter."""
 REMEDY = "Replace the image or leave the sample out."
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 WEB_URL = re.compile(r"https?://", re.IGNORECASE)

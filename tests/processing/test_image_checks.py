@@ -5,7 +5,10 @@ import copy
 import http.server
 import io
 import itertools
+import re
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 
 from vlmoe.processing.image_checks import load_rgb_image
-from vlmoe.processing.image_sources import ImageError, ImageLimits
+from vlmoe.processing.image_sources import FORMATS, ImageError, ImageLimits
 
 HUGE = (20_000, 20_000)
 
@@ -31,7 +34,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def huge_png() -> bytes:
     """The header of a 20,000 x 20,000 PNG, and hardly any pixels."""
     header = struct.pack(">IIBBBBB", *HUGE, 1, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 99)), (b"IEND", b"")]
+    return png_file([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 99)), (b"IEND", b"")])
+
+
+def png_file(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG of these chunks."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks
@@ -314,6 +321,83 @@ def test_the_processors_limits_decide_what_is_too_large(processor, make_image):
                     limited(images=source, text="<image>")
             else:
                 limited(images=source, text="<image>")
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_the_formats_are_decoded_and_their_headers_checked(make_image, kind, monkeypatch):
+    image = make_image(size=(40, 30))
+    content = encoded(image, kind)
+    loaded = load_rgb_image(content, "x")
+    assert loaded.size == image.size
+    assert np.array_equal(
+        np.array(loaded), np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    )
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self))
+    for limits in (ImageLimits(max_pixels=1199), ImageLimits(max_side=39)):
+        with pytest.raises(ImageError, match=r"x: .* is 40x30 pixels; the limit is"):
+            load_rgb_image(content, "x", limits=limits)
+    assert not decoded
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "TGA", "PCX", "PDF"])
+def test_other_formats_are_refused_without_being_opened(make_image, kind):
+    with pytest.raises(
+        ImageError, match=r"cannot be decoded .* Allowed: PNG, JPEG, WEBP, GIF, BMP"
+    ):
+        load_rgb_image(encoded(make_image(), kind), "x")
+
+
+def test_an_opened_eps_is_not_decoded(make_image, monkeypatch):
+    opened = Image.open(io.BytesIO(encoded(make_image(), "EPS")))
+    monkeypatch.setattr(
+        "PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("ran")
+    )
+    with pytest.raises(ImageError, match=r"x: .* format EPS.* Allowed: PNG"):
+        load_rgb_image(opened, "x")
+
+
+def black_png(width: int, height: int) -> bytes:
+    """A 1-bit PNG that decodes: a few kB for millions of pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((width + 7) // 8 + 1) * height, 9)
+    return png_file([(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")])
+
+
+def test_bombs_are_refused_within_little_memory(tmp_path):
+    sizes = [(13_000, 13_000), (100_000_000, 1), (1, 70_000)]
+    for number, content in enumerate([*(black_png(*size) for size in sizes), huge_png()]):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    assert (tmp_path / "0.png").stat().st_size < 50_000
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.write(black_png(1, 1))
+        file.truncate(1 << 40)
+    code = """
+import resource, sys, warnings
+from pathlib import Path
+from vlmoe.processing.image_checks import ImageError, load_rgb_image
+warnings.simplefilter("ignore")
+load_rgb_image(Path(sys.argv[2]), "small")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(Path(sys.argv[1]).glob("*.png")):
+    for source in (path, str(path), path.read_bytes() if path.name != "sparse.png" else path):
+        try:
+            load_rgb_image(source, "row 3")
+        except ImageError as error:
+            print(error)
+        else:
+            print("decoded", path)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    small = tmp_path / "small" / "a.png"
+    small.parent.mkdir()
+    small.write_bytes(black_png(8, 8))
+    argv = [sys.executable, "-c", code, str(tmp_path), str(small)]
+    run = subprocess.run(argv, capture_output=True, text=True, check=True)
+    *messages, megabytes = run.stdout.splitlines()
+    assert len(messages) == 15
+    assert all(re.search("^row 3: .*(limit|too large)", message) for message in messages), messages
+    assert int(megabytes) < 200
 
 
 def test_the_limits_are_saved_with_the_processor(processor, tmp_path):
