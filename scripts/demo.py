@@ -97,6 +97,7 @@ def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
     predictions = answers.pop("predictions")
     baselines["question only"].pop("predictions")
     metrics = summarise(options, captions, trained, blind, answers, baselines, load.as_dict())
+    metrics["example"] = save_example(output_dir, test_rows, predictions)
     draw_figures(output_dir, trained, test_rows, predictions, metrics)
 
     _say("5/5 a new process loads the model and answers through pipeline()")
@@ -216,19 +217,48 @@ def draw_figures(
     ]
     title = f"Test questions, {metrics['accuracy']:.1%} of all {len(predictions):,} right"
     plot_answers(shown, output_dir / "answers.png", title=f"{title} (some of the wrong ones shown)")
-    plot_training(trained.log_history, output_dir / "training.png")
+    plot_training(
+        trained.log_history,
+        output_dir / "training.png",
+        evaluated=f"{trained.metrics['eval_questions']} test questions",
+    )
     load = metrics["expert_load"]
     plot_expert_load(load["image_share"], load["text_share"], output_dir / "expert_load.png")
 
 
+def save_example(
+    output_dir: Path, test_rows: Any, predictions: list[dict[str, Any]]
+) -> dict[str, str] | None:
+    """Save the picture of the first shape or color that was told right, as example.png.
+
+    Returns its question and the model's answer, or None where there is none.
+    """
+    from vlmoe.training.conversation_rows import ConversationRows
+    from vlmoe.training.images import open_image
+    from vlmoe.training.model_card import EXAMPLE_FILE
+
+    (output_dir / EXAMPLE_FILE).unlink(missing_ok=True)
+    for row, record in zip(ConversationRows(test_rows), predictions, strict=True):
+        if record["correct"] and record["question_type"] in ("shape", "color"):
+            open_image(row["images"][0], record["id"]).save(output_dir / EXAMPLE_FILE)
+            return {"question": record["question"], "answer": record["prediction"]}
+    return None
+
+
 def complete_card(model: Path, results: Path) -> None:
-    """Put results and routing picture into the model's folder, and write its card anew."""
+    """Put results and pictures into the model's folder, and write its card anew."""
     from vlmoe.training.atomic_files import atomic_path
     from vlmoe.training.folder_lock import folder_lock
-    from vlmoe.training.model_card import METRICS_FILE, PICTURE_FILE, write_model_card
+    from vlmoe.training.model_card import (
+        EXAMPLE_FILE,
+        METRICS_FILE,
+        PICTURE_FILE,
+        write_model_card,
+    )
 
+    found = [name for name in (PICTURE_FILE, EXAMPLE_FILE) if (results / name).is_file()]
     with folder_lock(model):
-        for name in (METRICS_FILE, PICTURE_FILE):
+        for name in (METRICS_FILE, *found):
             with atomic_path(model / name) as temporary:
                 shutil.copyfile(results / name, temporary)
         write_model_card(model)

@@ -407,3 +407,14 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "include_num_input_tokens_seen": "non_padding",
     "ddp_find_unused_parameters": False,
 }
+
+# What it sets for a preset, where neither a length nor a rate is given: three epochs at 5e-5, which
+# Trainer takes for a trained model, leave a new one where it began.
+FROM_SCRATCH_LENGTH: dict[str, Any] = {
+    "max_steps": 1000,
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+}
+FROM_SCRATCH_RATE: dict[str, Any] = {"learning_rate": 1e-3}

@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING, Any
 from .command_line import EXIT_ERROR, run_command
 from .option_parser import OptionParser, add_options
 from .options import (
+    FROM_SCRATCH_LENGTH,
+    FROM_SCRATCH_RATE,
     TRAINING_DEFAULTS,
     DataOptions,
     ImageOptions,
@@ -56,6 +58,8 @@ options of transformers.TrainingArguments that matter most (--help-all lists all
   --gradient_accumulation_steps, --seed, --bf16, --resume_from_checkpoint last|PATH
 with defaults of our own:
   {defaults}
+and for a preset, where neither a length nor a rate is given:
+  {from_scratch}
 
 examples:
   vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny \\
@@ -106,16 +110,25 @@ def main(argv: list[str]) -> None:
         sys.exit(EXIT_ERROR)  # the first rank says it for the whole launch
     if arguments.process_index == 0:
         print(f"\n{results_table(result.metrics)}\n\nSaved to {result.output_dir}.")
+        from vlmoe.training.run_length import advice
+
+        from .loading import is_preset
+
+        told = advice(result.log_history, result.metrics["steps"], is_preset(parsed[0].model))
+        if told:
+            print(f"\n{told}")
 
 
 def help_parser() -> OptionParser:
     """The parser behind `vlmoe train --help`: our options, without those of transformers."""
     defaults = ", ".join(f"{name} {value}" for name, value in TRAINING_DEFAULTS.items())
+    of_preset = FROM_SCRATCH_LENGTH | FROM_SCRATCH_RATE
+    from_scratch = ", ".join(f"{name} {value}" for name, value in of_preset.items())
     parser = OptionParser(
         prog="vlmoe train",
         usage="vlmoe train [--config FILE] [options]",
         description="Train a model from a preset, or go on with a saved one.",
-        epilog=EPILOG.format(defaults=_wrapped(defaults)),
+        epilog=EPILOG.format(defaults=_wrapped(defaults), from_scratch=_wrapped(from_scratch)),
     )
     parser.add_argument("--help-all", action="store_true", help="List all options.")
     parser.add_argument(
@@ -253,11 +266,13 @@ def build_trainer(
     `collator` is by default one that allows as many tokens as the model has positions.
     """
     from transformers import IntervalStrategy
+    from transformers.trainer_callback import ProgressCallback
 
     from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
     from vlmoe.training.card_trainer import CardTrainer
     from vlmoe.training.conversation_rows import ConversationRows
     from vlmoe.training.expert_load import has_experts
+    from vlmoe.training.progress import TrainingProgress
     from vlmoe.training.router_bias import RouterBiasCallback
     from vlmoe.training.router_telemetry import RouterTelemetry
     from vlmoe.training.routing_checks import StopOnNonFiniteRouting
@@ -282,6 +297,9 @@ def build_trainer(
         callbacks=callbacks,
         origin=origin,
     )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingProgress())
     if has_experts(model):
         trainer.add_callback(RouterTelemetry(trainer))
     return trainer
@@ -375,6 +393,7 @@ def results(trainer: "Trainer", before: dict[str, Any], seconds: float) -> dict[
         "train_loss": _last_of_log(state.log_history, "loss"),
         "eval_loss": _last(state, "eval_loss"),
         "eval_exact_match": _last(state, "eval_exact_match"),
+        "eval_questions": None if trainer.eval_dataset is None else len(trainer.eval_dataset),
         "steps": state.global_step,
         "epochs": state.epoch,
         "resumed_at_step": before.get("global_step"),

@@ -6,6 +6,7 @@ Importing this module imports torch and transformers.
 
 import argparse
 import importlib.util
+import logging
 from typing import Any, NoReturn
 
 import torch
@@ -13,8 +14,19 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vlmoe.training.input_errors import reading
 
-from .option_parser import parse_options
-from .options import TRAINING_DEFAULTS, DataOptions, ImageOptions, LoraOptions, ModelOptions
+from .loading import is_preset
+from .option_parser import OptionParser, parse_options, split_config
+from .options import (
+    FROM_SCRATCH_LENGTH,
+    FROM_SCRATCH_RATE,
+    TRAINING_DEFAULTS,
+    DataOptions,
+    ImageOptions,
+    LoraOptions,
+    ModelOptions,
+)
+
+logger = logging.getLogger(__name__)
 
 OPTION_CLASSES: tuple[type, ...] = (
     ModelOptions,
@@ -49,9 +61,30 @@ def parse_training(
         FileNotFoundError: there is no such config file.
     """
     parser, option_classes = training_parser(), list(OPTION_CLASSES)
+    parser.set_defaults(**from_scratch_defaults(argv))
     with reading("The options of TrainingArguments", keep=(ValueError, OSError, ImportError)):
         model, data, images, lora, arguments, _ = parse_options(parser, argv, option_classes)
     return model, data, arguments, lora, images
+
+
+def from_scratch_defaults(argv: list[str]) -> dict[str, Any]:
+    """Return length and rate for a preset, each where `argv` and its config file give none."""
+    config, rest = split_config(argv, list(OPTION_CLASSES))
+    finder = OptionParser(prog="vlmoe train")
+    finder.add_argument("--model", default=config.get("model", ModelOptions.model))
+    found, _ = finder.parse_known_args(rest)
+    given = {flag.partition("=")[0].removeprefix("--") for flag in rest} | config.keys()
+    if not is_preset(str(found.model)):
+        return {}
+    length = {} if given & {"num_train_epochs", "max_steps"} else FROM_SCRATCH_LENGTH
+    if not given & {"eval_split", "eval_dataset"}:
+        length = {name: value for name, value in length.items() if not name.startswith("eval_")}
+    rate = {} if "learning_rate" in given else FROM_SCRATCH_RATE
+    defaults = {name: value for name, value in (length | rate).items() if name not in given}
+    if defaults:
+        chosen = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        logger.warning("The preset %s starts from scratch: %s.", found.model, chosen)
+    return defaults
 
 
 def training_parser() -> HfArgumentParser:

@@ -81,7 +81,10 @@ def plot_answers(
 
 
 def plot_training(
-    log_history: Sequence[dict[str, Any]], path: str | Path, metric: str = "eval_exact_match"
+    log_history: Sequence[dict[str, Any]],
+    path: str | Path,
+    metric: str = "eval_exact_match",
+    evaluated: str = "evaluation data",
 ) -> Path:
     """Loss by step, training and evaluation, and accuracy by step where the history holds `metric`.
 
@@ -89,7 +92,9 @@ def plot_training(
         log_history: `trainer.state.log_history`, entries with `step` and `loss`, `eval_loss` or
             `metric`.
         path: the PNG file to write.
-        metric: the share of right answers to draw, in 0..1.
+        metric: the share of right answers to draw, in 0..1, as evaluation during training counts
+            them: each token is given the true ones before it.
+        evaluated: what was evaluated, for the title.
 
     Raises:
         ValueError: the history holds no loss at all.
@@ -121,7 +126,7 @@ def plot_training(
             fontweight="bold",
         )
         axes[1].set(
-            title="Right answers on evaluation data",
+            title=f"Right answers, teacher-forced, on {evaluated}",
             xlabel="optimizer step",
             ylabel="%",
             ylim=(0, 102),

@@ -47,9 +47,10 @@ CARD_FILE = "README.md"
 METRICS_FILE = "metrics.json"
 EVALUATION_FILE = "evaluate_results.json"
 PICTURE_FILE = "expert_load.png"
+EXAMPLE_FILE = "example.png"
 CARD_SOURCES = (
     *("config.json", "processor_config.json", STAGES_FILE, RESULTS_FILE),
-    *(EVALUATION_FILE, METRICS_FILE, PICTURE_FILE, REPORT_NAME),
+    *(EVALUATION_FILE, METRICS_FILE, PICTURE_FILE, EXAMPLE_FILE, REPORT_NAME),
 )
 """What a card is rendered from, as far as it is there."""
 
@@ -153,7 +154,7 @@ def may_write(path: Path) -> bool:
 
 def remove_evaluations(folder: str | Path) -> None:
     """Delete what was measured of older weights in `folder`, before new ones are put there."""
-    for name in (METRICS_FILE, EVALUATION_FILE, PICTURE_FILE):
+    for name in (METRICS_FILE, EVALUATION_FILE, PICTURE_FILE, EXAMPLE_FILE):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -191,7 +192,14 @@ def _rendered(
         upcycled=upcycled,
         evaluations=evaluations,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
+        example=_example(folder),
     )
+
+
+def _example(folder: Path) -> dict[str, str] | None:
+    """A question that the model answered about the example picture, and its answer."""
+    example = (saved_json(folder / METRICS_FILE) or {}).get("example")
+    return example if example and (folder / EXAMPLE_FILE).is_file() else None
 
 
 def _read_config(folder: Path) -> VLMoEConfig:
@@ -340,7 +348,8 @@ def _template() -> Any:
     )
     environment.filters |= {
         "md": _escaped,
-        "literal": lambda text: json.dumps(text, ensure_ascii=False),
+        # a backtick could end the block of code that the literal is in
+        "literal": lambda text: json.dumps(text, ensure_ascii=False).replace("`", "\\u0060"),
         "count": lambda number: f"{number:,}",
         "percent": lambda share: f"{share:.2%}",
         "short": lambda number: f"{number:.4g}",

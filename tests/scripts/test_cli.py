@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from vlmoe_cli import evaluate, generate, main
 from vlmoe_cli.command_line import run_command
 from vlmoe_cli.option_parser import OptionParser, add_options, parse_options, read_config
 from vlmoe_cli.options import (
+    FROM_SCRATCH_LENGTH,
+    FROM_SCRATCH_RATE,
     TRAINING_DEFAULTS,
     CardOptions,
     DataOptions,
@@ -214,8 +217,36 @@ def test_flags_win_over_the_config_file_and_the_file_over_the_defaults(tmp_path:
     assert arguments.remove_unused_columns is False
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            [],
+            {"max_steps": 1000, "save_steps": 0.2, "learning_rate": 1e-3, "eval_strategy": "epoch"},
+        ),
+        (["--eval_split", "test"], FROM_SCRATCH_LENGTH | FROM_SCRATCH_RATE),
+        (["--learning_rate", "5e-5"], {"max_steps": 1000, "learning_rate": 5e-5}),
+        (["--max_steps=7"], FROM_SCRATCH_RATE | {"max_steps": 7, "eval_strategy": "epoch"}),
+        (["--num-train-epochs", "3"], FROM_SCRATCH_RATE | {"max_steps": -1}),
+        (["--save_strategy", "no"], FROM_SCRATCH_RATE | {"max_steps": 1000, "save_strategy": "no"}),
+        (["--model", "user/saved"], {"max_steps": -1, "learning_rate": 5e-5}),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_preset_has_a_length_and_a_rate_of_its_own_where_none_is_given(
+    tmp_path: Path, flags: list[str], expected: dict[str, Any], in_file: bool
+) -> None:
+    if in_file and flags:
+        name, value = flags[0].split("=") if len(flags) == 1 else flags
+        file = tmp_path / "options.yaml"
+        file.write_text(f"{name.lstrip('-')}: {value}")
+        flags = ["--config", str(file)]
+    arguments = parse_training([*flags, "--use_cpu", "--output_dir", str(tmp_path)])[2]
+    assert {name: getattr(arguments, name) for name in expected} == expected
+
+
 def test_options_parsed_without_flags_are_our_defaults(tmp_path: Path) -> None:
-    _, _, parsed, *_ = parse_training(["--use_cpu"])
+    _, _, parsed, *_ = parse_training(["--use_cpu", "--model", "user/saved"])
     built = training_arguments(use_cpu=True)
     assert parsed.to_dict() == built.to_dict()
     for name, value in TRAINING_DEFAULTS.items():

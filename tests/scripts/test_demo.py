@@ -33,6 +33,8 @@ def test_the_demo_leaves_a_model_its_figures_and_its_numbers(
         assert len(share) == model.config.text_config.num_experts
         assert sum(share) == pytest.approx(1)
     VLMoEProcessor.from_pretrained(tmp_path / "model")
+    if metrics["example"]:
+        assert (tmp_path / "model" / "example.png").is_file()
     for figure in ("answers.png", "training.png", "expert_load.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "model" / "README.md").read_text()

@@ -1,0 +1,45 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The progress bar of a training run: the loss and one number of the routing beside it.
+
+What `RouterTelemetry` gives the loggers, four numbers for each sparse layer, does not go to the
+terminal, where it would drown the bar.
+"""
+
+from typing import Any
+
+from transformers.trainer_callback import ProgressCallback
+
+ROUTER = "router/"
+SHOWN = ("loss", "learning_rate")
+
+
+class TrainingProgress(ProgressCallback):
+    """Trainer's bar, with loss, rate and the busiest expert's load over the mean at its end.
+
+    Put it in the place of Trainer's own:
+
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingProgress())
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show training logs at the end of the bar, others, such as evaluations, above it."""
+        logs = logs or {}
+        busiest = [
+            value + 1
+            for name, value in logs.items()
+            if name.startswith(ROUTER) and name.endswith("/max_violation")
+        ]
+        self._shown |= {name: f"{float(logs[name]):.4g}" for name in SHOWN if name in logs}
+        if busiest:
+            self._shown["busiest expert"] = f"{max(busiest):.2f}x"
+        elif not set(SHOWN) & logs.keys() and not any(name.startswith(ROUTER) for name in logs):
+            super().on_log(args, state, control, logs=logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.set_postfix(self._shown)
