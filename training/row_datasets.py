@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TO_BE_READ = r'^\s*[^\[{"\s]|"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
-"""Found in JSON of messages that holds a bare number or a picture."""
+PICTURE = r'"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
+"""Found in JSON that holds a picture."""
+NO_PARTS = r'^\s*([^\["\s]|\[\s*[^{\s])'
+"""Found in a content's JSON that is neither a string's nor that of a list of objects."""
+TEXT_FIELDS = ("content", "value", "question", "answer", "prompt", "completion", "text", "caption")
+"""Fields that hold a text, or a list of parts or messages."""
 
 FAULTY: list[Any] = [[{"role": "faulty", "content": []}]]
 """The messages of a row whose fault is kept in place of being raised."""
@@ -69,7 +73,7 @@ def _converted(
     row: dict[str, Any], position: int, form: RowFormat, features: Any, source: str
 ) -> dict[str, Any]:
     """One row of `as_conversations`."""
-    decoded = {name: _decoded(row[name], features[name]) for name in features}
+    decoded = {each: _decoded(row[each], features[each], each) for each in features}
     name = f"{source}, row {position}"
     try:
         messages, pictures = form.convert(decoded, row["image_count"], name)
@@ -106,21 +110,30 @@ def _entry(picture: Any) -> dict[str, Any]:
     return {"bytes": None, "path": picture if isinstance(picture, str) else json.dumps(picture)}
 
 
-def _hold_pictures(feature: Any, stored: Any) -> bool:
-    """Whether messages of this feature, as Arrow stores them, hold pictures (or bare numbers, which
-    are texts that `datasets` would turn into numbers)."""
+def _hold_pictures(feature: Any, stored: Any, name: str = "") -> bool:
+    """Whether messages of this feature, as Arrow stores them, hold pictures, or texts that
+    `datasets` would read as JSON: "3.50", or an answer that is a JSON object."""
     import pyarrow.compute
     from datasets import Json
 
     if isinstance(feature, Json):
         texts = stored.cast(pyarrow.string())
-        return pyarrow.compute.any(pyarrow.compute.match_substring_regex(texts, TO_BE_READ)).as_py()
+        found = pyarrow.compute.match_substring_regex(texts, PICTURE)
+        if name in TEXT_FIELDS:
+            is_part = pyarrow.compute.match_substring_regex(texts, r'"(type|role)"\s*:')
+            is_list = pyarrow.compute.match_substring_regex(texts, r"^\s*\[")
+            is_text = pyarrow.compute.match_substring_regex(texts, NO_PARTS)
+            is_text = pyarrow.compute.or_(
+                is_text, pyarrow.compute.and_(is_list, pyarrow.compute.invert(is_part))
+            )
+            found = pyarrow.compute.or_(found, is_text)
+        return bool(pyarrow.compute.any(found).as_py())
     if isinstance(feature, Mapping):
         fields = {name: pyarrow.compute.struct_field(stored, name) for name in feature}
         return any(
             fields[name].null_count < len(stored)
             if "type" in feature and name in PICTURE_KEYS
-            else _hold_pictures(inner, fields[name])
+            else _hold_pictures(inner, fields[name], name)
             for name, inner in feature.items()
         )
     if hasattr(feature, "feature"):
@@ -182,10 +195,11 @@ def _undecoded(feature: Any, json: bool) -> Any:
     return dataclasses.replace(feature, decode=False)
 
 
-def _decoded(value: Any, feature: Any) -> Any:
-    """A stored value, its untyped JSON read: `datasets` itself turns a text "3.50" into a number.
+def _decoded(value: Any, feature: Any, name: str = "") -> Any:
+    """A stored value, its untyped JSON read.
 
-    Where it stores a text, that text may be any scalar's JSON; it is then the text itself.
+    `datasets` stores a text that happens to be JSON as it is, such as "3.50" or the JSON object
+    that a model shall answer with; where `name` is that of a text, it is the text itself.
     """
     from datasets import Json
 
@@ -196,12 +210,23 @@ def _decoded(value: Any, feature: Any) -> Any:
             read = json.loads(value)
         except ValueError:
             return value
-        return value if read is None or isinstance(read, bool | int | float) else read
+        if isinstance(read, str) or (name not in TEXT_FIELDS and isinstance(read, list | dict)):
+            return read
+        return read if _are_parts(read) else value
     if isinstance(feature, Mapping):
-        return {name: _decoded(value[name], inner) for name, inner in feature.items()}
+        return {each: _decoded(value[each], inner, each) for each, inner in feature.items()}
     if hasattr(feature, "feature"):
         return [_decoded(each, feature.feature) for each in value]
     return value
+
+
+def _are_parts(read: Any) -> bool:
+    """Whether what was read from JSON is a list of content parts or of messages."""
+    return (
+        isinstance(read, list)
+        and bool(read)
+        and all(isinstance(each, dict) and ("type" in each or "role" in each) for each in read)
+    )
 
 
 def _features() -> "Features":

@@ -240,6 +240,19 @@ def test_a_picture_without_its_caption_is_named(folder: Path) -> None:
         load_rows(str(folder))
 
 
+@pytest.mark.parametrize(
+    "text", ['{"total": 12.50}', "[]", "[1, 2]", "3.50", "true", "null", "007"]
+)
+def test_a_text_that_is_json_stays_that_text(text: str, folder: Path) -> None:
+    """`datasets` reads it as JSON where a column holds texts and lists, or texts and numbers."""
+    plain = [{"type": "text", "text": "b"}]
+    rows: list[dict[str, Any]] = [{"messages": chat([TEXT], text)}, {"messages": chat("a", plain)}]
+    expected = [[user("color?"), answer(text)]], []
+    assert read(write(folder, rows))[0] == expected
+    rows = [{"question": "color?", "answer": text}, {"question": "a", "answer": 3}]
+    assert read(write(folder, rows))[0] == expected
+
+
 BAD = {
     "an unknown speaker": (
         [{"conversations": turns(("human", "a"), ("narrator", "b"))}],
