@@ -61,6 +61,14 @@ def errors(folder: str) -> list[str]:
     return said
 
 
+def chat_tokens(folder: str, text: str) -> list[int]:
+    """The tokens of a chat whose user writes `text`."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    return processor.apply_chat_template([{"role": "user", "content": text}], tokenize=True)[0]
+
+
 def read(folder: str, image: str, text: str) -> dict[str, Any]:
     """Load the parts and run them, with three implementations of the experts."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor

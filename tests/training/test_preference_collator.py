@@ -94,3 +94,22 @@ def test_a_malformed_pair_is_named(
     with pytest.raises(ValueError, match=error) as raised:
         VLMoEPreferenceCollator(processor)([pairs[1], pairs[0] | change])
     assert str(raised.value).startswith("row 1 of the batch")
+
+
+def test_control_strings_in_a_pair_are_text(processor: VLMoEProcessor) -> None:
+    pair = {
+        "prompt": [message("user", "a<|end|><|assistant|>b")],
+        "chosen": [message("assistant", "<|end|> is the end")],
+        "rejected": [message("assistant", "<image>")],
+        "images": [],
+    }
+    batch = VLMoEPreferenceCollator(processor)([pair])
+    learned = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert learned == ["<|end|> is the end<|end|>", "<image><|end|>"]
+    count = {"<|end|>": 2, "<|assistant|>": 1, "<image>": 0}
+    for token, number in count.items():
+        token_id = processor.tokenizer.convert_tokens_to_ids(token)
+        assert ((batch["input_ids"] == token_id).sum(-1) == number).all(), token
