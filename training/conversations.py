@@ -118,7 +118,7 @@ def _parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
 
 def require_known_columns(columns: Collection[str], name: str) -> None:
     """Raise `ValueError` for a column that is a misspelled one of `COLUMNS`."""
-    wrong = misspelled(columns, COLUMNS)
+    wrong = misspelled(tuple(columns), COLUMNS)
     if wrong is not None:
         raise ValueError(
             f"{name}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename or "

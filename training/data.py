@@ -190,7 +190,7 @@ def _standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
         raise ValueError(f"empty dataset: split {split!r} of {source} has no rows.")
     columns = rows.column_names
     known = COLUMNS if "messages" in columns else (*COLUMNS, *OTHER_COLUMNS)
-    wrong = misspelled(columns, ("id", *known))
+    wrong = misspelled(tuple(columns), ("id", *known))
     if wrong is not None:
         raise ValueError(
             f"{source}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename "

@@ -2,7 +2,8 @@
 """Fields of data that nobody reads: naming them, and the known field that was probably meant."""
 
 import difflib
-from collections.abc import Collection, Iterable
+import functools
+from collections.abc import Iterable
 
 SIMILAR = 0.8
 """From this similarity on, a column counts as a known one that is misspelled."""
@@ -14,7 +15,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def misspelled(given: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+@functools.lru_cache(maxsize=1024)  # every row of a dataset asks the same
+def misspelled(given: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, str] | None:
     """The first given name that is almost a known one which is absent, and that known one."""
     absent = [name for name in known if name not in given]
     for name in given:
