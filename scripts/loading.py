@@ -193,6 +193,10 @@ def check_model_source(source: str) -> None:
         problems = model_problems(folder)
         if problems:
             raise ValueError(f"{source} holds no whole model: {'; '.join(problems)}.")
+        if not (folder / "config.json").exists():
+            raise ValueError(
+                f"{source} holds an adapter, no model: `vlmoe merge` adds it to its base model."
+            )
         return
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"There is no model folder {source}.")

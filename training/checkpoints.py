@@ -211,7 +211,8 @@ def _is_empty(path: Path) -> bool:
 def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
     """The error for a checkpoint that is not whole, with the way on where its weights are."""
     way_on = ""
-    if not list(_model_presence_problems(folder)) and has_whole_weights(folder):
+    lost = [*_model_presence_problems(folder), *weights_problems(folder)]
+    if not lost and has_whole_weights(folder):
         way_on = (
             f" To go on from its weights, with a new optimizer: --model {folder}, another "
             "--output_dir, and no --resume_from_checkpoint."

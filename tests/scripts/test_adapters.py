@@ -90,12 +90,19 @@ def another_kind(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
 
 
+def no_number(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors[next(name for name in tensors if "experts" in name)][1, 2] = float("inf")
+    save_file(tensors, folder / WEIGHTS)
+
+
 DAMAGES = {
     truncate: "is damaged: adapter_model.safetensors",
     flip_header: "is damaged: adapter_model.safetensors",
     other_number_of_experts: "is of another model: base_model.model.model.language_model",
     one_tensor_less: "has shape None, this model needs",
     another_kind: "holds an adapter of type IA3, not LORA",
+    no_number: "model.safetensors: the tensor base_model.model.model.language_model",
 }
 
 
@@ -108,6 +115,19 @@ def test_a_bad_adapter_is_one_error_and_nothing_is_written(
     assert main.main(["merge", str(adapter), "--output_dir", str(output)]) == 2
     assert DAMAGES[damage] in capsys.readouterr().err.splitlines()[-1]
     assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate --dataset x", "generate what?", "train --dataset x"])
+def test_an_adapter_is_not_taken_for_a_model(
+    adapter: Path, command: str, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would load it onto its base, whatever tensors it lacks."""
+    given = command.replace("x", str(data_folder)).split()
+    options = ["--model", str(adapter)]
+    if given[0] == "train":
+        options += ["--output_dir", str(adapter.parent / "out")]
+    assert main.main([*given, *options]) == 2
+    assert "holds an adapter, no model: `vlmoe merge`" in capsys.readouterr().err
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(

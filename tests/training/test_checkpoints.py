@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tampering import rename, tamper
 
 from vlmoe.training.checkpoints import (
     checkpoint_folders,
@@ -228,7 +229,13 @@ def sharded_by_fsdp(checkpoint: Path) -> None:
     (checkpoint / "scheduler.pt").unlink()
 
 
+def of_other_weights(checkpoint: Path) -> None:
+    """Trainer would leave the bank as it was before."""
+    tamper(checkpoint, rename)
+
+
 NOT_RESUMABLE = {
+    of_other_weights: r"model.safetensors: 1 missing \(.*gate_up_proj\); 1 unexpected",
     without_optimizer: "optimizer.pt: missing",
     without_scheduler: "scheduler.pt: missing",
     without_processor: "processor_config.json: missing",
