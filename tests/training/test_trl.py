@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -473,17 +472,3 @@ def test_every_save_holds_our_model_card(
     trainer.create_model_card(model_name="from TRL")
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         assert MARKER in (folder / "README.md").read_text()
-
-
-def test_the_readme_s_lines_train_on_a_cpu(
-    make_model: Model, processor: VLMoEProcessor, rows: Dataset, pairs: Dataset,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (
-        block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "SFT" in block
-    )
-    monkeypatch.chdir(tmp_path)
-    names = {"rows": rows, "pairs": pairs, "processor": processor}
-    exec(code, names | {"model": make_model(), "reference": make_model()})
-    assert (tmp_path / "outputs").is_dir()
