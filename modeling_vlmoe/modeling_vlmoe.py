@@ -205,7 +205,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
-        if learning and outputs.router_logits and not self.wants_router_losses():
+        foreign = learning and not router_losses_follow and outputs.router_logits
+        if foreign and not self.wants_router_losses():
             # TRL adds a balance loss to any of them; of frozen routers it shall train nothing.
             outputs.router_logits = tuple(each.detach() for each in outputs.router_logits)
         return VLMoEModelOutputWithPast(
