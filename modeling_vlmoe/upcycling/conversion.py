@@ -371,7 +371,8 @@ def converted(model_class: Any, conversion: Conversion) -> Any:
     plan = conversion.fill(model)
     conversion.weights = {}
     if conversion.generation_config is not None:
-        model.generation_config = conversion.generation_config
+        model.generation_config = copy.deepcopy(conversion.generation_config)
+        model.suppress_image_tokens()
     model.eval()
     model.upcycling_report = conversion.check(model, described(plan, model.state_dict()))
     return model

@@ -140,8 +140,12 @@ def test_the_dense_model_is_left_as_it_is(dense_model: Callable[..., Any]) -> No
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     config = dense.config.to_dict()
     dense.train()
+    generation = dense.generation_config.to_dict()
     model = VLMoEForConditionalGeneration.from_dense(dense, 4, 2, router_bias_update_rate=0.01)
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id]
+    model.generation_config.max_length = 77
     assert dense.training and dense.config.to_dict() == config
+    assert dense.generation_config.to_dict() == generation
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
