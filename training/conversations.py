@@ -24,6 +24,8 @@ IMAGE = None
 """Stands for an image among the parts of a `Turn`; text parts are strings."""
 COLUMNS = ("messages", "images", "question_type")
 MESSAGE_KEYS = ("role", "content")
+LOSS_KEYS = ("weight", "loss", "train")
+LEARNED_ROLES = ("assistant", "gpt", "chatgpt", "model")
 PART_KEYS = {"text": ("type", "text"), "image": ("type",)}
 
 
@@ -92,7 +94,7 @@ def parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
 
 def _conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The row with `messages` and `images`, if it has the form of another project."""
-    if "messages" in row and row.get("images"):
+    if row.get("images") and has_image_parts(row.get("messages")):
         return row
     from .row_formats import conversational  # it builds on this module
 
@@ -127,8 +129,14 @@ def require_known_columns(columns: Collection[str], name: str) -> None:
 
 
 def require_known_keys(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    """Raise `ValueError` for a key with a value that is none of `known`: it would be lost."""
+    """Raise `ValueError` for a key with a value that is none of `known`: it would be lost.
+
+    A turn may say whether it is learned (`weight`, `loss`, `train`), if it says what is done.
+    """
+    learned = given.get("role", given.get("from")) in LEARNED_ROLES
     for key, value in given.items():
+        if key in LOSS_KEYS and value in (0, 1) and bool(value) == learned:
+            continue
         if key not in known and value is not None:
             raise ValueError(
                 f"{what} has the key {key!r}, which is not read{did_you_mean(str(key), known)}; "

@@ -10,7 +10,15 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .row_formats import IMAGE_COLUMNS, INSIDE, PICTURE_KEYS, RowFormat, format_of, two_places
+from .row_formats import (
+    IMAGE_COLUMNS,
+    INSIDE,
+    MARKED,
+    PICTURE_KEYS,
+    RowFormat,
+    format_of,
+    two_places,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -99,8 +107,28 @@ def _format_of(rows: "Dataset") -> RowFormat | None:
     """The form of rows, or None for conversations with `images` and for other rows."""
     if "messages" not in rows.column_names:
         return format_of(rows.column_names)
-    inside = _hold_pictures(rows.features["messages"], _stored(rows, "messages"))
-    return INSIDE if inside else None
+    feature, stored = rows.features["messages"], _stored(rows, "messages")
+    if _hold_pictures(feature, stored):
+        return INSIDE
+    return MARKED if _image_column(rows) and _hold_markers(feature, stored) else None
+
+
+def _hold_markers(feature: Any, stored: Any) -> bool:
+    """Whether messages of this feature are plain texts, or have such with image markers."""
+    import pyarrow.compute
+    from datasets import Json, Value
+
+    if isinstance(feature, Json):
+        texts = stored.cast(pyarrow.string())
+        return bool(pyarrow.compute.any(pyarrow.compute.match_substring(texts, "<image>")).as_py())
+    if isinstance(feature, Mapping):
+        fields = {name: pyarrow.compute.struct_field(stored, name) for name in feature}
+        return isinstance(feature.get("content"), Value) or any(
+            _hold_markers(inner, fields[name]) for name, inner in feature.items()
+        )
+    if hasattr(feature, "feature"):
+        return _hold_markers(feature.feature, pyarrow.compute.list_flatten(stored))
+    return False
 
 
 def _entry(picture: Any) -> dict[str, Any]:

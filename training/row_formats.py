@@ -6,8 +6,10 @@
 | conversations | `messages`, pictures in `images` | itself, untouched |
 | pictures inside the content | a part `{"type": "image", "image" or "path" or "url": ...}` or \
 `{"type": "image_url", "image_url": {"url": ...}}` (OpenAI) | the same parts, pictures in `images` |
-| LLaVA, ShareGPT | `conversations` of `{"from": ..., "value": ...}` | a turn each; `<image>` in \
-what is not the model's becomes an image part, and the line break beside it goes |
+| markers (LLaMA-Factory, ms-swift) | `messages` of plain texts beside images | `<image>` in what \
+is not the model's becomes an image part, and the line break beside it goes |
+| LLaVA, ShareGPT | `conversations` of `{"from": ..., "value": ...}` | a turn each; markers as \
+above |
 | prompt and completion (TRL) | `prompt`, `completion`: texts, or lists of messages | one \
 conversation |
 | questions | `question`, `answer` | the images, the question, the answer |
@@ -79,6 +81,8 @@ def conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     form = format_of(row.keys())
     if form is None and has_pictures(row.get("messages")):
         form = INSIDE
+    if form is None and row.get("images") and are_plain(row.get("messages")):
+        form = MARKED
     if form is None:
         return row
     column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
@@ -102,6 +106,17 @@ def has_pictures(messages: Any) -> bool:
     )
 
 
+def are_plain(messages: Any) -> bool:
+    """Whether a conversation, or any of several, has plain texts in place of parts."""
+    if not isinstance(messages, list | tuple) or not messages:
+        return False
+    if isinstance(messages[0], list | tuple):
+        return any(map(are_plain, messages))
+    return all(
+        isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in messages
+    )
+
+
 def two_places(column: Any) -> str:
     """The complaint about pictures both inside the content and in a column."""
     return (
@@ -118,6 +133,8 @@ def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages]
     conversations = []
     for conversation in given if several else [given]:
         messages, own = _messages(conversation, name)
+        if are_plain(conversation):
+            messages = _with_images(messages, count)
         conversations.append(messages)
         pictures = pictures or own
         if own and own != pictures:
@@ -152,15 +169,13 @@ def _completion(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Mes
             more, own = _messages(row[column], name)
             messages, pictures = messages + more, pictures + own
         else:
-            marked = bool(count) and role == "user"
-            messages.append({"role": role, "content": _text_parts(row[column], marked=marked)})
+            messages.append({"role": role, "content": _text_parts(row[column])})
     return [messages if pictures else _with_images(messages, count)], pictures
 
 
 def _question(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
     """A question about the row's images and its answer."""
-    asked = _text_parts(row["question"], marked=count > 0)
-    return [_dialogue(asked, _text_parts(row["answer"]), count)], []
+    return [_dialogue(_text_parts(row["question"]), _text_parts(row["answer"]), count)], []
 
 
 def _caption(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
@@ -179,11 +194,17 @@ def _dialogue(asked: Any, answer: Any, count: int) -> Messages:
 
 
 def _with_images(messages: Messages, count: int) -> Messages:
-    """Messages that name no image, with `count` image parts before the first user text."""
-    if count and not has_image_parts(messages):
-        user = next((message for message in messages if message["role"] == "user"), None)
-        if user is not None and user["content"] is not None:
-            user["content"] = [{"type": "image", "text": None}] * count + user["content"]
+    """Messages with image parts for the row's `count` images, where they have none: at the markers
+    in texts that are not the model's, else before the first user text."""
+    if not count or has_image_parts(messages):
+        return messages
+    for message in messages:
+        if message["role"] != "assistant" and message["content"]:
+            texts = [part["text"] for part in message["content"]]
+            message["content"] = [part for text in texts for part in _marked_parts(text or "")]
+    user = next((message for message in messages if message["role"] == "user"), None)
+    if not has_image_parts(messages) and user is not None and user["content"] is not None:
+        user["content"] = [{"type": "image", "text": None}] * count + user["content"]
     return messages
 
 
@@ -259,3 +280,4 @@ def _string(value: Any) -> str | None:
 
 
 INSIDE = RowFormat("pictures inside the content", ("messages",), _chat)
+MARKED = RowFormat("texts with <image> markers", ("messages",), _chat)

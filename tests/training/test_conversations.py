@@ -184,3 +184,13 @@ def test_broken_messages_hold_no_image_and_are_refused_by_name(messages: Any) ->
     assert without_image_parts(messages) == messages
     with pytest.raises(ValueError, match="row 'r7'"):
         parse_row({"id": "r7", "messages": messages}, 0)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train"])
+def test_a_turn_may_say_that_what_is_learned_is_learned(key: str) -> None:
+    said = [{**USER, key: 0.0}, {**ANSWER, key: True}]
+    plain = parse_row({"messages": [USER, ANSWER]}, 0).conversations
+    assert parse_row({"messages": said}, 0).conversations == plain
+    for other in ([{**USER, key: 1}, ANSWER], [USER, {**ANSWER, key: 0.5}]):
+        with pytest.raises(ValueError, match=f"the key '{key}', which is not read"):
+            parse_row({"messages": other}, 0)

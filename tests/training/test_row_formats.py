@@ -110,7 +110,15 @@ FORMS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
         ],
     ),
     "sharegpt without markers": (
-        [{"images": [RED], "conversations": turns(("user", "color?"), ("assistant", "red"))}],
+        [
+            {
+                "images": [RED],
+                "conversations": [
+                    {"from": "user", "value": "color?", "weight": 0.0},
+                    {"from": "assistant", "value": "red", "weight": 1.0},
+                ],
+            }
+        ],
         [(ASKED, ["red"])],
     ),
     "conversations with roles": (
@@ -156,6 +164,21 @@ FORMS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
             (ASKED, ["red"]),
             ([[user("color?"), answer("red")]], []),
         ],
+    ),
+    "markers in plain texts": (
+        [
+            {"messages": chat("<image>color?"), "images": [RED]},
+            {"messages": chat("color?"), "images": [RED]},
+            {"messages": chat("what is 1+2?", "3"), "images": []},
+        ],
+        [(ASKED, ["red"]), (ASKED, ["red"]), ([[user("what is 1+2?"), answer("3")]], [])],
+    ),
+    "markers in plain texts beside parts": (
+        [
+            {"messages": chat("<image>color?"), "images": [RED]},
+            {"messages": chat([{"type": "image"}, TEXT], "not <image>"), "images": [RED]},
+        ],
+        [(ASKED, ["red"]), ([[user(IMAGE, "color?"), answer("not <image>")]], ["red"])],
     ),
     "captions": (
         [{"file_name": RED, "text": "a red square"}],
