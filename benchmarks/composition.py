@@ -338,7 +338,7 @@ def _dataset(split: str, scenes: list[Scene], asked: Mapping[int, list[Question]
             {
                 "id": f"composition/{split}/{number}",
                 "messages": [conversation(q.text, q.answer) for q in asked[number]],
-                "images": [{"bytes": picture(scene), "path": f"{number}.png"}],
+                "images": [{"bytes": picture(scene), "path": None}],
                 "question_type": [q.kind for q in asked[number]],
             }
             for number, scene in enumerate(scenes)

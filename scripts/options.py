@@ -108,8 +108,8 @@ class DataOptions(Options):
     _argument_group_name = "data"
 
     dataset: str | None = option(
-        "Training data with `messages` and `images` columns: a Hub id, a local parquet or JSON "
-        "file, a folder, or easy_vqa."
+        "Training data with `messages` and `images` columns: a Hub id, a local parquet, JSON "
+        "or CSV file, a folder, or easy_vqa."
     )
     train_split: str = option("Split to train on.", "train")
     eval_dataset: str | None = option("Data to evaluate on during training (default: --dataset).")

@@ -4,6 +4,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .image_column import ImageSources
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -27,19 +29,20 @@ def captioned_pictures(folder: Path) -> list[Path]:
     return files
 
 
-def caption_rows(files: list[Path], folder: Path) -> "Dataset":
+def caption_rows(files: list[Path], sources: ImageSources) -> "Dataset":
     """The pictures with their captions: `id` and `image`, the path in the folder, and `text`.
 
-    Raises `ValueError` naming a caption that is no UTF-8.
+    Raises `ValueError` naming a caption that is no UTF-8, or a link out of the folder.
     """
     from datasets import Dataset
 
     texts = []
     for file in files:
         caption = file.with_suffix(".txt")
+        sources.require_inside(caption, str(caption), "a caption")
         try:
             texts.append(caption.read_text(encoding="utf-8-sig").strip())
         except UnicodeDecodeError as error:
             raise ValueError(f"{caption} is not UTF-8: {error}. Save it as UTF-8.") from error
-    names = [str(file.relative_to(folder)) for file in files]
+    names = [str(file.relative_to(sources.folder)) for file in files]
     return Dataset.from_dict({"id": names, "image": names, "text": texts})

@@ -51,7 +51,7 @@ def question_rows(split: str) -> "Dataset":
             {
                 "id": f"easy_vqa/{split}/{image_id}",
                 "messages": [conversation(*pair) for pair in questions],
-                "images": [{"bytes": path.read_bytes(), "path": path.name}],
+                "images": [{"bytes": path.read_bytes(), "path": None}],
                 "question_type": [question_type(question) for question, _ in questions],
             }
         )
@@ -73,7 +73,7 @@ def caption_rows(split: str) -> "Dataset":
             {
                 "id": f"easy_vqa_captions/{split}/{image_id}",
                 "messages": [conversation(CAPTION_REQUEST, f"a {color} {shape}")],
-                "images": [{"bytes": path.read_bytes(), "path": path.name}],
+                "images": [{"bytes": path.read_bytes(), "path": None}],
                 "question_type": ["caption"],
             }
         )

@@ -78,7 +78,7 @@ class ImageSources:
             return {"bytes": None, "path": value}
         file = self._find(value)
         if file is not None:
-            return {"bytes": None, "path": str(self._require_inside(file, value, name))}
+            return {"bytes": None, "path": str(self.require_inside(file, value, name))}
         content = decode_text(value)
         if content is None or not (value.startswith("data:") or has_image_header(content)):
             raise FileNotFoundError(
@@ -93,8 +93,8 @@ class ImageSources:
                 return self.folder / written
         return None
 
-    def _require_inside(self, file: Path, path: str, name: str) -> Path:
-        """The resolved file, if it may be opened."""
+    def require_inside(self, file: Path, path: str, name: str) -> Path:
+        """The resolved file; raises `ValueError` where it lies outside the roots."""
         resolved = Path(os.path.realpath(file))
         if not self.allow_outside_images and not any(map(resolved.is_relative_to, self.roots)):
             raise ValueError(

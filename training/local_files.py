@@ -67,8 +67,9 @@ def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
         return with_image_column(rows, ImageSources(path, roots, **allowed))
     files = _pick_split(path, files_by_split(path), split)
     if files[0].suffix not in FORMATS:
-        rows = as_conversations(caption_rows(files, path), str(path), faults)
-        return with_image_column(rows, ImageSources(path, roots, **allowed))
+        sources = ImageSources(path, roots, **allowed)
+        rows = as_conversations(caption_rows(files, sources), str(path), faults)
+        return with_image_column(rows, sources)
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)

@@ -2,8 +2,10 @@
 
 import logging
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vlmoe.training.easy_vqa import (
     CAPTION_REQUEST,
@@ -47,7 +49,7 @@ def test_rows_hold_every_question_once_with_its_image(split: str, images: int) -
     for row in rows:
         image_id = int(row["id"].removeprefix(f"easy_vqa/{split}/"))
         with open(paths[image_id], "rb") as file:
-            assert row["images"] == [{"bytes": file.read(), "path": f"{image_id}.png"}]
+            assert row["images"] == [{"bytes": file.read(), "path": None}]
         for (user, assistant), kind in zip(row["messages"], row["question_type"], strict=True):
             assert (user["role"], assistant["role"]) == ("user", "assistant")
             assert [part["type"] for part in user["content"]] == ["image", "text"]
@@ -117,3 +119,13 @@ def test_captions_agree_with_the_questions_of_their_image(
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match="easy_vqa has no split 'validation'; it has: train, test"):
         question_rows("validation")
+
+
+def test_pictures_are_not_replaced_by_files_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [question_rows("test")[0]["images"], caption_rows("test")[0]["images"]]
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    assert [question_rows("test")[0]["images"], caption_rows("test")[0]["images"]] == wanted
+    assert all(image["bytes"] for images in wanted for image in images)

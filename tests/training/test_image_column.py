@@ -140,6 +140,23 @@ def test_a_file_outside_the_folder_is_refused_by_row_and_picture(
     assert rows[1]["images"] == [{"bytes": None, "path": str(outside)}]
 
 
+def test_a_caption_or_picture_that_is_a_link_out_of_the_folder_is_refused(
+    tmp_path: Path, png: bytes
+) -> None:
+    (tmp_path / "secret.txt").write_text("a secret")
+    (tmp_path / "secret.png").write_bytes(png)
+    for kind in ("txt", "png"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "a.png").write_bytes(png)
+        (folder / "a.txt").write_text("a shape")
+        (folder / f"a.{kind}").unlink()
+        (folder / f"a.{kind}").symlink_to(tmp_path / f"secret.{kind}")
+        with pytest.raises(ValueError, match=rf"a\.{kind}.* is .*secret\.{kind}, outside"):
+            load_rows(str(folder))
+        assert len(load_rows(str(folder), allow_outside_images=True)) == 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_files_of_the_folder_are_found_whatever_the_working_directory(
     dataset_folder: Path, form: str, picture: Image.Image
