@@ -217,7 +217,7 @@ def split_config(argv: list[str], option_classes: list[type]) -> tuple[dict[str,
     finder = OptionParser(prog="vlmoe")
     finder.add_argument("--config")
     found, others = finder.parse_known_args([_with_underscores(each) for each in argv])
-    return (read_config(found.config, option_classes) if found.config else {}), others
+    return ({} if found.config is None else read_config(found.config, option_classes)), others
 
 
 def _with_underscores(argument: str) -> str:

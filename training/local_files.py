@@ -18,7 +18,8 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,8 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
     name = f"content-{content_digest(files)}"  # part of the cache's key
     kind = "csv" if kind in SEPARATORS else kind
     try:
-        return load_dataset(kind, name, data_files=paths, split="train", **options)
+        with _without_log():
+            return load_dataset(kind, name, data_files=paths, split="train", **options)
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"empty dataset: {names} has no rows.") from error
@@ -206,6 +208,19 @@ def _columns_of_text(file: Path, separator: str) -> Any:
     with reading(str(file)), open(file, encoding="utf-8-sig", newline="") as opened:
         names = next(csv.reader(opened, delimiter=separator), [])
     return Features({name: Value("string") for name in names})
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep `datasets` from logging, with the reason, an error that it raises as well."""
+    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
+
+    before = get_verbosity()
+    set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def _pick_split(path: Path, splits: dict[str, Any], split: str) -> Any:
