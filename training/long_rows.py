@@ -43,10 +43,10 @@ class UsableRows:
         """Say once how many rows were too long, and what happens to them."""
         count = self.dropped or self.shortened
         if count:
-            done = "left out" if self.dropped else "the start of their questions is cut off"
-            logger.warning(
-                "%s of the %s rows have more than %s tokens: %s.", f"{count:,}", what, limit, done
+            done = (
+                "they are left out" if self.dropped else "the start of their questions is cut off"
             )
+            logger.warning("%s rows with more than %s tokens: %s; %s.", what, limit, count, done)
 
 
 def length_limit(config: Any, max_length: int | None = None) -> int | None:

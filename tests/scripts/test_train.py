@@ -288,8 +288,8 @@ def test_what_happens_to_long_rows_is_chosen(
     try:
         for policy, code, said in (
             ("error", 2, r"row 'train[1]' ('what color is the shape"),
-            ("drop", 0, "1 of the training rows have more than 40 tokens: left out."),
-            ("shorten-prompt", 0, "1 of the training rows have more than 40 tokens: the start of"),
+            ("drop", 0, "training rows with more than 40 tokens: 1; they are left out."),
+            ("shorten-prompt", 0, "training rows with more than 40 tokens: 1; the start of"),
         ):
             where = ["--output_dir", str(tmp_path / policy), "--max_length", "40"]
             assert main.main([*base, *where, "--on_long_rows", policy]) == code, policy

@@ -77,7 +77,9 @@ def test_long_rows_are_dropped_and_counted(
     with caplog.at_level(logging.WARNING):
         usable.log("training", collator.max_length)
     (line,) = caplog.messages
-    assert line.startswith("1 of the training rows have more than") and "left out" in line
+    assert (
+        line.startswith("training rows with more than ") and "tokens: 1; they are left out" in line
+    )
     with pytest.raises(ValueError, match="all 1 rows have more than max_length=3 tokens"):
         usable_rows(rows[:1], VLMoECollator(processor, 3), "drop", progress=False)
 
