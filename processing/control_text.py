@@ -120,7 +120,8 @@ class ControlStrings:
         if "merges" in model:
             model["merges"] = [merge for merge in model["merges"] if not self._is_of_control(merge)]
         backend = type(self._tokenizer).from_str(json.dumps(state))
-        for name, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
+            name = token.content
             if backend.token_to_id(renamed(name, name)) != token_id:
                 raise ValueError(
                     f"The chat holds control strings as text, but a copy of the tokenizer gives "
@@ -246,7 +247,7 @@ def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedToke
 
 
 def _control_strings(processor: Any) -> ControlStrings:
-    """Those of a processor's tokenizer, remembered until its added tokens change."""
+    """Those of a processor's tokenizer, remembered until tokens are added to it."""
     tokenizer = processor.tokenizer
     markers = (
         *CHAT_MARKERS,
@@ -255,8 +256,7 @@ def _control_strings(processor: Any) -> ControlStrings:
         processor.image_end_token,
         processor.global_image_token,
     )
-    added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
-    key = (markers, added)
+    key = (markers, len(tokenizer), tokenizer.all_special_tokens)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != key:
         known = _KNOWN[tokenizer] = (key, ControlStrings(tokenizer, markers))
