@@ -56,13 +56,23 @@ def card(folder: str | Path, options: CardOptions) -> Path:
         raise FileNotFoundError(f"{source} holds no config.json: a card tells of a saved model.")
     if problems := list(weights_problems(source)):
         raise ValueError(f"{source} holds no whole model: {'; '.join(problems)}.")
-    if source.resolve() != target.resolve() and any(target.glob("*.safetensors")):
-        raise ValueError(
-            f"--output {target} holds the weights of another model, whose files the card's would "
-            "replace; choose another folder."
-        )
+    if source.resolve() != target.resolve():
+        _require_place_for_copies(target)
     with folder_lock(target):
         return _card(source, target, options)
+
+
+def _require_place_for_copies(target: Path) -> None:
+    """Refuse a folder with files of the same names, unless an earlier card came with them."""
+    from vlmoe.training.model_card import CARD_FILE, CARD_SOURCES
+
+    weights = [path.name for path in target.glob("*") if path.suffix in (".safetensors", ".bin")]
+    held = [name for name in CARD_SOURCES if (target / name).exists()]
+    if weights or (held and not (target / CARD_FILE).is_file()):
+        raise ValueError(
+            f"--output {target} holds {[*weights, *held][0]}: the files that come with the card "
+            "would replace those of something else. Choose another folder."
+        )
 
 
 def _card(source: Path, target: Path, options: CardOptions) -> Path:

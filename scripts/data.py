@@ -62,15 +62,18 @@ def check_data(
     Raises:
         ValueError: an option, the model or a whole file cannot be used.
         FileNotFoundError: a file or folder does not exist.
+        OSError: the picture could not be written.
     """
     from vlmoe.training.collator import VLMoECollator
     from vlmoe.training.data import load_rows, split_names
     from vlmoe.training.data_check import check_rows
     from vlmoe.training.data_figure import plot_data
+    from vlmoe.training.folder_lock import require_writable
     from vlmoe.training.long_rows import length_limit
 
     from .loading import set_image_limits
 
+    require_writable(options.output)
     loaded = {}
     for name in [options.split] if options.split else split_names(dataset):
         faults: list[str] = []

@@ -64,6 +64,8 @@ def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
     source = model or config.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"{folder} does not say what its base model is; give --model.")
+    if output.resolve() == Path(source).resolve():
+        raise ValueError(f"--output_dir is {output}, the base model itself; choose another folder.")
     check_model_source(source)
     processor = read_processor(source)
     base = load_model(source)

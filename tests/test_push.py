@@ -222,4 +222,4 @@ def test_training_resumes_from_a_downloaded_checkpoint(
     assert last.files[weights].data == (output / weights).read_bytes()
     assert last.files.keys() >= CODE | PROCESSOR | {"train_results.json", "README.md"}
     assert RUN in last.files["README.md"].data.decode()
-    assert not any(name.startswith((".incoming", "checkpoint-")) for name in last.files)
+    assert not any(name.startswith((".incoming", "_", "checkpoint-")) for name in last.files)

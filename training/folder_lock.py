@@ -43,6 +43,7 @@ LOCK_FILE = "_vlmoe.lock"
 TOKENS = "VLMOE_LOCK_TOKENS"
 """Environment variable: the tokens of the locks that a process or its ancestors hold."""
 
+_TRIES = 100
 _READING_SECONDS = 0.5  # for the holder to write who it is
 
 
@@ -128,12 +129,10 @@ def launch_lock(folder: str | Path, takes_it: bool = True) -> Iterator[None]:
 
 
 def _acquired(file: Path, shown: str) -> _Lock:
-    made = _make_folder(file.parent, shown)
-    while True:
-        descriptor = _open(file, shown)
-        if descriptor is None:  # the last writer removed the folder that it had made
-            made += _make_folder(file.parent, shown)
-            continue
+    made: list[Path] = []
+    for _ in range(_TRIES):
+        descriptor, new = _open(file, shown)
+        made += new
         if not _locked(descriptor, shown):
             holder = _holder(descriptor)
             os.close(descriptor)
@@ -142,7 +141,9 @@ def _acquired(file: Path, shown: str) -> _Lock:
             raise FolderInUseError(_in_use(shown, holder))
         if _is_in_place(descriptor, file):
             break
-        os.close(descriptor)
+        os.close(descriptor)  # its holder has just deleted it
+    else:
+        raise OSError(f"{shown} cannot be locked: its file system gives files no lasting number.")
     lock = _Lock(file, descriptor, uuid.uuid4().hex, made)
     _take_over(lock, shown)
     os.environ[TOKENS] = " ".join([*os.environ.get(TOKENS, "").split(), lock.token])
@@ -217,14 +218,20 @@ def refuse_dangling(folder: Path) -> None:
             raise OSError(f"{path} is a link to {path.readlink()}, which is not there.")
 
 
-def _open(file: Path, shown: str) -> int | None:
+def _open(file: Path, shown: str) -> tuple[int, list[Path]]:
+    """The lock's file, open, and the folders that had to be made."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        return os.open(file, flags, 0o666)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _unwritable(shown, error) from error
+    made: list[Path] = []
+    for attempt in range(_TRIES):
+        made += _make_folder(file.parent, shown)
+        try:
+            return os.open(file, flags, 0o666), made
+        except FileNotFoundError as error:  # the last writer has removed the folder that it made
+            if attempt == _TRIES - 1:
+                raise _unwritable(shown, error) from error
+        except OSError as error:
+            raise _unwritable(shown, error) from error
+    raise AssertionError
 
 
 def _unwritable(path: str, error: OSError) -> OSError:
@@ -278,8 +285,9 @@ def _take_over(lock: _Lock, shown: str) -> None:
         "command": " ".join([Path(sys.argv[0]).name, *word]),
         "token": lock.token,
     }
-    os.ftruncate(lock.descriptor, 0)
-    os.pwrite(lock.descriptor, f"{json.dumps(holder)}\n".encode(), 0)
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, f"{json.dumps(holder)}\n".encode(), 0)
     for pattern in HIDDEN_FOLDERS if lock.file.name == LOCK_FILE else ():
         for folder in lock.file.parent.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)

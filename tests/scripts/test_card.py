@@ -47,8 +47,15 @@ def test_the_card_is_written_beside_the_model_or_elsewhere(
     assert card.data.license == "mit" and 'model="user/name"' in card.text
 
     output.mkdir(parents=True)
+    (output / "metrics.json").write_text("somebody's")
+    copy = ["card", str(model), "--output", str(output)]
+    assert main.main(copy) == 2
+    assert f"{output} holds metrics.json" in capsys.readouterr().err
+    assert (output / "metrics.json").read_text() == "somebody's"
+    (output / "metrics.json").unlink()
+    assert main.main(copy) == 0
     (output / "metrics.json").write_text("of another model")
-    assert main.main(["card", str(model), "--output", str(output)]) == 0
+    assert main.main(copy) == 0
     kept = {path.name for path in output.iterdir()}
     assert kept == {"README.md", "config.json", "processor_config.json"}
 

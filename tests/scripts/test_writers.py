@@ -101,6 +101,17 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     assert str(output) in line and "_vlmoe" not in line and "Errno" not in line
 
 
+@pytest.mark.parametrize("place", ["file", "link", "/proc/nothing", "file/below"])
+def test_a_conversion_that_cannot_be_written_is_refused_before_the_work(
+    place: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    line = refusal(["upcycle", str(model), "--output_dir", str(tmp_path / place)], capsys)
+    assert str(tmp_path / "file") in line or place in line
+    assert ".lock" not in line and "Errno" not in line
+
+
 @pytest.mark.parametrize("option", ["--output", "--save_predictions"])
 @pytest.mark.parametrize("place", ["folder", "file/x.json", "link/x.json", "/proc/nothing/x.json"])
 def test_results_that_cannot_be_written_are_found_before_the_evaluation(
@@ -119,6 +130,9 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
     argv = ["evaluate", "--model", str(saved_model), "--dataset", str(data_folder)]
     argv += ["--output", str(tmp_path / "r.json"), option, str(tmp_path / place)]
     line = refusal(argv, capsys)
+    if option == "--output":
+        data = ["data", str(data_folder), "--output", str(tmp_path / place)]
+        assert refusal(data, capsys).partition("error: ")[2] == line.partition("error: ")[2]
     assert str(tmp_path / place.partition("/")[0]) in line or place in line
     assert ".tmp" not in line
 
@@ -131,7 +145,12 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
         (["export-lora", "{adapter}"], "model", "model holds a model (config.json)"),
         (["train", "--lora", "--model", "{model}"], "model", "model holds a model (config.json)"),
         (["train", "--model", "{model}"], "adapter", "holds an adapter (adapter_config.json)"),
-        (["card", "{model}", "--output"], "other", "holds the weights of another model"),
+        (["card", "{model}", "--output"], "other", "holds model.safetensors"),
+        (
+            ["merge", "{adapter}", "--model", "{model}"],
+            "model",
+            "is {model}, the base model itself",
+        ),
     ],
 )
 def test_a_model_and_an_adapter_do_not_replace_each_other(
@@ -141,7 +160,9 @@ def test_a_model_and_an_adapter_do_not_replace_each_other(
     shutil.copytree(model, model.parent / "other")
     argv = [each.format(**places) for each in command]
     argv += [] if command[0] == "card" else ["--output_dir"]
-    before = {path: path.stat().st_mtime_ns for path in model.parent.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in model.parent.rglob("*") if path.is_file()}
     line = refusal([*argv, str(model.parent / output)], capsys)
     assert message.format(**places) in line
-    assert {path: path.stat().st_mtime_ns for path in model.parent.rglob("*")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in model.parent.rglob("*") if path.is_file()
+    } == before

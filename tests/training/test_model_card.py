@@ -25,6 +25,7 @@ from vlmoe.training.model_card import (
     CARD_SOURCES,
     EXAMPLE_FILE,
     MARKER,
+    remove_evaluations,
     write_model_card,
 )
 from vlmoe.training.training_stages import STAGES_FILE, starting_point
@@ -532,3 +533,13 @@ def test_the_example_with_a_picture_runs_as_it_stands(first: TrainResult, tmp_pa
     write_model_card(with_example(folder))
     code = next(snippets((folder / CARD_FILE).read_text()))
     assert run_snippet(code, folder).endswith("\n")
+
+
+def test_somebodys_own_files_are_renamed_and_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("somebody's")
+    remove_evaluations(tmp_path)
+    assert (tmp_path / "_replaced-metrics.json").read_text() == "somebody's"
+    (tmp_path / "metrics.json").write_text("of an older model")
+    (tmp_path / STAGES_FILE).write_text("[]")
+    remove_evaluations(tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
