@@ -121,6 +121,8 @@ class VLMoEProcessor(HubProcessorMixin):
     hub_modules = ("modeling_vlmoe.modeling_vlmoe",)
     valid_processor_kwargs = VLMoEProcessorKwargs
     return_mm_token_type_ids = True
+    # Whoever calls a processor names the images; a copy that is called with data has False.
+    opens_urls = True
 
     def __init__(
         self,
@@ -383,7 +385,7 @@ class VLMoEProcessor(HubProcessorMixin):
                         keep_floats=keep_floats,
                         channels=channels,
                         limits=limits,
-                        allow_urls=True,
+                        allow_urls=self.opens_urls,
                     )
                     (tiled,) = encode_images(self.image_processor, [image], kwargs)
                     encoded[_key(source)] = tiled

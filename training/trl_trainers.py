@@ -21,6 +21,7 @@
   1024) or than the model has positions is an error that names it.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,9 @@ class RouterLossTrainer(ModelCardMixin, ABC):
                 self._longest_row(),
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
             )
+        elif is_default:  # it hands the rows' images to the processor
+            self.data_collator.processor = copy.copy(self.processing_class)
+            self.data_collator.processor.opens_urls = False
 
     def compute_loss(
         self,

@@ -158,6 +158,21 @@ def router_losses(
     return total
 
 
+@pytest.mark.parametrize("only_answers", [False, True])
+def test_no_collator_opens_a_url(
+    make_trainer: Make, only_answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("a request"))
+    trainer = make_trainer(VLMoESFTTrainer, assistant_only_loss=only_answers)
+    row = {
+        "messages": [user("what?", 1), assistant("blue")],
+        "images": ["http://127.0.0.1:9/a.png"],
+    }
+    with pytest.raises(ValueError, match="is a URL, and data do not make requests"):
+        trainer.data_collator([row])
+    assert trainer.processing_class.opens_urls
+
+
 @pytest.mark.parametrize("kind", [VLMoESFTTrainer, VLMoEDPOTrainer])
 def test_twenty_steps_lower_a_finite_loss(kind: type[Trainer], make_trainer: Make) -> None:
     trainer = make_trainer(kind, max_steps=20, gradient_accumulation_steps=2)
