@@ -136,7 +136,7 @@ def _read(source: str, split: str, config_name: str | None, allowed: dict[str, A
         return read_local(path, split, **allowed)
     _require_hub_id(source)
     rows = as_conversations(_read_hub(source, split, config_name), source, allowed["faults"])
-    return with_image_column(rows, _hub_image_sources(source, allowed))
+    return with_image_column(rows, _hub_image_sources(source, allowed), source)
 
 
 def _require_hub_id(source: str) -> None:

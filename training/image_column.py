@@ -105,10 +105,11 @@ class ImageSources:
         return resolved
 
 
-def with_image_column(rows: "Dataset", sources: ImageSources) -> "Dataset":
+def with_image_column(rows: "Dataset", sources: ImageSources, name: str) -> "Dataset":
     """The rows with `images`, a list of undecoded images, made of whichever image column is there.
 
-    Files are checked against `sources`. Without an image column nothing changes.
+    Files are checked against `sources`; errors call the rows `name, row 0` and so on. Without an
+    image column nothing changes.
     """
     from datasets import Image, List
 
@@ -122,7 +123,7 @@ def with_image_column(rows: "Dataset", sources: ImageSources) -> "Dataset":
         rows = _retype(rows, column, List(undecoded) if is_list else undecoded)
         if next(image_files(rows, column), None) is None:
             return _listed(rows, column)
-    values = [sources.entries(value, f"row {i}") for i, value in enumerate(rows[column])]
+    values = [sources.entries(value, f"{name}, row {i}") for i, value in enumerate(rows[column])]
     return rows.remove_columns(column).add_column(
         "images", values, feature=List(Image(decode=False))
     )

@@ -61,22 +61,21 @@ def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
     Raises `FileNotFoundError` for a missing image file and `ValueError` for a split, file or folder
     that does not fit, each naming the culprit.
     """
-    faults = allowed.get("faults")
     roots = _image_roots(path if path.is_dir() else path.parent)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        rows = as_conversations(_read_saved(path, split), str(path), faults)
-        return with_image_column(rows, ImageSources(path, roots, **allowed))
+        rows = _read_saved(path, split)
+        return _conversational(rows, str(path), ImageSources(path, roots, **allowed))
     files = _pick_split(path, files_by_split(path), split)
     if files[0].suffix not in FORMATS:
         sources = ImageSources(path, roots, **allowed)
-        rows = as_conversations(caption_rows(files, sources), str(path), faults)
-        return with_image_column(rows, sources)
+        return _conversational(caption_rows(files, sources), str(path), sources)
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)
     parts = [
-        with_image_column(
-            as_conversations(_read_files(kind, group), ", ".join(map(str, group)), faults),
+        _conversational(
+            _read_files(kind, group),
+            ", ".join(map(str, group)),
             ImageSources(folder, roots, **allowed),
         )
         for (kind, folder), group in groups.items()
@@ -91,6 +90,11 @@ def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
         raise ValueError(
             f"the files of split {split!r} of {path} differ in columns or types: {error}"
         ) from error
+
+
+def _conversational(rows: "Dataset", name: str, sources: ImageSources) -> "Dataset":
+    """Rows of any form as conversations, with their images in one column."""
+    return with_image_column(as_conversations(rows, name, sources.faults), sources, name)
 
 
 def local_splits(path: Path) -> list[str]:

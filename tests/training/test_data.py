@@ -377,7 +377,7 @@ def test_missing_image_file_is_refused_by_row(tmp_path: Path) -> None:
     write_pictures(tmp_path, 1)
     rows = [{"messages": conversation(n), "images": [f"{n}.png"]} for n in range(2)]
     path = write_json(tmp_path / "a.jsonl", rows)
-    with pytest.raises(FileNotFoundError, match=r"row 1, image 0: there is no image file .*1\.png"):
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl, row 1, image 0: .* file .*1\.png"):
         load_rows(str(path))
 
 
