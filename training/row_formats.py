@@ -23,7 +23,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,7 +227,7 @@ def _messages(given: Any, name: str) -> tuple[Messages, list[Any]]:
     return messages, pictures
 
 
-def _parts(content: list[Any], name: str) -> tuple[list[dict[str, Any]], list[Any]]:
+def _parts(content: Sequence[Any], name: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """Parts without pictures in them, and those pictures."""
     parts, pictures = [], []
     for part in content:
