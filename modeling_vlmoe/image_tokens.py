@@ -35,9 +35,11 @@ class ImageTokensMixin:
         """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        # Not by calling the module: hooks, such as NEFTune's, expect whole rows.
-        weight = self.get_input_embeddings().weight  # type: ignore[attr-defined]
-        found = (inputs_embeds == weight[self.config.image_token_id].to(inputs_embeds)).all(-1)
+        # A row of one token: hooks, such as NEFTune's, expect rows. Not `weight[...]`, which may be
+        # sharded or offloaded.
+        embedding = self.get_input_embeddings()  # type: ignore[attr-defined]
+        token = torch.full((1, 1), self.config.image_token_id, device=inputs_embeds.device)
+        found = (inputs_embeds == embedding(token)).all(-1)
         if mm_token_type_ids is None:
             return found
         missing = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]

@@ -186,7 +186,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
                 input_ids, inputs_embeds, image_features, told, past_key_values
             )
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens, image_features)
-        elif mm_encoder_outputs is None:  # `generate` has looked at the prompt
+        elif mm_encoder_outputs is None and "attention_instances" not in kwargs:
+            # `generate` has looked at the prompt; vLLM, whose attention this is, merges by itself.
             self.check_no_image_tokens(input_ids, inputs_embeds)
         if learning and not router_losses_follow:
             self._warn_of_missing_router_losses()
@@ -264,7 +265,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         blocks = [layer.mlp for layer in decoder if hasattr(layer, "mlp")]
         blocks += sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
         routers = [block.router for block in blocks if hasattr(block, "router")]
-        return any(weight.requires_grad for router in routers for weight in router.parameters())
+        trains = [weight.requires_grad for router in routers for weight in router.parameters()]
+        return any(trains) or not trains  # FSDP may have taken all parameters into one
 
     def _warn_of_missing_router_losses(self) -> None:
         """Say once that a foreign loss has no router losses; nothing is said while compiling."""

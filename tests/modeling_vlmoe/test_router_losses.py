@@ -356,3 +356,21 @@ def test_only_the_last_layer_can_be_trained(
     last = model.model.language_model.layers[-1].requires_grad_()
     model(**batch).loss.backward()
     assert all(parameter.grad.any() for parameter in last.parameters())
+
+
+@pytest.mark.parametrize("trains", [True, False, None])
+def test_losses_are_on_while_a_router_trains(
+    tiny_model: Callable[..., VLMoEForConditionalGeneration], trains: bool | None
+) -> None:
+    """None: FSDP has taken the parameters away into one of its own, and which of it trains is not
+    known."""
+    model = tiny_model(text={"router_aux_loss_coef": 1.0})
+    for layer in model.model.language_model.layers:
+        router = layer.mlp.router
+        router.weight.requires_grad_(bool(trains))
+        if trains is None:
+            weight = router.weight.detach()
+            del router.weight
+            router.weight = weight
+    ids = torch.arange(6, 20).view(2, 7)
+    assert (model(input_ids=ids, labels=ids).aux_loss is not None) == (trains is not False)
