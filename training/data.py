@@ -234,9 +234,9 @@ def _with_altered_copies(rows: "Dataset", copies: int, options: dict[str, Any]) 
     from datasets import concatenate_datasets
 
     files = list(image_files(rows))
-    key = ("altered", rows._fingerprint, repr(options))
+    key = ["altered", rows._fingerprint, repr(options)]
     if any(map(is_url, files)):  # what the web will answer is not known
-        files, key = [], (*key, os.urandom(16).hex())
+        files, key = [], [*key, os.urandom(16).hex()]
     altered = [
         rows.map(
             _altered_row,

@@ -118,6 +118,7 @@ def with_image_column(rows: "Dataset", sources: ImageSources, name: str) -> "Dat
         return rows
     feature = rows.features[column]
     is_list = isinstance(feature, List) and isinstance(feature.feature, Image)
+    is_list = is_list and feature.length == -1  # Arrow has another layout for fixed lengths
     if is_list or isinstance(feature, Image):
         undecoded = Image(decode=False)
         rows = _retype(rows, column, List(undecoded) if is_list else undecoded)

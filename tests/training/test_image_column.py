@@ -348,6 +348,31 @@ def test_a_picture_without_bytes_and_path_hides_no_other(
         load_rows(str(tmp_path / "rows.parquet"))
 
 
+BYTES_AND_PATH = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [
+        (datasets.List(datasets.Image(), length=1), lambda png: [{"bytes": png, "path": None}]),
+        (datasets.LargeList(datasets.Image()), lambda png: [{"bytes": png, "path": None}]),
+        (datasets.List(BYTES_AND_PATH), lambda png: [{"bytes": png, "path": None}]),
+        (datasets.Value("large_binary"), lambda png: png),
+        (datasets.List(datasets.Value("binary")), lambda png: [png]),
+        (datasets.Value("large_string"), lambda png: base64.b64encode(png).decode()),
+    ],
+)
+def test_pictures_may_be_stored_in_other_types(
+    tmp_path: Path, png: bytes, kind: Any, wrap: Callable[[bytes], Any]
+) -> None:
+    rows = datasets.Dataset.from_dict({"messages": [[QUESTION, ANSWER]] * 2})
+    rows = rows.add_column("images", [wrap(png)] * 2, feature=kind)
+    write_parquet(rows, tmp_path / "rows.parquet")
+    loaded = load_rows(str(tmp_path / "rows.parquet"))
+    assert loaded.features["images"] == UNDECODED
+    assert loaded["images"][:] == [[{"bytes": png, "path": None}]] * 2
+
+
 IMAGE = datasets.Image()
 TEXT = datasets.Value("string")
 PLAIN = datasets.List({"role": TEXT, "content": TEXT})
