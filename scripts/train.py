@@ -8,7 +8,10 @@
 
 - `--resume_from_checkpoint last` goes on from the newest complete checkpoint in the output folder,
   or starts from the beginning where there is none; a path goes on from that one. Without it the
-  output folder must hold no checkpoints.
+  output folder must hold no checkpoints. Finished checkpoints that cannot be resumed from are an
+  error: their weights can be gone on from by --model.
+- One launch writes into an output folder at a time; a second one ends with a line that says which
+  process does. A killed one holds nothing.
 - The same options and seed give the same numbers on the same CPU, resumed or not.
 - The routing is logged beside the loss, and in full in router_telemetry.json.
 - Rows that do not fit the model (`--max_length`, `--on_long_rows`) or have nothing to learn are
@@ -107,7 +110,8 @@ def main(argv: list[str]) -> None:
     except FolderInUseError:
         if arguments.process_index == 0:
             raise
-        sys.exit(EXIT_ERROR)  # the first rank says it for the whole launch
+        time.sleep(5)  # the first rank says it for the launch, which its launcher then ends
+        sys.exit(EXIT_ERROR)
     if arguments.process_index == 0:
         print(f"\n{results_table(result.metrics)}\n\nSaved to {result.output_dir}.")
         from vlmoe.training.run_length import advice

@@ -212,7 +212,11 @@ def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
     """The error for a checkpoint that is not whole, with the way on where its weights are."""
     way_on = ""
     lost = [*_model_presence_problems(folder), *weights_problems(folder)]
-    if not lost and has_whole_weights(folder):
+    if shards := sorted(folder.glob("pytorch_model_fsdp_*")):
+        way_on = (
+            f" `accelerate merge-weights {shards[0]} FOLDER` makes a weights file of its shards."
+        )
+    elif not lost and has_whole_weights(folder):
         way_on = (
             f" To go on from its weights, with a new optimizer: --model {folder}, another "
             "--output_dir, and no --resume_from_checkpoint."
