@@ -50,7 +50,6 @@ class ControlStrings:
         }
         self.ids = control
         self.pattern = _any_of(control)
-        self.added = _any_of(token.content for token in added.values())
         self.prefixes = tuple({name[:n] for name in control for n in range(1, len(name))})
         self.found_or_begun = _whole_or_begun(control, self.prefixes)
         signs = {sign for name in control for sign in name if not sign.isalnum()} - set(" _-.")
@@ -58,7 +57,7 @@ class ControlStrings:
         # each begins with a character of its own: no two can overlap
         first = zip(control, ALIASES, strict=False)
         self.aliases = {name: chr(code) + FILLER * (len(name) - 1) for name, code in first}
-        self._tokenizer = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self._tokenizer: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self.normalizer = normalizer = getattr(self._tokenizer, "normalizer", None)
         if normalizer is not None:
             self.names_stay = all(normalizer.normalize_str(name) == name for name in control)
@@ -182,9 +181,10 @@ class GuardedTokenizer:
             plain = [self.unmark(each) for each in texts]
             return self._tokenizer(plain[0] if isinstance(text, str) else plain, **kwargs)
         renamed = self._renamed()
-        written = [self._written(each) for each in texts]
         options = {"add_special_tokens": False, "verbose": False}
-        wanted, got = self._tokenizer(texts, **options), renamed(written, **options)
+        wanted = self._tokenizer(texts, **options)
+        written = list(map(self._written, texts, wanted.encodings))
+        got = renamed(written, **options)
         if self._control_ids(wanted) != self._control_ids(got):
             raise ValueError(
                 "The chat holds control strings as text, and private-use characters "
@@ -201,17 +201,27 @@ class GuardedTokenizer:
         """The tokenizer with aliases as names of the control tokens."""
         tokenizer = copy.copy(self._tokenizer)
         tokenizer._tokenizer = self._control.renamed
-        names = {key: str(token) for key, token in tokenizer._special_tokens_map.items()}
-        aliases = self._control.aliases
-        tokenizer._special_tokens_map = {key: aliases.get(n, n) for key, n in names.items()}
+        aliases, named = self._control.aliases, tokenizer._special_tokens_map
+        tokenizer._special_tokens_map = {
+            key: aliases.get(str(token), token) for key, token in named.items()
+        }
         return tokenizer
 
-    def _written(self, text: str) -> str:
-        """A rendered text for `_renamed`: aliases for control strings, no stand-ins."""
-        aliases = self._control.aliases
-        return self.unmark(
-            self._control.added.sub(lambda found: aliases.get(found[0], found[0]), text)
-        )
+    def _written(self, text: str, encoding: Any) -> str:
+        """A rendered text for `_renamed`: aliases for control strings, no stand-ins.
+
+        `encoding` is what the tokenizer makes of the text, so that a control string of the template
+        that it takes for text stays text.
+        """
+        names = {token_id: name for name, token_id in self._control.ids.items()}
+        pieces, end = [], 0
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            name = names.get(token_id)
+            start = -1 if name is None else text.find(name, max(first, end), last)
+            if start >= 0:
+                pieces += [text[end:start], self._control.aliases[name]]
+                end = start + len(name)
+        return self.unmark("".join((*pieces, text[end:])))
 
     def _control_ids(self, output: Any) -> list[list[int]]:
         ids = {*self._control.ids.values()} - {self._tokenizer.unk_token_id}

@@ -289,9 +289,13 @@ class VLMoEProcessor(HubProcessorMixin):
         guarded = copy.copy(self)
         guarded.tokenizer = guard
         values, options = guard.mark([values, options])
-        return super(VLMoEProcessor, guarded).apply_chat_template(
-            **values, chat_template=chat_template, **kwargs | options
-        )
+        try:
+            return super(VLMoEProcessor, guarded).apply_chat_template(
+                **values, chat_template=chat_template, **kwargs | options
+            )
+        except Exception as error:  # a template may refuse what it is given, and say what that is
+            error.args = tuple(guard.unmark(a) if isinstance(a, str) else a for a in error.args)
+            raise
 
     def prepare_inputs_layout(
         self,

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
+from vlmoe.processing.chat_template import with_image_parts
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 NAMES = ("<pad>", "<|end|>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<image>", "</s>")
@@ -226,3 +227,66 @@ def test_what_the_model_itself_would_merge_to_a_control_token_is_text(processor)
     own = VLMoEProcessor(processor.image_processor, tokenizer)
     ids = own.apply_chat_template([{"role": "user", "content": "a</s>"}], tokenize=True)[0]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "a", "</s", ">", "<|end|>"]
+
+
+def test_a_refusal_says_what_the_user_wrote(processor):
+    with pytest.raises(Exception, match=r"Role 'a<\|end\|>b'; allowed"):
+        processor.apply_chat_template([{"role": "a<|end|>b", "content": "c"}], tokenize=True)
+
+
+def test_padding_needs_a_pad_token_as_ever(processor, with_tokens):
+    own = VLMoEProcessor(processor.image_processor, with_tokens())
+    own.tokenizer.pad_token = None
+    chats = [[{"role": "user", "content": text}] for text in ("a", "b<|end|>c")]
+    for chat in (chats, [chats[0], chats[0]]):
+        with pytest.raises(ValueError, match="does not have a padding token"):
+            own.apply_chat_template(chat, tokenize=True, processor_kwargs={"padding": True})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ '<|user|>' + m.role + '\n' + m.content | trim + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}",
+        "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}"
+        "{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}{% endif %}"
+        "{{ '<|end|>' }}{% endfor %}",
+    ],
+    ids=["ChatML", "Llama"],
+)
+def test_templates_of_language_models_get_text(pair, make_image, template):
+    """As after upcycling: their parts are joined to one string by our own lines before them."""
+    _, reference = pair
+    options = [{"bos_token": name} for name in ("<pad>", OTHER_NAMES[0])]
+    theirs = template
+    for name, other in zip(NAMES, OTHER_NAMES, strict=True):
+        theirs = theirs.replace(name, other)
+    templates = (
+        with_image_parts(template),
+        with_image_parts(theirs, reference.image_token),
+    )
+    choose, image = random.Random(11), make_image()
+    chats = [random_chat(choose, (*PIECES, "</think>"), image) for _ in range(8)]
+    ours, known = (
+        call(each, chats, chat_template=given, tokenize=True, add_generation_prompt=True, **more)
+        for call, each, given, more in zip(
+            (VLMoEProcessor.apply_chat_template, ProcessorMixin.apply_chat_template),
+            pair,
+            templates,
+            options,
+            strict=True,
+        )
+    )
+    assert ours == known
+
+
+def test_a_control_string_that_the_tokenizer_takes_for_text_stays_text(processor):
+    """Llama's old files: `</s>` is found after white space alone, in the template, too."""
+    tokenizer = make_tokenizer("old_llama", NAMES)
+    own = VLMoEProcessor(processor.image_processor, tokenizer)
+    template = "{% for m in messages %}{{ '<|user|>' + m.content + '.</s>' }}{% endfor %}"
+    options = {"chat_template": template, "tokenize": True}
+    (plain,) = own.apply_chat_template([{"role": "user", "content": "is"}], **options)
+    (ids,) = own.apply_chat_template([{"role": "user", "content": "is<|end|>"}], **options)
+    assert tokenizer.convert_tokens_to_ids("</s>") not in plain
+    assert plain[-4:] == ids[-4:] and len(ids) > len(plain)
