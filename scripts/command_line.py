@@ -61,6 +61,9 @@ def one_line(error: Exception) -> str:
         message = message.rpartition(f"\n{type(error).__name__}: ")[2]
     if isinstance(error, MemoryError) or _NO_MEMORY in message:
         message = f"not enough memory: {message or 'try smaller batches or sizes'}"
+    home = os.environ.get("HF_HOME")
+    if home and isinstance(error, OSError) and str(error.filename or "").startswith(home):
+        message = f"HF_HOME is {home!r}, which cannot be used: {message}"
     return " ".join(message.split()) or type(error).__name__
 
 

@@ -26,6 +26,18 @@ SIZES = {
     "text_config": ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size"),
     "vision_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size"),
 }
+# Another kind of value in one of these, but null, is against the schema.
+TYPED = {
+    "config.json": ("architectures", "auto_map", "model_type", "transformers_version"),
+    "processor_config.json": (
+        *("auto_map", "global_image_token", "image_end_token", "image_processor", "image_seq_len"),
+        *("image_start_token", "image_token", "processor_class", "tile_layout"),
+    ),
+    "tokenizer_config.json": (
+        *("clean_up_tokenization_spaces", "model_input_names", "processor_class"),
+        *("tokenizer_class", "padding_side"),
+    ),
+}
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 7, 2**40, -(2**40), 0.5, -0.5, 1e300, "", "red", "\ud800"),
     *([], [1], [[]], {}, {"a": 1}, "x" * 500, "\x00", "../../x"),
@@ -88,7 +100,13 @@ def time_limit(seconds: float = HANG_SECONDS) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def judge(figures: Figures, name: str, case: Case, run: Callable[[], tuple[int, str]]) -> None:
+def judge(
+    figures: Figures,
+    name: str,
+    case: Case,
+    run: Callable[[], tuple[int, str]],
+    seconds: float = HANG_SECONDS,
+) -> None:
     """Run a case and enter how it ended.
 
     Args:
@@ -96,10 +114,11 @@ def judge(figures: Figures, name: str, case: Case, run: Callable[[], tuple[int, 
         name: of the case.
         case: what was done.
         run: gives the exit code and what went to stderr; raises what escapes the command.
+        seconds: after them it hangs.
     """
     figures.inputs += 1
     try:
-        with time_limit():
+        with time_limit(seconds):
             code, errors = run()
     except Hang:
         figures.hung += 1
@@ -147,8 +166,10 @@ def _json_value(draw: random.Random, folder: Path) -> tuple[str, bool]:
     (folder / name).write_text(json.dumps(content))
     is_size = len(path) == 2 and path[1] in SIZES.get(path[0], ()) and name == "config.json"
     is_part = name == "config.json" and path in (["text_config"], ["vision_config"])
+    is_other = new is not None and type(new) is not type(old)
+    is_typed = len(path) == 1 and path[0] in TYPED[name] and is_other
     visible = is_size and new != old
-    return f"{name}: {'.'.join(path)} {old!r:.40} -> {new!r:.40}", visible or is_part
+    return f"{name}: {'.'.join(path)} {old!r:.40} -> {new!r:.40}", visible or is_part or is_typed
 
 
 def _json_size(draw: random.Random, folder: Path) -> tuple[str, bool]:

@@ -111,6 +111,6 @@ def test_a_damaged_input_is_one_line_of_a_process(
             )
             return done.returncode, done.stderr
 
-        judge(figures, f"{kind}:{number}", case, run)
+        judge(figures, f"{kind}:{number}", case, run, seconds=300)
     print(f"\n{kind}, as processes: {figures}")
     assert not figures.faults, "\n".join(figures.faults)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from .atomic_files import free_name, remove_folder
-from .file_checks import content_problems, json_problem
+from .file_checks import content_problems
 from .input_errors import InputError
 from .json_files import read_json
+from .json_kinds import json_problem
 from .whole_model import weights_problems
 
 logger = logging.getLogger(__name__)

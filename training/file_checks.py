@@ -22,19 +22,7 @@ from typing import Any
 
 from .input_errors import InputError
 from .json_files import parse_json, read_json
-
-# What the files of a model hold at their top level; other JSON files are the user's own.
-OF_A_MODEL: dict[str, type] = {
-    **dict.fromkeys(("config.json", "generation_config.json", "processor_config.json"), dict),
-    **dict.fromkeys(("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"), dict),
-    **dict.fromkeys(("special_tokens_map.json", "added_tokens.json", "vocab.json"), dict),
-    **dict.fromkeys(("adapter_config.json", "trainer_state.json", "train_results.json"), dict),
-    **dict.fromkeys(("metrics.json", "evaluate_results.json"), dict),
-    **dict.fromkeys(("training_stages.json", "router_telemetry.json"), list),
-}
-MAY_HOLD_NAN = ("trainer_state.json", "router_telemetry.json")  # what was logged, as Python has it
-# Objects inside them, wherever they are.
-PARTS = ("text_config", "vision_config", "image_processor", "weight_map", "rope_parameters")
+from .json_kinds import json_problem
 
 _BITS = {
     "BOOL": 8,
@@ -65,20 +53,6 @@ def content_problems(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[
             problem = _archive_problem(file)
         if problem:
             yield f"{file.name}: {problem}"
-
-
-def json_problem(file: Path) -> str | None:
-    """What is wrong with a JSON file: it does not parse, or holds another kind of value than files
-    of its name do."""
-    kind = OF_A_MODEL.get(file.name, (dict, list, str, bool, int, float, type(None)))
-    try:
-        content = read_json(file, kind, finite=file.name not in MAY_HOLD_NAN)
-        for name in (each for each in PARTS if kind is dict and each in content):
-            if not isinstance(content[name], (dict, type(None))):
-                return f"`{name}` must be an object, is {content[name]!r:.60}"
-    except InputError as error:
-        return str(error).removeprefix(f"{file}: ").rstrip(".")
-    return None
 
 
 def tensor_headers(folder: Path) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,18 @@ def test_a_fault_of_the_machine_is_one_line(
     assert run_command("vlmoe x", command, []) == 2
     text = capsys.readouterr().err
     assert line in text and text.count("\n") == 1
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HOME", "/dev/null/home")
+
+    def command(argv: list[str]) -> None:
+        Path("/dev/null/home/datasets").mkdir(parents=True)
+
+    assert run_command("vlmoe x", command, []) == 2
+    assert "error: HF_HOME is '/dev/null/home', which cannot be used: " in capsys.readouterr().err
 
 
 def test_any_class_is_one_line_while_input_is_read_and_a_bug_elsewhere(
