@@ -194,19 +194,6 @@ def require_writable(path: str | Path) -> None:
         raise _unwritable(str(path), error) from error
 
 
-def _make_folder(folder: Path, shown: str) -> list[Path]:
-    """Make a folder; returns what had to be made, from the outermost on."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
-    refuse_dangling(Path(shown).expanduser())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise OSError(f"{shown} is a file; name a folder.") from error
-    except OSError as error:
-        raise _unwritable(shown, error) from error
-    return missing
-
-
 def refuse_dangling(folder: Path) -> None:
     """Refuse a path that leads through a link to nothing: making what it names is not meant.
 
@@ -220,15 +207,24 @@ def refuse_dangling(folder: Path) -> None:
 
 def _open(file: Path, shown: str) -> tuple[int, list[Path]]:
     """The lock's file, open, and the folders that had to be made."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    only_this = getattr(os, "O_NOFOLLOW", 0)
+    refuse_dangling(Path(shown).expanduser())
     made: list[Path] = []
     for attempt in range(_TRIES):
-        made += _make_folder(file.parent, shown)
         try:
-            return os.open(file, flags, 0o666), made
-        except FileNotFoundError as error:  # the last writer has removed the folder that it made
+            folders = (file.parent, *file.parent.parents)
+            made += [folder for folder in folders if not folder.exists()][::-1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(file, os.O_RDWR | os.O_CREAT | only_this, 0o666), made
+        except FileNotFoundError as error:  # the last writer has removed the folders that it made
             if attempt == _TRIES - 1:
                 raise _unwritable(shown, error) from error
+        except FileExistsError as error:
+            raise OSError(f"{shown} is a file; name a folder.") from error
+        except PermissionError as error:
+            if not file.exists():
+                raise _unwritable(shown, error) from error
+            return os.open(file, os.O_RDONLY | only_this), made  # of another user: it locks, too
         except OSError as error:
             raise _unwritable(shown, error) from error
     raise AssertionError

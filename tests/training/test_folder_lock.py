@@ -222,3 +222,32 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=message) as error, folder_lock(name):
             pass
         assert LOCK_FILE not in str(error.value)
+
+
+@pytest.mark.parametrize("reason", ["Read-only file system", "No space left on device"])
+def test_a_disk_that_takes_no_file_is_named(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *arguments: Any) -> int:
+        raise OSError(30, reason, str(path))
+
+    monkeypatch.setattr(module.os, "open", refuse)
+    with pytest.raises(OSError) as error, folder_lock(tmp_path):
+        pass
+    assert str(error.value) == f"{tmp_path} cannot be written to: {reason}. Choose another place."
+
+
+def test_a_file_that_another_user_left_locks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_text("{}")
+    plain = os.open
+
+    def read_only(path: Path, flags: int, *arguments: Any) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, flags, *arguments)
+
+    monkeypatch.setattr(module.os, "open", read_only)
+    with folder_lock(tmp_path), holder(tmp_path) as (_, answer):
+        assert "is being written to" in answer
