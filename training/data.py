@@ -65,10 +65,9 @@ def load_rows(
             speak of left and right, nor the images show text.
         with_images: False takes images and image parts away, for a question-only baseline.
         config_name: the configuration of a Hub dataset that has several.
-        allow_outside_images: open the image files that rows name outside the dataset's folder (of
-            a file: its folder; on the Hub: what was downloaded of the dataset) by absolute paths,
-            `..` or symbolic links. By default they are an error, since anybody may have made the
-            data.
+        allow_outside_images: open image files outside the dataset's folder (of a file: its folder;
+            on the Hub: what was downloaded of the dataset), which rows name by absolute paths, `..`
+            or symbolic links. By default an error, since anybody may have made the data.
         allow_image_urls: keep http(s) URLs of images, an error by default; the collator, with
             `allow_image_urls` too, downloads them.
         image_limits: the largest image that is opened for altered copies.

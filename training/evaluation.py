@@ -4,6 +4,7 @@ score."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,22 +58,15 @@ def evaluate_model(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to evaluate.")
-    collator = VLMoEPromptCollator(
-        processor,
-        prompt_limit(model, max_new_tokens, max_length),
-        allow_image_urls=allow_image_urls,
-    )
-    was_training = model.training
-    model.eval()
+    limit = prompt_limit(model, max_new_tokens, max_length)
+    collator = VLMoEPromptCollator(processor, limit, allow_image_urls=allow_image_urls)
     start = time.perf_counter()
     predictions: list[dict[str, Any]] = []
-    try:
+    with _in_eval_mode(model):
         for batch in _batches(questions, batch_size, progress):
             prompts = collator(batch)
             answers = generate_answers(model, processor, prompts, max_new_tokens)
             predictions += _records(batch, prompts, answers)
-    finally:
-        model.train(was_training)
     seconds = time.perf_counter() - start
     return {
         **score(predictions),
@@ -81,6 +75,17 @@ def evaluate_model(
         "questions_per_second": len(predictions) / seconds,
         "predictions": predictions,
     }
+
+
+@contextmanager
+def _in_eval_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode for the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.inference_mode()
