@@ -1,9 +1,9 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """What the models refuse at their door: inputs whose shapes do not fit each other.
 
-Shapes are compared as Python integers, without a look at any value: that costs microseconds, no
-synchronisation with a device and no break in a compiled graph. An exported or traced program, whose
-sizes are symbols, goes without.
+Shapes are compared as Python integers, without a look at any value: that costs microseconds and no
+synchronisation with a device. A compiled, exported or traced program, whose sizes may be symbols,
+goes without.
 
 Shapes: batch, length (of this call), past (tokens that the cache holds), tiles.
 """
@@ -137,12 +137,11 @@ def check_pixels(
     allowed = "(batch, tiles of a row), with `pixel_values` (tiles, channels, height, width)"
     _require(fits, "image_index", image_index, allowed, reference)
     # On another device a look at the values would wait for it; there the indexing itself stops.
-    if image_index.device.type == "cpu" and not torch.compiler.is_compiling():
-        if (image_index >= len(pixel_values)).any():
-            raise ValueError(
-                f"`image_index` {_shape(image_index)} holds {int(image_index.max())}; {reference}: "
-                f"allowed: -1 (none) to {len(pixel_values) - 1}."
-            )
+    if image_index.device.type == "cpu" and (image_index >= len(pixel_values)).any():
+        raise ValueError(
+            f"`image_index` {_shape(image_index)} holds {int(image_index.max())}; {reference}: "
+            f"allowed: -1 (none) to {len(pixel_values) - 1}."
+        )
 
 
 def check_rows_of_images(pixel_values: Any, image_index: Any, batch: int) -> None:
@@ -198,4 +197,4 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _shapes_are_symbols() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
