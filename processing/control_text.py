@@ -216,9 +216,9 @@ class GuardedTokenizer:
         names = {token_id: name for name, token_id in self._control.ids.items()}
         pieces, end = [], 0
         for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-            name = names.get(token_id)
-            start = -1 if name is None else text.find(name, max(first, end), last)
-            if start >= 0:
+            name = names.get(token_id, "")
+            start = text.find(name, max(first, end), last)
+            if name and start >= 0:
                 pieces += [text[end:start], self._control.aliases[name]]
                 end = start + len(name)
         return self.unmark("".join((*pieces, text[end:])))

@@ -27,7 +27,7 @@ def fresh() -> None:
 @pytest.mark.parametrize(
     ("template", "fault"),
     [
-        (LOOP, "does not end within 1 seconds"),
+        (LOOP, "does not end within 3 seconds"),
         ("{{ 'x'.ljust(10**10) }}", "takes more than 1 GiB of memory"),
         ("{{ 'x' * 5000000 }}", "writes 5,000,000 characters"),
         ("{% if %}", "is no template: TemplateSyntaxError"),
@@ -37,7 +37,7 @@ def fresh() -> None:
 def test_a_bad_template_is_named(
     template: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_trial, "SECONDS", 1)
+    monkeypatch.setattr(template_trial, "SECONDS", 3 if template == LOOP else 60)
     with pytest.raises(ValueError, match=rf"^FOLDER: its chat template \(.*\) {fault}"):
         try_templates(template, "FOLDER")
 
