@@ -68,15 +68,16 @@ def _set(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(inner, PreTrainedConfig):
             _set(inner, value)
         else:
-            both = isinstance(value, dict) and isinstance(inner, dict)
-            setattr(config, name, merged(inner, value) if both else value)
+            if isinstance(value, dict) and isinstance(inner, dict):
+                value = merged(inner, value)
+            setattr(config, name, value)
     if hasattr(config, "validate_architecture"):
         config.validate_architecture()
 
 
 def _field_names(config: PreTrainedConfig) -> set[str]:
     """Fields of the config's class, other names for them, and what a saved one holds beyond."""
-    declared = {field.name for field in dataclasses.fields(config) if field.init}  # type: ignore[arg-type]
+    declared = {field.name for field in dataclasses.fields(config) if field.init}
     return {*config.to_dict(), *declared, *config.attribute_map}
 
 

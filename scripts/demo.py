@@ -238,9 +238,11 @@ def save_example(
     from vlmoe.training.model_card import EXAMPLE_FILE
 
     (output_dir / EXAMPLE_FILE).unlink(missing_ok=True)
-    for row, record in zip(ConversationRows(test_rows), predictions, strict=True):
+    questions = ConversationRows(test_rows)
+    for number, record in enumerate(predictions):
         if record["correct"] and record["question_type"] in ("shape", "color"):
-            open_image(row["images"][0], record["id"]).save(output_dir / EXAMPLE_FILE)
+            image = open_image(questions[number]["images"][0], record["id"])
+            image.save(output_dir / EXAMPLE_FILE)
             return {"question": record["question"], "answer": record["prediction"]}
     return None
 

@@ -64,7 +64,7 @@ def font_families() -> tuple[str, ...]:
 
 
 @functools.cache
-def _character_maps() -> tuple[dict[int, int], ...]:
+def _character_maps() -> tuple[dict[int, Any], ...]:
     """For each font that is tried the glyphs of its characters."""
     from matplotlib import font_manager
 

@@ -26,9 +26,10 @@ def reading(what: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]
     Raises:
         InputError: chained to what was raised; an InputError passes through unchanged.
     """
+    kept: tuple[type[Exception], ...] = (InputError, *keep)
     try:
         yield
-    except (InputError, *keep):
+    except kept:
         raise
     except Exception as error:
         reason = reason_of(error)
