@@ -377,22 +377,20 @@ class VLMoEProcessor(HubProcessorMixin):
         self, images: list[list[Any]], **kwargs: Any
     ) -> tuple[dict[str, Any], list[str]]:
         """Open and encode each distinct image, one at a time, then lay the tiles out by rows."""
-        keep_floats = image_option(self.image_processor, kwargs, "do_rescale") is False
-        channels, limits = kwargs.get("input_data_format"), self.image_limits
+        options = {
+            "keep_floats": image_option(self.image_processor, kwargs, "do_rescale") is False,
+            "channels": kwargs.get("input_data_format"),
+            "limits": self.image_limits,
+            "allow_urls": self.opens_urls,
+        }
         encoded: dict[Any, TiledImage] = {}
         for sample, row in enumerate(images):
             for position, source in enumerate(row):
                 if _key(source) not in encoded:
-                    image = load_rgb_image(
-                        source,
-                        f"sample {sample}, image {position}",
-                        keep_floats=keep_floats,
-                        channels=channels,
-                        limits=limits,
-                        allow_urls=self.opens_urls,
-                    )
-                    (tiled,) = encode_images(self.image_processor, [image], kwargs)
-                    encoded[_key(source)] = tiled
+                    where = f"sample {sample}, image {position}"
+                    opened = [load_rgb_image(source, where, **options)]
+                    (encoded[_key(source)],) = encode_images(self.image_processor, opened, kwargs)
+                    opened.clear()  # before the next one is decoded
         batch = [[encoded[_key(source)] for source in row] for row in images]
         grids = {
             "rows": [[image.rows for image in row] for row in batch],

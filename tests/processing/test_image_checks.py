@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -398,6 +399,21 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     assert len(messages) == 15
     assert all(re.search("^row 3: .*(limit|too large)", message) for message in messages), messages
     assert int(megabytes) < 200
+
+
+def test_images_of_a_call_are_decoded_one_at_a_time(processor, make_image, monkeypatch):
+    opened: list[weakref.ref] = []
+
+    def load(*args: object, **options: object) -> object:
+        assert not any(each() is not None for each in opened)
+        image = load_rgb_image(*args, **options)
+        opened.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr("vlmoe.processing.processing_vlmoe.load_rgb_image", load)
+    sources = [encoded(make_image(seed)) for seed in range(4)]
+    processor(images=[sources[:3], sources[2:]], text=["<image>" * 3, "<image>" * 2])
+    assert len(opened) == 4
 
 
 def test_the_limits_are_saved_with_the_processor(processor, tmp_path):
