@@ -251,3 +251,19 @@ def test_a_file_that_another_user_left_locks_too(
     monkeypatch.setattr(module.os, "open", read_only)
     with folder_lock(tmp_path), holder(tmp_path) as (_, answer):
         assert "is being written to" in answer
+
+
+def test_a_lock_on_a_deleted_file_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = module._locked, []
+
+    def late(descriptor: int, shown: str) -> bool:
+        if not calls:
+            (tmp_path / LOCK_FILE).unlink()  # its holder lets go between our opening and locking
+        calls.append(descriptor)
+        return plain(descriptor, shown)
+
+    monkeypatch.setattr(module, "_locked", late)
+    with folder_lock(tmp_path), holder(tmp_path) as (_, answer):
+        assert len(calls) == 2 and "is being written to" in answer
