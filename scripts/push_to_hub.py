@@ -180,16 +180,23 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder from which nobody could load the model.
 
     Raises:
-        ValueError: it holds no whole model, weights only as a pickle, or numbers in them that are
-            not finite.
+        ValueError: it holds no whole model, weights only as a pickle, numbers in them that are not
+            finite, or a chat template that does not end.
     """
     from vlmoe.training.checkpoints import model_problems
+    from vlmoe.training.input_errors import reading
+    from vlmoe.training.template_trial import try_templates
     from vlmoe.training.whole_model import require_finite_files
 
     problems = model_problems(folder)
     if problems:
         raise ValueError(f"{folder} holds no whole model: {'; '.join(problems)}.")
     require_finite_files(folder)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        with reading(str(template)):
+            text = template.read_text(encoding="utf-8")
+        try_templates(text, str(folder))
 
 
 def files_to_push(folder: Path) -> list[str]:

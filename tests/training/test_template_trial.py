@@ -12,6 +12,7 @@ from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE, with_image_par
 from vlmoe.training import template_trial
 from vlmoe.training.template_trial import try_templates
 from vlmoe_cli import main
+from vlmoe_cli.push_to_hub import check_folder
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 SOUND = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -82,5 +83,7 @@ def test_a_command_names_the_folder(
         (folder / file.name).symlink_to(file)
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.jinja").write_text(LOOP)
+    with pytest.raises(ValueError, match="does not end"):
+        check_folder(folder)  # as `vlmoe push` does
     assert main.main(["generate", "--model", str(folder), "--device", "cpu", "red?"]) == 2
     assert f"{folder}: its chat template" in capsys.readouterr().err.splitlines()[-1]
