@@ -57,6 +57,7 @@ def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
     from vlmoe.modeling_vlmoe.quantization import quantized_experts
     from vlmoe.training.adapter_files import adapter_config, load_adapter
     from vlmoe.training.atomic_files import publish_folder, staging_folder
+    from vlmoe.training.input_errors import writing
 
     from .loading import check_model_source, load_model, read_processor
 
@@ -75,10 +76,11 @@ def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
             "model as it was before by --model."
         )
     merged = load_adapter(base, folder).merge_and_unload(safe_merge=True)
-    staging = staging_folder(output)
-    merged.save_pretrained(staging)
-    processor.save_pretrained(staging)
-    publish_folder(staging, output)
+    with writing(output):
+        staging = staging_folder(output)
+        merged.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        publish_folder(staging, output)
     return output
 
 

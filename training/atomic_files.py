@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .input_errors import writing
 from .json_files import json_text
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     stem = path.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
     temporary = path.with_name(f".{stem}.{_host()}-{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        _flush_to_disk(temporary)
+        with writing(path):
+            yield temporary
+            _flush_to_disk(temporary)
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:

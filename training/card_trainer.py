@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from .adapter_card import hide_base_model, tidy_adapter_card
 from .atomic_files import atomic_path, open_to_readers, write_json
+from .input_errors import writing
 from .model_card import CARD_FILE, PIPELINE_TAG, may_write, write_model_card
 from .training_stages import (
     STAGES_FILE,
@@ -45,6 +46,10 @@ class ModelCardMixin(Base):
             self._start = starting_point(model, self.origin.preset)
             is_folder = self._start["kind"] == "folder"
             self._earlier_stages = read_stages(model.name_or_path) if is_folder else []
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, and write the card beside the model."""

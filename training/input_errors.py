@@ -8,6 +8,7 @@ code elsewhere stays what it is.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -35,6 +36,26 @@ def reading(what: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]
         reason = reason_of(error)
         named = reason.startswith(what)
         raise InputError(reason if named else f"{what}: {reason}") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file or folder where an error of the disk, of the block, names none.
+
+    Raises:
+        OSError: `path cannot be written: reason`, for an OSError without a path, and for what
+            safetensors and torch raise of a full disk; other errors pass through unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_nameless = isinstance(error, OSError) and error.errno and not error.filename
+        is_foreign = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(
+            error
+        )
+        if not (is_nameless or is_foreign):
+            raise
+        raise OSError(f"{path} cannot be written: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:

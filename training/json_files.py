@@ -54,11 +54,10 @@ def parse_json(
     """Parse JSON that came from `what`, under the rules of `read_json`; raises as it does."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        numbers: dict[str, Any] = {
-            "parse_constant": _refuse_constant,
-            "parse_float": _finite_number,
-        }
-        value = json.loads(text, **(numbers if finite else {}))
+        if finite:
+            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number)
+        else:
+            value = json.loads(text)
     except UnicodeDecodeError as error:
         raise InputError(f"{what}: not valid JSON (not UTF-8: {error.reason}).") from error
     except RecursionError as error:

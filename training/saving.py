@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from .answer_accuracy import IGNORED_OUTPUTS
 from .atomic_files import publish_folder, staging_folder
 from .conversation_rows import ConversationRows
+from .input_errors import writing
 from .whole_model import require_finite_files
 
 REMEDY = (
@@ -32,7 +33,8 @@ def save_final_model(trainer: Trainer, output_dir: str | Path) -> Path:
     output_dir = Path(output_dir)
     is_first = trainer.is_world_process_zero()
     [staging] = broadcast_object_list([staging_folder(output_dir) if is_first else None])
-    trainer.save_model(str(staging), _internal_call=True)  # else Trainer pushes what is half done
+    with writing(output_dir):
+        trainer.save_model(str(staging), _internal_call=True)  # else Trainer pushes half of it
     trainer.accelerator.wait_for_everyone()
     try:
         require_finite_files(staging)  # on all ranks, so that all end
