@@ -1,13 +1,14 @@
 """A process of its own that holds the lock of a folder."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from vlmoe.training.folder_lock import FolderInUseError, folder_lock
+from vlmoe.training.folder_lock import TOKENS, FolderInUseError, folder_lock
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def holder(folder: Path, beside: bool = False) -> Iterator[tuple[BaseProcess, st
 
 
 def _hold(folder: str, beside: bool, pipe: Connection) -> None:
+    os.environ.pop(TOKENS, None)  # no child of the process that asks
     try:
         with folder_lock(folder, beside=beside):
             pipe.send("held")
