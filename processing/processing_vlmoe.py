@@ -377,7 +377,7 @@ class VLMoEProcessor(HubProcessorMixin):
         self, images: list[list[Any]], **kwargs: Any
     ) -> tuple[dict[str, Any], list[str]]:
         """Open and encode each distinct image, one at a time, then lay the tiles out by rows."""
-        options = {
+        options: dict[str, Any] = {
             "keep_floats": image_option(self.image_processor, kwargs, "do_rescale") is False,
             "channels": kwargs.get("input_data_format"),
             "limits": self.image_limits,
