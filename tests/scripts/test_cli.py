@@ -261,6 +261,10 @@ def test_options_parsed_without_flags_are_our_defaults(tmp_path: Path) -> None:
         ("model: [unclosed", "not valid YAML"),
         ("max_train_rows: 1.5", "invalid int value: '1.5'"),
         ("altered_copies: maybe", "maybe"),
+        ("max_train_rows: [1]", r"--max_train_rows cannot be \[1\]"),
+        ("altered_copies: true", "--altered_copies cannot be True"),
+        ("dataset: 2020-01-01", "--dataset cannot be"),
+        ("num_train_epochs: .nan\nx: 1", "no option 'x'"),
     ],
 )
 def test_a_wrong_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
