@@ -280,7 +280,12 @@ def _presence_problems(folder: Path) -> Iterator[str]:
 
 
 def _model_presence_problems(folder: Path) -> Iterator[str]:
-    names = [path.name for path in folder.iterdir() if path.exists()]  # no dangling links
+    # no dangling links, and no folder in a file's place; those of FSDP and DeepSpeed have no suffix
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() or (path.is_dir() and not path.suffix)
+    ]
     has_weights = any(
         name in names
         for name in (*_WEIGHT_FILES, *(f"{file}.index.json" for file in _WEIGHT_FILES))

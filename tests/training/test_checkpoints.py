@@ -306,3 +306,12 @@ def test_a_link_to_nothing_is_no_file(run_copy: Path) -> None:
     weights.unlink()
     weights.symlink_to(run_copy / "nowhere")
     assert model_problems(run_copy) == ["model.safetensors: missing"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_missing_file(
+    saved_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved_model, tmp_path / "model")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").mkdir()
+    assert "tokenizer_config.json: missing" in model_problems(folder)
