@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     print(f"\n{report_text(reports, limit)}\n\nThe picture is {options.output}.")
     faults = sum(len(report.faults) for report in reports)
     if faults:
-        raise ValueError(f"{rest.dataset} has {faults:,} faults; they are listed above.")
+        raise ValueError(f"{rest.dataset} has {faults:,} fault{'s' * (faults > 1)}; see above.")
 
 
 def check_data(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .data_check import SplitReport
+from .figure_text import as_it_is, drawable
 from .figures import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
 
 COLORS = (BLUE, ORANGE, GREEN, GREY)
@@ -21,7 +22,7 @@ def plot_data(reports: Sequence[SplitReport], path: str | Path, limit: int | Non
     """
     figure = new_figure(13.0, 4.2)
     tokens, learned, sizes = figure.subplots(1, 3)
-    names = [report.name for report in reports]
+    names = drawable([report.name for report in reports])
     colors = [COLORS[number % len(COLORS)] for number in range(len(reports))]
     for axis, values, title in (
         (tokens, [report.lengths for report in reports], "Tokens of a conversation"),
@@ -29,6 +30,7 @@ def plot_data(reports: Sequence[SplitReport], path: str | Path, limit: int | Non
     ):
         axis.hist(values, bins=_edges(values), color=colors, label=names, stacked=True)
         axis.set(title=title, xlabel="tokens", ylabel="conversations")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     longest = max((max(report.lengths, default=0) for report in reports), default=0)
     if limit is not None and longest > limit / 2:
         tokens.axvline(limit, color=RED, linewidth=1.2)
@@ -37,7 +39,7 @@ def plot_data(reports: Sequence[SplitReport], path: str | Path, limit: int | Non
         heights = [height for _, height in report.sizes]
         sizes.scatter(widths, heights, s=9, alpha=0.4, color=color, label=report.name)
     sizes.set(title="Sizes of the images", xlabel="width in pixels", ylabel="height in pixels")
-    tokens.legend(frameon=False)
+    as_it_is(tokens.legend(framealpha=0.9, edgecolor="none").get_texts())
     faults = sum(len(report.faults) for report in reports)
     rows = sum(report.rows for report in reports)
     figure.suptitle(f"{rows:,} rows, {faults:,} faults", color=RED if faults else "black")

@@ -71,7 +71,7 @@ def test_all_faults_of_all_rows_are_listed(
     (tmp_path / "train.json").write_text(json.dumps(rows))
     code, out, error = run(capsys, tmp_path, "--output", tmp_path / "data.png")
     faults = [line for line in out.splitlines() if line.startswith("- ")]
-    assert code == 2 and len(faults) == 7 and "has 7 faults; they are listed above" in error
+    assert code == 2 and len(faults) == 7 and "has 7 faults" in error
     for said in (
         "row 1, image 0: there is no image file",
         "row 2, image 0: '/etc/passwd' is /etc/passwd, outside",
