@@ -30,7 +30,7 @@ def plot_data(reports: Sequence[SplitReport], path: str | Path, limit: int | Non
     ):
         axis.hist(values, bins=_edges(values), color=colors, label=names, stacked=True)
         axis.set(title=title, xlabel="tokens", ylabel="conversations")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     longest = max((max(report.lengths, default=0) for report in reports), default=0)
     if limit is not None and longest > limit / 2:
         tokens.axvline(limit, color=RED, linewidth=1.2)
