@@ -34,7 +34,7 @@ from upcycling_training import Recipe, learn_to_see, one_thread, times, train_fo
 from vlmoe.training.atomic_files import write_json
 from vlmoe.training.data import load_rows
 from vlmoe.training.evaluation import evaluate_model
-from vlmoe.training.training_stages import read_json
+from vlmoe.training.training_stages import saved_json
 
 EVALUATION_BATCH = 256
 LENGTH = 32
@@ -55,10 +55,10 @@ def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> d
         What the arm's result.json holds.
     """
     arm, own = ARMS[name], folder / name
-    done = read_json(own / "result.json")
+    done = saved_json(own / "result.json")
     if done is not None:
         return done
-    plateau = read_json(folder / PLATEAU / "result.json")
+    plateau = saved_json(folder / PLATEAU / "result.json")
     rows = {
         split: load_rows(str(data / "data"), split, with_images=arm.with_images)
         for split in ("descriptions", "train", "validation", "test")
@@ -145,7 +145,7 @@ def check_same(file: Path, config: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder's runs have another recipe.
     """
-    found = read_json(file)
+    found = saved_json(file)
     if found is not None and found != config:
         raise ValueError(
             f"{file.parent} holds runs of another recipe: {found}, not {config}. Choose another "

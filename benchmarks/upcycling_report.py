@@ -12,7 +12,7 @@ from upcycling_arms import ARMS, BASELINE, PLATEAU
 
 from vlmoe.training.atomic_files import write_json
 from vlmoe.training.figures import BLUE, GREY, ORANGE, new_figure, save_figure
-from vlmoe.training.training_stages import read_json
+from vlmoe.training.training_stages import saved_json
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm, seed
 COMPARED = [name for name in ARMS if name not in (PLATEAU, BASELINE, "question_only")]
@@ -29,7 +29,9 @@ def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
         dense = found[task].get(PLATEAU, {})
         cut = [seed for seed, run in dense.items() if run["steps"] >= most]
         summaries[task]["seeds without a plateau"] = cut
-        summaries[task]["majority answer"] = read_json(output_dir / "data" / task / "majority.json")
+        summaries[task]["majority answer"] = saved_json(
+            output_dir / "data" / task / "majority.json"
+        )
     settings = {"level": LEVEL, "resamples": RESAMPLES, **config}
     write_json(results, {"environment": environment(), **settings, "tasks": summaries})
     if summaries:
@@ -43,7 +45,7 @@ def finished(folder: Path) -> Runs:
     for name in ARMS:
         seeds = sorted(int(file.parts[-3]) for file in folder.glob(f"*/{name}/result.json"))
         if seeds:
-            runs[name] = {s: read_json(folder / str(s) / name / "result.json") for s in seeds}
+            runs[name] = {s: saved_json(folder / str(s) / name / "result.json") for s in seeds}
     return runs
 
 

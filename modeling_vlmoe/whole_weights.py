@@ -5,6 +5,7 @@ transformers initialises missing tensors at random, ignores unexpected ones, and
 warning. Here they are one error, raised before anything is allocated for them. Legitimate are:
 
 - a tied weight, as long as the one that it is tied to is there;
+- router biases, which start at zero, that the caller's config has and the saved one has not;
 - what a class says that it ignores (`_keys_to_ignore_on_load_missing`, `..._unexpected`);
 - another shape with `ignore_mismatched_sizes=True`;
 - anything with `output_loading_info=True`, where the caller is given the names, and anything in a
@@ -19,10 +20,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
+# tensors of a router that start at zero: the field of the text config that asks for them
+BIAS_SWITCHES = {
+    "e_score_correction_bias": "router_bias_update_rate",
+    "modality_bias": "router_modality_bias",
+}
 SHOWN = 3  # names of each kind in a message
 
 _caller_judges: ContextVar[bool] = ContextVar("caller_judges", default=False)
@@ -67,13 +74,25 @@ def require_whole_weights(model: Any, load_config: Any, loading_info: Any) -> No
         return  # weights cannot be quantised: transformers raises with the reason
     model._adjust_missing_and_unexpected_keys(loading_info)
     allowed = load_config.ignore_mismatched_sizes
+    missing = untied(model, loading_info.missing_keys)
     problems = weight_problems(
-        untied(model, loading_info.missing_keys),
+        missing - _biases_asked_for_now(missing, load_config),
         loading_info.unexpected_keys,
         () if allowed else loading_info.mismatched_keys,
     )
     if problems:
         raise NotWholeError(source, type(model).__name__, problems)
+
+
+def _biases_asked_for_now(missing: set[str], load_config: Any) -> set[str]:
+    """Of the missing names the router biases whose switch is off in the saved config."""
+    biases = {name for name in missing if name.rpartition(".")[2] in BIAS_SWITCHES}
+    if not biases:
+        return set()
+    source, download = load_config.pretrained_model_name_or_path, load_config.download_kwargs
+    saved, _ = PreTrainedConfig.get_config_dict(source, **(download or {}))
+    saved = saved.get("text_config", saved)
+    return {name for name in biases if not saved.get(BIAS_SWITCHES[name.rpartition(".")[2]])}
 
 
 def meta_device_map() -> str | None:

@@ -160,3 +160,26 @@ def test_no_default_model_is_built_in_place_of_a_config(
     said = "'siglip'" if place == "foreign" else "None"
     with pytest.raises((ValueError, OSError), match=rf"config\.json(: `model_type` is {said})?"):
         kind.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("router_bias_update_rate", 0.01, "e_score_correction_bias"),
+        ("router_modality_bias", True, "modality_bias"),
+    ],
+)
+def test_router_biases_may_be_asked_for_later_but_not_be_lost(
+    folder: Path, tmp_path: Path, field: str, value: Any, name: str
+) -> None:
+    model = load(folder, **{field: value})
+    biases = [tensor for key, tensor in model.state_dict().items() if key.endswith(f".{name}")]
+    assert biases and not any(bias.any() for bias in biases)
+
+    model.save_pretrained(tmp_path / "with_biases")
+
+    def lose_one(tensors: Tensors) -> None:
+        tensors.pop(next(key for key in tensors if key.endswith(f".{name}")))
+
+    with pytest.raises(ValueError, match=rf"1 missing \(.*{name}"):
+        load(tamper(tmp_path / "with_biases", lose_one))
