@@ -110,9 +110,11 @@ def usable_rows(
         progress: show a progress bar.
 
     Raises:
-        ValueError: naming the row, when it is malformed or has no token with a loss, when it is too
+        ValueError: for another `on_long_rows`; naming the row, when it is malformed or has no token with a loss, when it is too
             long, or stays so when shortened, and when no row is left.
     """
+    if on_long_rows not in ON_LONG_ROWS:
+        raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: {', '.join(ON_LONG_ROWS)}.")
     measure = RowMeasure(collator)
     kept, long = [], 0
     bar = transformers_logging.tqdm(

@@ -89,6 +89,8 @@ def test_rows_that_all_fit_are_passed_on_as_they_are(processor: VLMoEProcessor) 
     for policy in ("error", "drop", "shorten-prompt"):
         usable = usable_rows(rows, VLMoECollator(processor, 99), policy, progress=False)
         assert usable.rows is rows and not usable.dropped and not usable.shortened
+    with pytest.raises(ValueError, match="'cut'; allowed: error, drop, shorten-prompt"):
+        usable_rows(rows, VLMoECollator(processor, 99), "cut", progress=False)
 
 
 def test_questions_are_shortened_from_the_oldest_on_and_nothing_else(
