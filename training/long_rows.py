@@ -110,8 +110,8 @@ def usable_rows(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for another `on_long_rows`; naming the row, when it is malformed or has no token with a loss, when it is too
-            long, or stays so when shortened, and when no row is left.
+        ValueError: for another `on_long_rows`; naming the row, when it is malformed or has no
+            token with a loss, when it is too long, or stays so when shortened; when no row is left.
     """
     if on_long_rows not in ON_LONG_ROWS:
         raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: {', '.join(ON_LONG_ROWS)}.")
