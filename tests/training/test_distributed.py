@@ -68,7 +68,10 @@ def load(model_folder: Path, kind: str) -> VLMoEForConditionalGeneration:
     for field, value in KINDS[kind].items():
         setattr(config if hasattr(config, field) else config.text_config, field, value)
     torch.manual_seed(0)
-    return VLMoEForConditionalGeneration.from_pretrained(model_folder, config=config).train()
+    model, _ = VLMoEForConditionalGeneration.from_pretrained(
+        model_folder, config=config, output_loading_info=True
+    )
+    return model.train()
 
 
 def train(model: torch.nn.Module, steps: list[dict[str, torch.Tensor]], scale: int) -> Any:
