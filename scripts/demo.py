@@ -233,6 +233,7 @@ def save_example(
 
     Returns its question and the model's answer, or None where there is none.
     """
+    from vlmoe.training.atomic_files import atomic_path
     from vlmoe.training.conversation_rows import ConversationRows
     from vlmoe.training.images import open_image
     from vlmoe.training.model_card import EXAMPLE_FILE
@@ -242,7 +243,8 @@ def save_example(
     for number, record in enumerate(predictions):
         if record["correct"] and record["question_type"] in ("shape", "color"):
             image = open_image(questions[number]["images"][0], record["id"])
-            image.save(output_dir / EXAMPLE_FILE)
+            with atomic_path(output_dir / EXAMPLE_FILE) as temporary:
+                image.save(temporary)
             return {"question": record["question"], "answer": record["prediction"]}
     return None
 

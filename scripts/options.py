@@ -408,8 +408,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
 }
 
-# What it sets for a preset, where neither a length nor a rate is given: three epochs at 5e-5, which
-# Trainer takes for a trained model, leave a new one where it began.
+# A preset's length where none is given, and its rate where none is given: three epochs at 5e-5,
+# Trainer's defaults for a trained model, leave a new one where it began. Those of evaluation count
+# only with data to evaluate on.
 FROM_SCRATCH_LENGTH: dict[str, Any] = {
     "max_steps": 1000,
     "eval_strategy": "steps",

@@ -61,7 +61,7 @@ options of transformers.TrainingArguments that matter most (--help-all lists all
   --gradient_accumulation_steps, --seed, --bf16, --resume_from_checkpoint last|PATH
 with defaults of our own:
   {defaults}
-and for a preset, where neither a length nor a rate is given:
+and for a preset a length and a rate, each where none is given:
   {from_scratch}
 
 examples:
