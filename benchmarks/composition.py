@@ -331,7 +331,7 @@ def composition_rows(images: Mapping[str, int], seed: int = 0) -> dict[str, "Dat
 
 
 def _dataset(split: str, scenes: list[Scene], asked: Mapping[int, list[Question]]) -> "Dataset":
-    from vlmoe.training.easy_vqa import conversation, dataset
+    from vlmoe.data.easy_vqa import conversation, dataset
 
     return dataset(
         [

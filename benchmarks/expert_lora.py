@@ -30,7 +30,7 @@ from torchao.quantization import quantize_
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import vlmoe
-from vlmoe.modeling_vlmoe import expert_lora  # before the runs, which start as copies of this one
+from vlmoe.lora import wrappers as expert_lora  # before the runs, which start as copies of this one
 
 RANK = 8
 SHAPES = {  # experts, k, hidden, intermediate

@@ -15,8 +15,8 @@ import torch
 from measure import write_result
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor, expert_int8_config
-from vlmoe.training.collator import VLMoECollator
-from vlmoe.training.data import load_rows
+from vlmoe.data.collator import VLMoECollator
+from vlmoe.data.loading import load_rows
 
 IMAGES = 32
 PAIRS = (

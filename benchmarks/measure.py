@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vlmoe.training.atomic_files import write_json
+from vlmoe.hub.atomic_files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 STUDENT_T_975 = {9: 2.262, 19: 2.093, 29: 2.045}  # two-sided 95%, by degrees of freedom

@@ -152,7 +152,7 @@ def train_captions(folder: Path) -> dict[str, Any]:
 
 def upcycle_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The sparse model and what its report says."""
-    from vlmoe.modeling_vlmoe.upcycling.report import UpcyclingReport
+    from vlmoe.upcycling.report import UpcyclingReport
     from vlmoe_cli.options import UpcycleOptions
     from vlmoe_cli.upcycle import upcycle
 
@@ -234,8 +234,8 @@ def learn_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def question_sample(split: str, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` easy-VQA questions, each with its picture, a third of each kind, in random order."""
-    from vlmoe.training.conversation_rows import ConversationRows
-    from vlmoe.training.data import load_rows
+    from vlmoe.data.conversation_rows import ConversationRows
+    from vlmoe.data.loading import load_rows
 
     rows = ConversationRows(load_rows("easy_vqa", split))
     kinds: dict[str, list[int]] = {}
@@ -253,8 +253,8 @@ def train_adapter(model: Any, processor: Any, rows: list[Any], folder: Path) -> 
     """One epoch; goes on from the newest checkpoint. Returns the seconds of this run."""
     from transformers import Trainer, TrainingArguments
 
+    from vlmoe.data.collator import VLMoECollator
     from vlmoe.training.checkpoints import find_checkpoint
-    from vlmoe.training.collator import VLMoECollator
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -288,8 +288,8 @@ def accuracy(model: Any, processor: Any, rows: list[Any], name: str) -> dict[str
     import torch
     from transformers.utils import logging
 
-    from vlmoe.training.collator import VLMoECollator
-    from vlmoe.training.easy_vqa import COLORS, SHAPES
+    from vlmoe.data.collator import VLMoECollator
+    from vlmoe.data.easy_vqa import COLORS, SHAPES
 
     words = sorted({"yes", "no"} | COLORS | SHAPES)
     first = torch.tensor([processor.tokenizer(word)["input_ids"][0] for word in words])
@@ -354,7 +354,7 @@ def peak_gib() -> float:
 
 def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a file holds; it is computed and written where there is none."""
-    from vlmoe.training.atomic_files import write_json
+    from vlmoe.hub.atomic_files import write_json
 
     if not path.is_file():
         write_json(path, compute())

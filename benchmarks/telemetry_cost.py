@@ -23,8 +23,8 @@ from measure import alternate, paired_ratio, write_result
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
-from vlmoe.training import expert_load
-from vlmoe.training.expert_load import record_expert_load
+from vlmoe.routing import expert_load
+from vlmoe.routing.expert_load import record_expert_load
 
 CASES = {"16 images, 10 questions each": (16, 10), "1 image, 4 questions": (1, 4)}
 HOOKS = ("_before_forward", "_after_router", "_after_forward")

@@ -31,10 +31,10 @@ from upcycling_data import IMAGES, TASKS, prepare
 from upcycling_report import report
 from upcycling_training import Recipe, learn_to_see, one_thread, times, train_for, train_to_plateau
 
-from vlmoe.training.atomic_files import write_json
-from vlmoe.training.data import load_rows
+from vlmoe.data.loading import load_rows
+from vlmoe.hub.atomic_files import write_json
+from vlmoe.hub.provenance import saved_json
 from vlmoe.training.evaluation import evaluate_model
-from vlmoe.training.training_stages import saved_json
 
 EVALUATION_BATCH = 256
 LENGTH = 32

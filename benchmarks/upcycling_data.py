@@ -10,10 +10,10 @@ from composition import composition_rows
 from datasets import DatasetDict
 
 from vlmoe import VLMoEConfig
-from vlmoe.training.atomic_files import write_json
-from vlmoe.training.conversation_rows import ConversationRows
-from vlmoe.training.data import load_rows
-from vlmoe.training.tokenizer import train_tokenizer
+from vlmoe.data.conversation_rows import ConversationRows
+from vlmoe.data.loading import load_rows
+from vlmoe.data.tokenizer import train_tokenizer
+from vlmoe.hub.atomic_files import write_json
 from vlmoe_cli.training_data import texts_of
 
 TASKS = ("composition", "easy_vqa")

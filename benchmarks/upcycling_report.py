@@ -10,9 +10,9 @@ from measure import environment
 from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 from upcycling_arms import ARMS, BASELINE, PLATEAU
 
-from vlmoe.training.atomic_files import write_json
-from vlmoe.training.figures import BLUE, GREY, ORANGE, new_figure, save_figure
-from vlmoe.training.training_stages import saved_json
+from vlmoe.figures.plots import BLUE, GREY, ORANGE, new_figure, save_figure
+from vlmoe.hub.atomic_files import write_json
+from vlmoe.hub.provenance import saved_json
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm, seed
 COMPARED = [name for name in ARMS if name not in (PLATEAU, BASELINE, "question_only")]

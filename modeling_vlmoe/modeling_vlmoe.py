@@ -52,8 +52,8 @@ from .model_outputs import (
 )
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
 from .router_losses import RouterLosses, router_losses, sum_of_losses
-from .tile_routing import shown_tiles, take_vision_notes, vision_router_losses
 from .vision_experts import sparse_vision_blocks
+from .vision_router_losses import shown_tiles, take_vision_notes, vision_router_losses
 
 logger = logging.get_logger(__name__)
 

@@ -263,7 +263,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             logger.warning_once(
                 "Saving a model whose router bias waits for an update: tokens were routed in "
                 "training after the last one, or there never was one. With Trainer add "
-                "vlmoe.training.router_bias.RouterBiasCallback; in a loop of your own call "
+                "vlmoe.routing.balancing.RouterBiasCallback; in a loop of your own call "
                 "update_router_bias(model) after each optimizer step."
             )
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)

@@ -11,7 +11,7 @@ and restores the generator's state, the backward pass would be that of another r
 
 - Selection bias (`router_bias_update_rate`): a number for each expert, added to the scores where
   the experts are chosen, and nowhere else (https://arxiv.org/abs/2408.15664; DeepSeek-V3,
-  https://arxiv.org/abs/2412.19437, section 2.1.2). No gradient moves it: training/router_bias.py
+  https://arxiv.org/abs/2412.19437, section 2.1.2). No gradient moves it: vlmoe/routing/balancing.py
   does, once per optimizer step. It is a buffer, and DistributedDataParallel writes rank 0's buffers
   over those of the others: harmless, as all ranks compute the same bias.
 - Groups (`n_group`, `topk_group`): only the best groups of neighbouring experts are chosen from.

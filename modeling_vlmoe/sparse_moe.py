@@ -7,10 +7,10 @@
 computed by the library's experts interface: eager, batched_mm, grouped_mm, ... as
 `config._experts_implementation` says. This module adds "auto" to them (experts_dispatch.py).
 
-In training a sparse layer also takes notes, on its device, for one look per optimizer step: whether
-its router logits were finite (training/routing_checks.py), and where experts are balanced by a bias
-how many tokens each one got (training/router_bias.py). The notes are plain tensors: as buffers they
-would be saved, and DistributedDataParallel would write rank 0's over those of the other ranks.
+In training a sparse layer also takes notes on its device, which are read once per optimizer step:
+whether its router logits were finite (vlmoe/routing/finite_checks.py), and, where a bias balances
+the experts (vlmoe/routing/balancing.py), how many tokens each one got. The notes are plain tensors:
+buffers would be saved, and DistributedDataParallel would overwrite them with those of rank 0.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 from ..configuration.configuration_vlmoe_text import VLMoETextConfig
-from .experts_dispatch import auto_experts_forward
+from .experts_auto import auto_experts_forward
 from .router import VLMoERouter
 
 ExpertsInterface.register("auto", auto_experts_forward)

@@ -32,7 +32,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from .experts_dispatch import is_torchao
+from .experts_auto import is_torchao
 from .router import Routing, VLMoERouter
 from .sparse_moe import VLMoERoutingNotes
 

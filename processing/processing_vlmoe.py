@@ -10,6 +10,7 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from transformers.processing_utils import (
 from ..configuration.hub_code import HubCodeMixin
 from .chat_template import DEFAULT_CHAT_TEMPLATE
 from .control_text import guarded_tokenizer
-from .dense_processor import check_tiles, layout_of, read_dense_processor
 from .image_checks import load_rgb_image
 from .image_layout import (
     TiledImage,
@@ -220,15 +220,16 @@ class VLMoEProcessor(HubProcessorMixin):
             ValueError: a file is missing or broken, the processor is of another kind, or its image
                 token, number of image tokens or image size does not fit `config`.
         """
-        dense = read_dense_processor(source, **kwargs)
+        dense_processor = _dense_processor()
+        dense = dense_processor.read_dense_processor(source, **kwargs)
         processor = cls.for_config(
             config,
             dense.tokenizer,
             dense.image_processor,
             chat_template=dense.chat_template,
-            **layout_of(dense),
+            **dense_processor.layout_of(dense),
         )
-        check_tiles(dense, config, processor.image_seq_len)
+        dense_processor.check_tiles(dense, config, processor.image_seq_len)
         return processor
 
     @property
@@ -462,6 +463,14 @@ class VLMoEProcessor(HubProcessorMixin):
 def _key(source: Any) -> Any:
     """Equal for the same image of a call: the same object, path or string."""
     return source if isinstance(source, str | Path) else id(source)
+
+
+def _dense_processor() -> Any:
+    """Import what reads dense models' processors: it ships with the package, not with a model."""
+    try:
+        return import_module("vlmoe.upcycling.dense_processor")
+    except ImportError as error:
+        raise ImportError("A dense processor needs the package: pip install vlmoe") from error
 
 
 def _are_texts(text: Any) -> bool:

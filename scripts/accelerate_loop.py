@@ -10,8 +10,8 @@ import accelerate
 import torch
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
-from vlmoe.training.data import load_rows
+from vlmoe.data.collator import VLMoECollator
+from vlmoe.data.loading import load_rows
 
 
 def train(model: Any, optimizer: Any, loader: Any, accumulate: int, output_dir: str) -> None:

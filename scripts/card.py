@@ -47,8 +47,8 @@ def card(folder: str | Path, options: CardOptions) -> Path:
             the README.md there is its author's own, or the target holds another model or is in use.
         OSError: the target cannot be written into.
     """
-    from vlmoe.training.folder_lock import folder_lock
-    from vlmoe.training.whole_model import weights_problems
+    from vlmoe.hub.folder_lock import folder_lock
+    from vlmoe.hub.whole_model import weights_problems
 
     source = Path(folder).expanduser()
     target = Path(options.output).expanduser() if options.output else source
@@ -64,7 +64,7 @@ def card(folder: str | Path, options: CardOptions) -> Path:
 
 def _require_place_for_copies(target: Path) -> None:
     """Refuse a folder with files of the same names, unless an earlier card came with them."""
-    from vlmoe.training.model_card import CARD_FILE, CARD_SOURCES
+    from vlmoe.hub.model_card import CARD_FILE, CARD_SOURCES
 
     weights = [path.name for path in target.glob("*") if path.suffix in (".safetensors", ".bin")]
     held = [name for name in CARD_SOURCES if (target / name).exists()]
@@ -76,8 +76,8 @@ def _require_place_for_copies(target: Path) -> None:
 
 
 def _card(source: Path, target: Path, options: CardOptions) -> Path:
-    from vlmoe.training.atomic_files import atomic_path
-    from vlmoe.training.model_card import CARD_FILE, CARD_SOURCES, may_write, write_model_card
+    from vlmoe.hub.atomic_files import atomic_path
+    from vlmoe.hub.model_card import CARD_FILE, CARD_SOURCES, may_write, write_model_card
 
     if not may_write(target / CARD_FILE):
         raise ValueError(

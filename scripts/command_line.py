@@ -21,7 +21,7 @@ def run_command(
     """Run `command` with the arguments and return the exit code.
 
     Wrong input is reported in one line on stderr with exit code 2: whatever was raised while it was
-    read (`vlmoe.training.input_errors`), other ValueErrors, OSErrors such as a missing file or a
+    read (`vlmoe.hub.input_errors`), other ValueErrors, OSErrors such as a missing file or a
     full disk, an ImportError of an extra, and memory that does not suffice. `--traceback` or
     VLMOE_TRACEBACK=1 shows where it came from. Other errors are bugs: they keep their traceback.
     """

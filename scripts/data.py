@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         return
     options, image_options, rest = parsed
     reports, limit = check_data(rest.dataset, options, image_options)
-    from vlmoe.training.data_check import report_text
+    from vlmoe.data.check import report_text
 
     print(f"\n{report_text(reports, limit)}\n\nThe picture is {options.output}.")
     faults = sum(len(report.faults) for report in reports)
@@ -64,12 +64,12 @@ def check_data(
         FileNotFoundError: a file or folder does not exist.
         OSError: the picture could not be written.
     """
-    from vlmoe.training.collator import VLMoECollator
-    from vlmoe.training.data import load_rows, split_names
-    from vlmoe.training.data_check import check_rows
-    from vlmoe.training.data_figure import plot_data
-    from vlmoe.training.folder_lock import require_writable
-    from vlmoe.training.long_rows import length_limit
+    from vlmoe.data.check import check_rows
+    from vlmoe.data.collator import VLMoECollator
+    from vlmoe.data.figure import plot_data
+    from vlmoe.data.loading import load_rows, split_names
+    from vlmoe.data.long_rows import length_limit
+    from vlmoe.hub.folder_lock import require_writable
 
     from .loading import set_image_limits
 
@@ -108,7 +108,7 @@ def _processor(options: DataCheckOptions, splits: list[Any]) -> tuple[Any, Any]:
 
 def _texts(splits: list[Any]) -> Iterator[str]:
     """The texts of all rows that can be read, and one more, for data without any."""
-    from vlmoe.training.conversations import parse_row
+    from vlmoe.data.conversations import parse_row
 
     yield "no text"
     for rows in splits:

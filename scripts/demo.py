@@ -62,19 +62,19 @@ def run(options: DemoOptions) -> dict[str, Any]:
         ImportError: an optional package is missing.
         OSError: the output folder cannot be written into.
     """
-    from vlmoe.training.folder_lock import folder_lock
+    from vlmoe.hub.folder_lock import folder_lock
 
     with folder_lock(options.output_dir):
         return _run(options, Path(options.output_dir))
 
 
 def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
-    from vlmoe.training.atomic_files import write_json
-    from vlmoe.training.data import load_rows
+    from vlmoe.data.loading import load_rows
+    from vlmoe.hub.atomic_files import write_json
+    from vlmoe.hub.model_card import METRICS_FILE
+    from vlmoe.routing.expert_load import record_expert_load
     from vlmoe.training.evaluation import evaluate_model, results_table
-    from vlmoe.training.expert_load import record_expert_load
     from vlmoe.training.metrics import majority_baseline
-    from vlmoe.training.model_card import METRICS_FILE
 
     start = time.perf_counter()
     tokenizer = save_tokenizer(output_dir / "tokenizer")
@@ -151,8 +151,8 @@ def summarise(
 def save_tokenizer(folder: Path) -> str:
     """Train a tokenizer on the text of all stages, so that they share it; returns its folder."""
     from vlmoe import VLMoEConfig
-    from vlmoe.training.data import load_rows
-    from vlmoe.training.tokenizer import train_tokenizer
+    from vlmoe.data.loading import load_rows
+    from vlmoe.data.tokenizer import train_tokenizer
 
     from .training_data import texts_of
 
@@ -193,14 +193,14 @@ def draw_figures(
     metrics: dict[str, Any],
 ) -> None:
     """answers.png, training.png and expert_load.png."""
-    from vlmoe.training.conversation_rows import ConversationRows
-    from vlmoe.training.figures import (
+    from vlmoe.data.conversation_rows import ConversationRows
+    from vlmoe.data.images import open_image
+    from vlmoe.figures.plots import (
         AnsweredQuestion,
         plot_answers,
         plot_expert_load,
         plot_training,
     )
-    from vlmoe.training.images import open_image
 
     questions = ConversationRows(test_rows)
     wrong = [i for i, record in enumerate(predictions) if not record["correct"]]
@@ -233,10 +233,10 @@ def save_example(
 
     Returns its question and the model's answer, or None where there is none.
     """
-    from vlmoe.training.atomic_files import atomic_path
-    from vlmoe.training.conversation_rows import ConversationRows
-    from vlmoe.training.images import open_image
-    from vlmoe.training.model_card import EXAMPLE_FILE
+    from vlmoe.data.conversation_rows import ConversationRows
+    from vlmoe.data.images import open_image
+    from vlmoe.hub.atomic_files import atomic_path
+    from vlmoe.hub.model_card import EXAMPLE_FILE
 
     (output_dir / EXAMPLE_FILE).unlink(missing_ok=True)
     questions = ConversationRows(test_rows)
@@ -251,9 +251,9 @@ def save_example(
 
 def complete_card(model: Path, results: Path) -> None:
     """Put results and pictures into the model's folder, and write its card anew."""
-    from vlmoe.training.atomic_files import atomic_path
-    from vlmoe.training.folder_lock import folder_lock
-    from vlmoe.training.model_card import (
+    from vlmoe.hub.atomic_files import atomic_path
+    from vlmoe.hub.folder_lock import folder_lock
+    from vlmoe.hub.model_card import (
         EXAMPLE_FILE,
         METRICS_FILE,
         PICTURE_FILE,

@@ -20,8 +20,8 @@ def main(argv: list[str]) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
     import vlmoe  # noqa: F401 - registers the model with transformers
-    from vlmoe.training.data import load_rows
-    from vlmoe.training.images import open_image
+    from vlmoe.data.images import open_image
+    from vlmoe.data.loading import load_rows
 
     model = AutoModelForImageTextToText.from_pretrained(argv[0])
     processor = AutoProcessor.from_pretrained(argv[0])

@@ -67,11 +67,11 @@ def _evaluate(
     runtime: RuntimeOptions,
     images: ImageOptions,
 ) -> dict[str, Any]:
-    from vlmoe.training.atomic_files import write_json
-    from vlmoe.training.data import load_rows
+    from vlmoe.data.loading import load_rows
+    from vlmoe.hub.atomic_files import write_json
+    from vlmoe.hub.provenance import dataset_name
+    from vlmoe.routing.expert_load import has_experts, record_expert_load
     from vlmoe.training.evaluation import evaluate_model
-    from vlmoe.training.expert_load import has_experts, record_expert_load
-    from vlmoe.training.training_stages import dataset_name
 
     from .loading import model_for_answers, set_image_limits
 
@@ -115,7 +115,7 @@ def _place_for_results(options: EvaluateOptions) -> Iterator[None]:
 
     A file elsewhere is written whole, by whomever: it needs no lock.
     """
-    from vlmoe.training.folder_lock import folder_lock, require_writable
+    from vlmoe.hub.folder_lock import folder_lock, require_writable
 
     for path in (results_path(options), options.save_predictions):
         if path:
@@ -127,7 +127,7 @@ def _place_for_results(options: EvaluateOptions) -> Iterator[None]:
 
 def _own_folder(options: EvaluateOptions) -> Path | None:
     """The model's folder, if the results go there, into the file that its card tells of."""
-    from vlmoe.training.model_card import EVALUATION_FILE
+    from vlmoe.hub.model_card import EVALUATION_FILE
 
     folder = Path(options.model or "").expanduser()
     is_own = results_path(options).resolve() == (folder / EVALUATION_FILE).resolve()
@@ -136,8 +136,8 @@ def _own_folder(options: EvaluateOptions) -> Path | None:
 
 def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
     """Draw the experts' load and write the model card anew, in the model's folder."""
-    from vlmoe.training.figures import plot_expert_load
-    from vlmoe.training.model_card import PICTURE_FILE, write_model_card
+    from vlmoe.figures.plots import plot_expert_load
+    from vlmoe.hub.model_card import PICTURE_FILE, write_model_card
 
     if expert_load is not None and expert_load["layers"]:
         shares = expert_load["image_share"], expert_load["text_share"]
@@ -147,7 +147,7 @@ def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
 
 def results_path(options: EvaluateOptions) -> Path:
     """Where the results are written."""
-    from vlmoe.training.model_card import EVALUATION_FILE
+    from vlmoe.hub.model_card import EVALUATION_FILE
 
     if options.output:
         return Path(options.output).expanduser()

@@ -49,9 +49,9 @@ def export(folder: str | Path, output: str | Path, layout: str = "per-expert") -
     """
     if layout not in LAYOUTS:
         raise ValueError(f"--layout is {layout!r}; allowed: {', '.join(LAYOUTS)}.")
-    from vlmoe.training.adapter_files import export_per_expert
-    from vlmoe.training.atomic_files import refuse_mixing
-    from vlmoe.training.folder_lock import folder_lock
+    from vlmoe.hub.atomic_files import refuse_mixing
+    from vlmoe.hub.folder_lock import folder_lock
+    from vlmoe.lora.files import export_per_expert
 
     if Path(output).resolve() == Path(folder).resolve():
         raise ValueError(f"--output_dir is {output}, the adapter itself; choose another folder.")

@@ -52,9 +52,9 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
     import torch
     from transformers import TextStreamer, set_seed
 
-    from vlmoe.training.finite_outputs import finite_logits
-    from vlmoe.training.images import open_image
-    from vlmoe.training.long_rows import require_room
+    from vlmoe.data.images import open_image
+    from vlmoe.data.long_rows import require_room
+    from vlmoe.hub.finite_outputs import finite_logits
 
     from .loading import model_for_answers
 
@@ -83,7 +83,7 @@ def prompt_inputs(
     processor: Any, question: str, images: list[Any], system: str | None = None
 ) -> Any:
     """The model's inputs for a question about images."""
-    from vlmoe.training.input_errors import reading
+    from vlmoe.hub.input_errors import reading
 
     with reading("The question, by the model's processor and chat template", keep=(ValueError,)):
         return processor.apply_chat_template(

@@ -19,8 +19,8 @@ from .option_parser import command_options, require
 from .options import ImageOptions, InspectOptions, RuntimeOptions
 
 if TYPE_CHECKING:
-    from vlmoe.training.inspection_report import Inspection
-    from vlmoe.training.inspection_tokens import TracedPrompt
+    from vlmoe.routing.inspection.report import Inspection
+    from vlmoe.routing.inspection.tokens import TracedPrompt
 
 PAGE_FILE, NUMBERS_FILE = "inspection.html", "inspection.json"
 PROMPTS_SHOWN = 3
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         return
     options, images, runtime, rest = parsed
     inspection = inspect_experts(rest.question, options, runtime, images)
-    from vlmoe.training.inspection import inspection_table
+    from vlmoe.routing.inspection.analysis import inspection_table
 
     if inspection.routing is not None:
         print(f"\n{inspection_table(inspection.routing, inspection.types)}")
@@ -71,7 +71,7 @@ def inspect_experts(
     source = require(options.model, "model", "inspect")
     question = readable(question, "The question") if question else None
     _check(question, options)
-    from vlmoe.training.folder_lock import folder_lock
+    from vlmoe.hub.folder_lock import folder_lock
 
     with folder_lock(options.output_dir):
         return _inspect(source, question, options, runtime, images or ImageOptions())
@@ -84,9 +84,9 @@ def _inspect(
     runtime: RuntimeOptions,
     images: ImageOptions,
 ) -> "Inspection":
-    from vlmoe.training.inspection import dataset_routing, specialisation
-    from vlmoe.training.inspection_report import Inspection
-    from vlmoe.training.training_stages import dataset_name
+    from vlmoe.hub.provenance import dataset_name
+    from vlmoe.routing.inspection.analysis import dataset_routing, specialisation
+    from vlmoe.routing.inspection.report import Inspection
 
     from .loading import check_model_source, model_for_answers, set_image_limits
 
@@ -129,10 +129,10 @@ def _inspect(
 
 def write(inspection: "Inspection", folder: Path) -> None:
     """Draw the pictures, and write the page and the numbers."""
-    from vlmoe.training.atomic_files import write_json
-    from vlmoe.training.inspection_figures import plot_image_experts
-    from vlmoe.training.inspection_page import write_page
-    from vlmoe.training.inspection_report import draw_figures, numbers
+    from vlmoe.hub.atomic_files import write_json
+    from vlmoe.routing.inspection.figures import plot_image_experts
+    from vlmoe.routing.inspection.page import write_page
+    from vlmoe.routing.inspection.report import draw_figures, numbers
 
     for number, prompt in enumerate(inspection.prompts, start=1):
         prompt.image_figures = [
@@ -166,7 +166,7 @@ def _rows(options: InspectOptions, images: ImageOptions) -> Any:
     """The dataset's rows, or None without one."""
     if not options.dataset:
         return None
-    from vlmoe.training.data import load_rows
+    from vlmoe.data.loading import load_rows
 
     return load_rows(
         options.dataset,
@@ -179,9 +179,9 @@ def _rows(options: InspectOptions, images: ImageOptions) -> Any:
 
 def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -> "TracedPrompt":
     """The user's question about the user's images."""
-    from vlmoe.training.images import open_image
-    from vlmoe.training.inspection_tokens import trace_prompt
-    from vlmoe.training.long_rows import require_room
+    from vlmoe.data.images import open_image
+    from vlmoe.data.long_rows import require_room
+    from vlmoe.routing.inspection.tokens import trace_prompt
 
     limits = processor.image_limits
     images = [open_image(Path(p).expanduser(), p, limits=limits) for p in options.image or []]
@@ -198,11 +198,11 @@ def _from_rows(
     images: ImageOptions,
 ) -> list["TracedPrompt"]:
     """Some questions of a dataset; see `_chosen_questions`."""
-    from vlmoe.training.collator import VLMoEPromptCollator
-    from vlmoe.training.conversations import parse_row
-    from vlmoe.training.images import open_image
-    from vlmoe.training.inspection_tokens import trace_prompt
-    from vlmoe.training.long_rows import prompt_limit
+    from vlmoe.data.collator import VLMoEPromptCollator
+    from vlmoe.data.conversations import parse_row
+    from vlmoe.data.images import open_image
+    from vlmoe.data.long_rows import prompt_limit
+    from vlmoe.routing.inspection.tokens import trace_prompt
 
     limit = prompt_limit(model, options.max_new_tokens)
     allow_urls, limits = images.allow_image_urls, processor.image_limits
@@ -232,8 +232,8 @@ def _from_rows(
 
 def _chosen_questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first questions, each of another row and, where the data have types, of another type."""
-    from vlmoe.training.conversation_rows import ConversationRows
-    from vlmoe.training.conversations import parse_row
+    from vlmoe.data.conversation_rows import ConversationRows
+    from vlmoe.data.conversations import parse_row
 
     chosen: list[dict[str, Any]] = []
     types: set[str] = set()
@@ -256,8 +256,8 @@ def _before(
     images: ImageOptions,
 ) -> Any:
     """The older model on the same rows."""
-    from vlmoe.training.inspection import change, dataset_routing
-    from vlmoe.training.inspection_report import BeforeTraining
+    from vlmoe.routing.inspection.analysis import change, dataset_routing
+    from vlmoe.routing.inspection.report import BeforeTraining
 
     from .loading import model_for_answers, set_image_limits
 

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.configuration.configuration_vlmoe import PRESETS
+from vlmoe.data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
+from vlmoe.hub.input_errors import reading
+from vlmoe.hub.json_files import read_json
+from vlmoe.hub.template_trial import try_templates
+from vlmoe.hub.whole_model import weights_problems
 from vlmoe.modeling_vlmoe.whole_weights import require_finite
 from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from vlmoe.training.checkpoints import model_problems
-from vlmoe.training.input_errors import reading
-from vlmoe.training.json_files import read_json
-from vlmoe.training.template_trial import try_templates
-from vlmoe.training.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
-from vlmoe.training.whole_model import weights_problems
 
 from .config_overrides import merged, replace_fields, require_known
 from .option_parser import close_matches, json_object

@@ -44,8 +44,8 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
             the model is quantised; the output folder holds an adapter, or is in use.
         OSError: the output folder cannot be written into.
     """
-    from vlmoe.training.atomic_files import refuse_mixing
-    from vlmoe.training.folder_lock import folder_lock
+    from vlmoe.hub.atomic_files import refuse_mixing
+    from vlmoe.hub.folder_lock import folder_lock
 
     output = Path(require(options.output_dir, "output_dir", "merge")).expanduser()
     refuse_mixing(output, is_adapter=False)
@@ -54,10 +54,10 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
 
 
 def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
+    from vlmoe.hub.atomic_files import publish_folder, staging_folder
+    from vlmoe.hub.input_errors import writing
+    from vlmoe.lora.files import adapter_config, load_adapter
     from vlmoe.modeling_vlmoe.quantization import quantized_experts
-    from vlmoe.training.adapter_files import adapter_config, load_adapter
-    from vlmoe.training.atomic_files import publish_folder, staging_folder
-    from vlmoe.training.input_errors import writing
 
     from .loading import check_model_source, load_model, read_processor
 

@@ -108,7 +108,7 @@ def push(folder: str | Path, options: PushOptions) -> Pushed:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    from vlmoe.training.folder_lock import folder_lock
+    from vlmoe.hub.folder_lock import folder_lock
 
     is_read_only = not os.access(folder, os.W_OK)  # then nobody else writes there either
     with nullcontext() if is_read_only else folder_lock(folder):
@@ -119,11 +119,11 @@ def push(folder: str | Path, options: PushOptions) -> Pushed:
 def _push(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from vlmoe.training.adapter_card import pushed_instead
-    from vlmoe.training.folder_lock import LOCK_FILE
+    from vlmoe.hub.folder_lock import LOCK_FILE
+    from vlmoe.lora.card import pushed_instead
 
     if (folder / "config.json").is_file():  # an adapter has none; PEFT wrote its card
-        from vlmoe.training.model_card import write_model_card
+        from vlmoe.hub.model_card import write_model_card
 
         write_model_card(folder, repo_id=repo_id)
     files = files_to_push(folder)
@@ -183,10 +183,10 @@ def check_folder(folder: Path) -> None:
         ValueError: it holds no whole model, weights only as a pickle, numbers in them that are not
             finite, or a chat template that does not end.
     """
+    from vlmoe.hub.input_errors import reading
+    from vlmoe.hub.template_trial import try_templates
+    from vlmoe.hub.whole_model import require_finite_files
     from vlmoe.training.checkpoints import model_problems
-    from vlmoe.training.input_errors import reading
-    from vlmoe.training.template_trial import try_templates
-    from vlmoe.training.whole_model import require_finite_files
 
     problems = model_problems(folder)
     if problems:

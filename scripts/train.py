@@ -52,8 +52,8 @@ from .training_data import checked_rows, load_data, row_collator, texts_of
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+    from vlmoe.hub.provenance import RunOrigin
     from vlmoe.training.card_trainer import CardTrainer
-    from vlmoe.training.training_stages import RunOrigin
 
 EPILOG = """\
 options of transformers.TrainingArguments that matter most (--help-all lists all):
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     if "--help-all" in argv:
         print(training_parser().format_help())
         return
-    from vlmoe.training.folder_lock import FolderInUseError
+    from vlmoe.hub.folder_lock import FolderInUseError
 
     parsed = parse_training(argv)
     arguments = parsed[2]
@@ -168,8 +168,8 @@ def train(
         OSError: the output folder cannot be written into; with --push_to_hub, the Hub cannot be
             reached or refuses.
     """
-    from vlmoe.training.atomic_files import refuse_mixing
-    from vlmoe.training.folder_lock import launch_lock
+    from vlmoe.hub.atomic_files import refuse_mixing
+    from vlmoe.hub.folder_lock import launch_lock
 
     check_arguments(arguments)
     require_evaluation(arguments, bool(data_options.eval_dataset or data_options.eval_split))
@@ -237,7 +237,7 @@ def run_origin(
     model_options: ModelOptions, data_options: DataOptions, train_rows: Any, eval_rows: Any | None
 ) -> "RunOrigin":
     """What the model card tells of the model and the data that `Trainer` does not know."""
-    from vlmoe.training.training_stages import RunOrigin, dataset_name
+    from vlmoe.hub.provenance import RunOrigin, dataset_name
 
     from .loading import is_preset
 
@@ -272,15 +272,15 @@ def build_trainer(
     from transformers import IntervalStrategy
     from transformers.trainer_callback import ProgressCallback
 
+    from vlmoe.data.conversation_rows import ConversationRows
+    from vlmoe.routing.balancing import RouterBiasCallback
+    from vlmoe.routing.expert_load import has_experts
+    from vlmoe.routing.finite_checks import StopOnNonFiniteRouting
     from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
     from vlmoe.training.card_trainer import CardTrainer
-    from vlmoe.training.conversation_rows import ConversationRows
-    from vlmoe.training.expert_load import has_experts
     from vlmoe.training.progress import TrainingProgress
-    from vlmoe.training.router_bias import RouterBiasCallback
-    from vlmoe.training.router_telemetry import RouterTelemetry
-    from vlmoe.training.routing_checks import StopOnNonFiniteRouting
     from vlmoe.training.saving import StopOnBadLoss
+    from vlmoe.training.telemetry import RouterTelemetry
 
     if eval_rows is None:
         arguments = copy.copy(arguments)
@@ -311,12 +311,12 @@ def build_trainer(
 
 def run(trainer: "CardTrainer", checkpoint: Path | None = None) -> TrainResult:
     """Train (from `checkpoint` on), evaluate, save the model and the results."""
+    from vlmoe.hub.atomic_files import write_json
+    from vlmoe.hub.model_card import remove_evaluations
+    from vlmoe.hub.provenance import RESULTS_FILE
     from vlmoe.training.answer_accuracy import IGNORED_OUTPUTS
-    from vlmoe.training.atomic_files import write_json
     from vlmoe.training.checkpoints import read_state
-    from vlmoe.training.model_card import remove_evaluations
     from vlmoe.training.saving import save_final_model
-    from vlmoe.training.training_stages import RESULTS_FILE
 
     before = {} if checkpoint is None else read_state(checkpoint)
     start = time.perf_counter()
@@ -386,7 +386,7 @@ def results(trainer: "Trainer", before: dict[str, Any], seconds: float) -> dict[
     evaluations' time left out of the speed. Tokens are those of the training rows, images
     included, padding not.
     """
-    from vlmoe.training.training_stages import versions
+    from vlmoe.hub.provenance import versions
 
     state, arguments = trainer.state, trainer.args
     new_log = state.log_history[len(before.get("log_history", [])) :]

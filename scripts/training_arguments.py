@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from vlmoe.training.input_errors import reading
+from vlmoe.hub.input_errors import reading
 
 from .loading import is_preset
 from .option_parser import OptionParser, parse_options, split_config

@@ -15,7 +15,7 @@ def load_data(
     options: DataOptions, arguments: "TrainingArguments", image_options: ImageOptions | None = None
 ) -> tuple[Any, Any | None]:
     """The rows to train on, and those to evaluate on, if any."""
-    from vlmoe.training.data import load_rows
+    from vlmoe.data.loading import load_rows
 
     from .loading import image_limits
 
@@ -49,8 +49,8 @@ def row_collator(
     model: Any, processor: Any, options: DataOptions, *, allow_image_urls: bool = False
 ) -> Any:
     """The collator of the rows, with the length that the options and the model allow."""
-    from vlmoe.training.collator import VLMoECollator
-    from vlmoe.training.long_rows import length_limit
+    from vlmoe.data.collator import VLMoECollator
+    from vlmoe.data.long_rows import length_limit
 
     return VLMoECollator(
         processor,
@@ -68,7 +68,7 @@ def checked_rows(
     Raises:
         ValueError: a row is too long, malformed or has nothing to learn; it is named.
     """
-    from vlmoe.training.long_rows import usable_rows
+    from vlmoe.data.long_rows import usable_rows
 
     is_first = arguments.process_index == 0
     usable = usable_rows(rows, collator, options.on_long_rows, progress=is_first)
@@ -79,7 +79,7 @@ def checked_rows(
 
 def texts_of(rows: Any) -> Any:
     """Every text of every conversation, once per occurrence, in order."""
-    from vlmoe.training.conversations import parse_row
+    from vlmoe.data.conversations import parse_row
 
     for position, row in enumerate(rows):
         for conversation in parse_row(row, position).conversations:

@@ -56,10 +56,10 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
             does not compute what the dense one does.
         OSError: a file is missing or damaged, or the disk is full.
     """
-    from vlmoe.training.input_errors import reading
-    from vlmoe.training.training_stages import saved_model
-    from vlmoe.training.upcycled_folder import source_fingerprint, upcycle_folder
-    from vlmoe.training.upcycling_sample import prepared_sample
+    from vlmoe.hub.input_errors import reading
+    from vlmoe.hub.provenance import saved_model
+    from vlmoe.upcycling.folder import source_fingerprint, upcycle_folder
+    from vlmoe.upcycling.sample import prepared_sample
 
     output = require(options.output_dir, "output_dir", "upcycle")
     template = _text_of(options.chat_template, "chat_template")
@@ -85,7 +85,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
 
 def _asked(options: UpcycleOptions) -> Any:
     """The options as an `Upcycling`."""
-    from vlmoe.modeling_vlmoe.upcycling.options import Upcycling
+    from vlmoe.upcycling.options import Upcycling
 
     return Upcycling(
         num_experts=options.num_experts,
@@ -106,8 +106,8 @@ def _whole(model: str, options: UpcycleOptions, template: str | None) -> tuple[A
     from transformers import AutoConfig
 
     from vlmoe import VLMoEProcessor
-    from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
-    from vlmoe.training.template_trial import try_templates
+    from vlmoe.hub.template_trial import try_templates
+    from vlmoe.upcycling.conversion import Conversion
 
     if options.connector:
         raise ValueError("--connector is for --vision: a whole model keeps its connector.")
@@ -130,10 +130,10 @@ def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) 
     from transformers import AutoTokenizer
 
     from vlmoe import VLMoEProcessor
-    from vlmoe.modeling_vlmoe.upcycling.conversion import Conversion
+    from vlmoe.hub.template_trial import try_templates
     from vlmoe.processing.chat_template import with_image_parts
-    from vlmoe.processing.dense_processor import add_image_token
-    from vlmoe.training.template_trial import try_templates
+    from vlmoe.upcycling.conversion import Conversion
+    from vlmoe.upcycling.dense_processor import add_image_token
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     connector = json_object(options.connector, "connector")

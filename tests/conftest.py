@@ -3,8 +3,9 @@
 No two sizes are equal where a mix-up of axes could otherwise go unseen.
 """
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import transformers
 from hub_process import process, with_vlmoe, without_vlmoe
 from hub_server import WRITER, HubServer
 from PIL import Image
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from vlmoe.data.tokenizer import train_tokenizer
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe.training.tokenizer import train_tokenizer
 
 TEXT = {
     "vocab_size": 99,
@@ -188,6 +190,49 @@ def saved_model(
     model.save_pretrained(folder)
     VLMoEProcessor.for_config(model.config, tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def seq(processor) -> str:
+    """The image tokens of one tile."""
+    return "<image>" * processor.image_seq_len
+
+
+@pytest.fixture(scope="session")
+def with_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+) -> Callable[[Iterable[str]], PreTrainedTokenizerBase]:
+    """`with_tokens(tokens)`: the tokenizer with further special tokens."""
+
+    def make(tokens: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+        copied = copy.deepcopy(tokenizer)
+        copied.add_tokens(list(tokens), special_tokens=True)
+        return copied
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+    processor: VLMoEProcessor,
+) -> Path:
+    """A model with both router losses, and its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    text = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
+    tiny_model(text=text | {"vocab_size": len(processor.tokenizer)}).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No graphs and counts of other tests."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from vlmoe.training.folder_lock import TOKENS, FolderInUseError, folder_lock
+from vlmoe.hub.folder_lock import TOKENS, FolderInUseError, folder_lock
 
 
 @contextmanager
 def holder(folder: Path, beside: bool = False) -> Iterator[tuple[BaseProcess, str]]:
     """Run a process that takes the lock; gives it, and `held` or why it has not got the lock."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlmoe.training.folder_lock"])
+    context.set_forkserver_preload(["vlmoe.hub.folder_lock"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_hold, args=(str(folder), beside, theirs))
     process.start()

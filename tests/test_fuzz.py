@@ -13,9 +13,9 @@ import pytest
 from fuzzing import Case, Figures, data_case, folder_case, judge, options_case
 
 from vlmoe import VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
-from vlmoe.training.data import load_rows
-from vlmoe.training.long_rows import usable_rows
+from vlmoe.data.collator import VLMoECollator
+from vlmoe.data.loading import load_rows
+from vlmoe.data.long_rows import usable_rows
 from vlmoe_cli.command_line import run_command
 from vlmoe_cli.main import main
 
@@ -25,9 +25,9 @@ ONLY = os.environ.get("FUZZ_CASE", "")
 COLLATE = """
 import sys
 from vlmoe import VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
-from vlmoe.training.data import load_rows
-from vlmoe.training.long_rows import usable_rows
+from vlmoe.data.collator import VLMoECollator
+from vlmoe.data.loading import load_rows
+from vlmoe.data.long_rows import usable_rows
 from vlmoe_cli.command_line import run_command
 def command(argv):
     VLMoECollator(VLMoEProcessor.from_pretrained(argv[1]))(list(load_rows(argv[0])))

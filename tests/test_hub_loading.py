@@ -30,7 +30,7 @@ from vlmoe import (
     enable_routed_lora,
     expert_lora_config,
 )
-from vlmoe.modeling_vlmoe import expert_lora
+from vlmoe.lora import wrappers as expert_lora
 
 READER = Path(__file__).parent / "reader_without_vlmoe.py"
 QUESTION = "what color is the shape?"

@@ -17,19 +17,23 @@ PUBLIC = {
     *("VLMoEConfig", "VLMoETextConfig", "VLMoEProcessor", "VLMoEPreTrainedModel"),
     *("VLMoEModel", "VLMoETextModel", "VLMoEForConditionalGeneration"),
 }
-# folder: the folders it may import from
-MAY_IMPORT = {
-    "configuration": {"configuration"},
-    "modeling_vlmoe": {"configuration", "modeling_vlmoe"},
-    "processing": {"configuration", "processing"},
-    "training": {"configuration", "modeling_vlmoe", "processing", "training"},
-    "vlmoe": {"configuration", "modeling_vlmoe", "processing", "training"},
+# what is saved beside a model's weights, lowest first, and the toolkit's rooms above it
+MODEL = ("configuration", "modeling_vlmoe", "processing")
+TOOLKIT = ("hub", "figures", "data", "routing", "lora", "upcycling", "training")
+# room: the rooms that it may import from, besides itself
+BELOW = {
+    "configuration": set(),
+    "modeling_vlmoe": {"configuration"},
+    "processing": {"configuration"},
+    "hub": {*MODEL},
+    "figures": {*MODEL, "hub"},
+    "data": {*MODEL, "hub", "figures"},
+    "routing": {*MODEL, "hub", "figures", "data"},
+    "lora": {*MODEL, "hub", "figures", "data"},
+    "upcycling": {*MODEL, "hub", "figures", "data"},
+    "training": {*MODEL, "hub", "figures", "data", "routing", "lora", "upcycling"},
 }
-ON_THE_HUB = ("configuration", "modeling_vlmoe", "processing")
-# in these folders, but not on the Hub
-NEEDS_PEFT = {"expert_lora.py", "expert_lora_config.py"}
-UPCYCLING = {path.name for path in (ROOT / "modeling_vlmoe/upcycling").glob("*.py")}
-ON_THE_HUB_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
+TRAVELS_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
 HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa")
 IMPORTED_PACKAGES = """
 import sys
@@ -64,45 +68,58 @@ def test_public_names_are_importable() -> None:
     assert all(hasattr(vlmoe, name) for name in vlmoe.__all__)
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_imports_point_one_way(folder: str) -> None:
-    files = [*modules(folder), ROOT / folder / "__init__.py"]
+def where_room_lies(room: str) -> Path:
+    """The room's folder in the checkout."""
+    return ROOT / room if room in MODEL else ROOT / "vlmoe" / room
+
+
+def imported_rooms(path: Path, room: str) -> Iterator[tuple[str, str]]:
+    """For every import of a file inside the package: where it stands, and the room it names."""
+    package = ["vlmoe", room, *path.relative_to(where_room_lies(room)).parts[:-1]]
+    for level, module, line in imports(path):
+        where = f"{path.relative_to(ROOT)}:{line}"
+        if level == 0:
+            is_ours = module.partition(".")[0] in ("vlmoe", "vlmoe_cli", "scripts", *BELOW)
+            assert not is_ours, f"{where} imports {module} by its absolute name"
+            continue
+        assert level <= len(package), f"{where} imports from above the package"
+        base = package[: len(package) - level + 1]
+        target = [*base, *filter(None, module.split("."))]
+        assert len(target) > 1, f"{where} imports from the front door"
+        yield where, target[1]
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_from_those_below(room: str) -> None:
+    files = sorted(where_room_lies(room).rglob("*.py"))
+    assert files
     for path in files:
-        # how many dots lead to the import package `vlmoe`
-        own_level = len(path.relative_to(ROOT).parts) - (folder == "vlmoe")
-        for level, module, line in imports(path):
-            where = f"{path.relative_to(ROOT)}:{line}"
-            package = module.partition(".")[0]
-            if level == 0:
-                absolute = package in ("vlmoe", "vlmoe_cli", *MAY_IMPORT, "scripts")
-                assert not absolute, f"{where} imports {module} by its absolute name"
-            elif level == own_level:
-                assert package in MAY_IMPORT[folder], f"{where} must not import {package}"
-            else:
-                assert level < own_level, f"{where} imports from above the package"
+        for where, target in imported_rooms(path, room):
+            assert target in {room, *BELOW[room]}, f"{where} must not import {target}"
 
 
-def test_only_the_front_door_and_nothing_of_the_scripts_is_imported_by_the_scripts() -> None:
+def test_every_package_is_a_room() -> None:
+    folders = {path.name for path in (ROOT / "vlmoe").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(TOOLKIT) and BELOW.keys() == {*MODEL, *TOOLKIT}
+
+
+def test_the_scripts_import_the_package_by_its_name() -> None:
     for path in modules("scripts"):
         for level, module, line in imports(path):
             where = f"{path.relative_to(ROOT)}:{line}"
             assert level <= 1, f"{where} imports from above the package"
-            assert level == 1 or module.partition(".")[0] not in MAY_IMPORT.keys() - {"vlmoe"}, (
-                where
-            )
+            assert level == 1 or module.partition(".")[0] not in BELOW, where
 
 
 def test_hub_files_have_unique_names() -> None:
-    names = [path.name for folder in ON_THE_HUB for path in modules(folder)]
+    names = [path.name for folder in MODEL for path in modules(folder)]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("folder", ON_THE_HUB)
+@pytest.mark.parametrize("folder", MODEL)
 def test_hub_files_import_only_what_every_user_has(folder: str) -> None:
-    allowed = ON_THE_HUB_MAY_IMPORT | sys.stdlib_module_names
+    allowed = TRAVELS_MAY_IMPORT | sys.stdlib_module_names
     for path in modules(folder):
-        if path.name in NEEDS_PEFT | UPCYCLING:
-            continue
         # What transformers looks for before it loads code; it leaves out what stands in a `try`.
         assert set(get_imports(path)) <= allowed, path.name
         for level, module, line in imports(path):
@@ -116,13 +133,17 @@ def test_hub_files_import_only_what_every_user_has(folder: str) -> None:
             )
 
 
-def test_code_that_needs_the_package_does_not_go_to_the_hub() -> None:
-    config = vlmoe.VLMoEConfig
-    files = flat_code([*config.hub_classes.values(), *config.hub_modules])
-    assert not files.keys() & {*NEEDS_PEFT, *UPCYCLING, "routed_lora.py", "routed_lora_cpu.py"}
-    assert vlmoe.expert_lora_config.__module__ == "vlmoe.modeling_vlmoe.expert_lora_config"
-    with pytest.raises(AttributeError, match="no attribute 'lora'"):
-        vlmoe.lora  # noqa: B018
+def test_what_is_saved_beside_a_model_is_all_of_its_folders_and_nothing_else() -> None:
+    saved = (vlmoe.VLMoEConfig, vlmoe.VLMoEProcessor)
+    named = [name for each in saved for name in (*each.hub_classes.values(), *each.hub_modules)]
+    files = flat_code(named)
+    assert files.keys() == {path.name for folder in MODEL for path in modules(folder)}
+
+
+def test_what_adapts_experts_is_found_at_the_front_door() -> None:
+    assert vlmoe.expert_lora_config.__module__ == "vlmoe.lora.config"
+    with pytest.raises(AttributeError, match="no attribute 'lora_config'"):
+        vlmoe.lora_config  # noqa: B018
 
 
 def test_importing_vlmoe_imports_no_package_that_transformers_does_not() -> None:

@@ -144,8 +144,8 @@ def train_with_trainer(output: Path, model: Path, data: Path, more: dict[str, An
     from transformers import Trainer, TrainerCallback
 
     from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-    from vlmoe.training.collator import VLMoECollator
-    from vlmoe.training.data import load_rows
+    from vlmoe.data.collator import VLMoECollator
+    from vlmoe.data.loading import load_rows
 
     processor = VLMoEProcessor.from_pretrained(model)
     trainer = Trainer(

@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
+from vlmoe.data.collator import VLMoECollator
 
 README = Path(__file__).parent.parent / "README.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)

@@ -20,8 +20,8 @@ from transformers import (
     pipeline,
 )
 
-from vlmoe.modeling_vlmoe.upcycling.report import UpcyclingReport
 from vlmoe.processing.chat_template import with_image_parts
+from vlmoe.upcycling.report import UpcyclingReport
 from vlmoe_cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

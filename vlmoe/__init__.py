@@ -28,10 +28,10 @@ from .modeling_vlmoe.quantization import expert_int8_config
 from .processing.processing_vlmoe import VLMoEProcessor
 
 if TYPE_CHECKING:
-    from .modeling_vlmoe.expert_lora import disable_routed_lora as disable_routed_lora
-    from .modeling_vlmoe.expert_lora import enable_routed_lora as enable_routed_lora
-    from .modeling_vlmoe.expert_lora import expert_lora_config as expert_lora_config
-    from .modeling_vlmoe.expert_lora import hotswap_expert_lora as hotswap_expert_lora
+    from .lora.wrappers import disable_routed_lora as disable_routed_lora
+    from .lora.wrappers import enable_routed_lora as enable_routed_lora
+    from .lora.wrappers import expert_lora_config as expert_lora_config
+    from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
 
 AutoConfig.register("vlmoe", VLMoEConfig)
 AutoConfig.register("vlmoe_text", VLMoETextConfig)
@@ -62,5 +62,5 @@ _EXPERT_LORA = (
 
 def __getattr__(name: str) -> Any:
     if name in _EXPERT_LORA:
-        return getattr(import_module(f"{__name__}.modeling_vlmoe.expert_lora"), name)
+        return getattr(import_module(f"{__name__}.lora.wrappers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,8 +21,8 @@ from upcycling_report import summary, winner
 from upcycling_training import Recipe, StopAtPlateau, times
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.training.easy_vqa import conversation, dataset
-from vlmoe.training.tokenizer import train_tokenizer
+from vlmoe.data.easy_vqa import conversation, dataset
+from vlmoe.data.tokenizer import train_tokenizer
 
 BENCHMARK = Path(upcycling.__file__)
 ARMS_RUN = (PLATEAU, BASELINE, "upcycled")

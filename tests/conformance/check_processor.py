@@ -8,7 +8,7 @@ from tests.test_processing_common import ProcessorTesterMixin
 from transformers import Idefics3ImageProcessor
 
 from vlmoe import VLMoEProcessor
-from vlmoe.training.tokenizer import train_tokenizer
+from vlmoe.data.tokenizer import train_tokenizer
 
 TEXTS = ["lower newer upper older longer string", "describe this image"] * 3
 

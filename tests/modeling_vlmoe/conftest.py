@@ -6,11 +6,10 @@ its spelling only, so that the same row alone and in any batch has the same toke
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from vlmoe import VLMoEConfig
 
@@ -85,12 +84,3 @@ def tiny_batch() -> Callable[..., Inputs]:
         } | image_inputs(config, rows, images)
 
     return make
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No graphs and counts of other tests."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
-from vlmoe.training.router_bias import update_router_bias
+from vlmoe.routing.balancing import update_router_bias
 
 Inputs = dict[str, torch.Tensor]
 Model = Callable[..., VLMoEForConditionalGeneration]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import stored_bytes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
@@ -60,13 +61,6 @@ def logits_of(model: Model, inputs: Inputs) -> torch.Tensor:
     """(real tokens, vocab), fp32."""
     with torch.no_grad():
         return model(**inputs).logits[inputs["attention_mask"].bool()].float()
-
-
-def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the storages behind a tensor, those inside a tensor subclass included."""
-    if is_traceable_wrapper_subclass(tensor):
-        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.untyped_storage().nbytes()
 
 
 def expert_bytes(model: Model) -> int:

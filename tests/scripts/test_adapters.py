@@ -17,7 +17,7 @@ from vlmoe import (
     expert_int8_config,
     expert_lora_config,
 )
-from vlmoe.training.adapter_files import load_adapter
+from vlmoe.lora.files import load_adapter
 from vlmoe_cli import main
 
 IDS = torch.arange(6, 20).view(2, 7)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmoe.training.input_errors import reading
+from vlmoe.hub.input_errors import reading
 from vlmoe_cli.command_line import readable, run_command
 
 

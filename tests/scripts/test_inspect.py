@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.training.inspection_tokens import percent
+from vlmoe.routing.inspection.tokens import percent
 from vlmoe_cli import main
 from vlmoe_cli.inspect_experts import _short
 

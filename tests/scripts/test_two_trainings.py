@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from vlmoe.hub.folder_lock import LOCK_FILE
 from vlmoe.training.checkpoints import model_problems
-from vlmoe.training.folder_lock import LOCK_FILE
 
 STEPS = 8
 Start = Callable[[int, Path, Path], multiprocessing.process.BaseProcess]
@@ -47,7 +47,7 @@ def start(options: list[str]) -> Start:
     """`start(seed, output, log)`: the training in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     preload = ["vlmoe_cli.loading", "vlmoe_cli.training_arguments", "transformers.trainer"]
-    context.set_forkserver_preload([*preload, "datasets", "vlmoe.training.data"])
+    context.set_forkserver_preload([*preload, "datasets", "vlmoe.data.loading"])
 
     def start_process(seed: int, output: Path, log: Path) -> multiprocessing.process.BaseProcess:
         arguments = ([*options, "--output_dir", str(output)], seed, str(log))

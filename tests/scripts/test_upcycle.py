@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from vlmoe import VLMoEProcessor
-from vlmoe.modeling_vlmoe.upcycling.report import UpcyclingReport
+from vlmoe.upcycling.report import UpcyclingReport
 from vlmoe_cli import main
 
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.data.collator import VLMoECollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
 from vlmoe_cli import accelerate_loop
 
 ROWS_PER_STEP, LEARNING_RATE = 4, 0.1

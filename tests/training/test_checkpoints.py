@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tampering import rename, tamper
 
+from vlmoe.hub.file_checks import tensor_headers
 from vlmoe.training.checkpoints import (
     checkpoint_folders,
     checkpoint_problems,
@@ -20,7 +21,6 @@ from vlmoe.training.checkpoints import (
     model_problems,
     set_aside_newer,
 )
-from vlmoe.training.file_checks import tensor_headers
 from vlmoe_cli.options import DataOptions, ModelOptions
 from vlmoe_cli.train import train
 from vlmoe_cli.training_arguments import training_arguments

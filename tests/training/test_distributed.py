@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from vlmoe.data.collator import VLMoECollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
-from vlmoe.training.router_bias import update_router_bias
+from vlmoe.routing.balancing import update_router_bias
 
 pytestmark = pytest.mark.slow
 

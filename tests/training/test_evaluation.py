@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe.data.collator import VLMoECollator
+from vlmoe.data.conversation_rows import ConversationRows
+from vlmoe.data.loading import load_rows
 from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
-from vlmoe.training.collator import VLMoECollator
-from vlmoe.training.conversation_rows import ConversationRows
-from vlmoe.training.data import load_rows
 from vlmoe.training.evaluation import evaluate_model, results_table, score
 
 QUESTIONS = ("what color is the shape?", "is it red?", "what?")

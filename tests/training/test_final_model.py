@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.training.data import load_rows
+from vlmoe.data.loading import load_rows
 from vlmoe.training.saving import save_final_model
 from vlmoe_cli import main
 from vlmoe_cli.train import build_trainer

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmoe.hub.folder_lock import LOCK_FILE
 from vlmoe.training.checkpoints import (
     checkpoint_folders,
     checkpoint_problems,
     checkpoint_step,
     model_problems,
 )
-from vlmoe.training.folder_lock import LOCK_FILE
 from vlmoe_cli.options import DataOptions, ModelOptions
 
 STEPS = 6
@@ -58,7 +58,7 @@ def start(saved_model: Path, data_folder: Path) -> Callable[[Path], BaseProcess]
     """`start(output)`: the run in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     preload = ("vlmoe_cli.loading", "vlmoe_cli.training_arguments", "transformers.trainer")
-    context.set_forkserver_preload(["datasets", "vlmoe.training.data", *preload])
+    context.set_forkserver_preload(["datasets", "vlmoe.data.loading", *preload])
 
     def start_process(output: Path) -> BaseProcess:
         arguments = (str(saved_model), str(data_folder), str(output))

@@ -96,7 +96,7 @@ def test_majority_of_nothing_is_refused() -> None:
 
 def test_majority_of_easy_vqa_is_the_published_one() -> None:
     pytest.importorskip("easy_vqa")
-    from vlmoe.training.easy_vqa import question_rows
+    from vlmoe.data.easy_vqa import question_rows
 
     result = majority_baseline(question_rows("train"), question_rows("test"))
     assert result.answer == "yes"

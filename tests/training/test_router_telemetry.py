@@ -14,8 +14,8 @@ from ranks import on_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.training.expert_load import record_expert_load
-from vlmoe.training.router_telemetry import (
+from vlmoe.routing.expert_load import record_expert_load
+from vlmoe.training.telemetry import (
     TELEMETRY_FILE,
     RouterTelemetry,
     read_telemetry,

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from vlmoe.data.collator import VLMoECollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe.training.collator import VLMoECollator
 
 KINDS: dict[str, dict[str, Any]] = {  # fields of the configuration
     "experts in the decoder": {},

@@ -18,11 +18,11 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.data.collator import IGNORE_INDEX, VLMoECollator
+from vlmoe.data.preference_collator import VLMoEPreferenceCollator
+from vlmoe.hub.model_card import MARKER
 from vlmoe.modeling_vlmoe.router_losses import global_entropy_loss
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe.training.collator import IGNORE_INDEX, VLMoECollator
-from vlmoe.training.model_card import MARKER
-from vlmoe.training.preference_collator import VLMoEPreferenceCollator
 from vlmoe.training.trl_trainers import VLMoEDPOTrainer, VLMoESFTTrainer
 
 AUX_COEF, Z_COEF = 0.5, 0.05

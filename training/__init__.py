@@ -1,1 +1,0 @@
-"""Data, collation, metrics and checkpoints for training."""

@@ -1,0 +1,207 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Cached encoding of conversations to token ids and of images to tiles.
+
+A trainer meets the same conversations and images in every epoch. `ConversationEncoder` renders and
+tokenises each distinct conversation once, leaving a gap where an image goes; `ImageEncoder` runs
+the processor once per distinct image and gives its tiles and the token ids that fill the gap. Both
+remember within a bound of bytes. Together they give what the processor gives for the whole
+conversation. Its settings are read when a conversation or an image is first met: change them
+before, not between batches.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..hub.input_errors import reading
+from ..processing.control_text import guarded_tokenizer
+from ..processing.image_checks import decode
+from ..processing.image_sources import encoded_image
+from .conversations import Conversation, count_images
+from .images import encoded_key, open_image, pixel_key
+from .lru_cache import ByteBoundedCache
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ENTRY_BYTES = 500
+"""Allowance for the Python objects of a cached entry."""
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Token ids around the images of a conversation: one more segment than it has images.
+
+    `segments[i]` and `masks[i]` have the shape (tokens of the segment,); a mask is True on the
+    tokens that an assistant turn generates.
+    """
+
+    segments: tuple[np.ndarray, ...]
+    masks: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as the model takes it; equal keys mean equal images.
+
+    `token_ids` (tokens,) take the image's place in the text, `token_mask` (tokens,) is False: none
+    of them is the assistant's. `tiles` (tiles, 3, H, W) and
+    `tile_mask` (tiles, H, W), True on real pixels, are its pixels. `is_full`: all are real.
+    """
+
+    key: bytes
+    token_ids: np.ndarray
+    token_mask: np.ndarray
+    tiles: torch.Tensor
+    tile_mask: torch.Tensor
+    is_full: bool
+
+
+class ConversationEncoder:
+    """Conversation -> token ids and assistant mask, by the processor's chat template."""
+
+    def __init__(self, processor: Any, cache_bytes: int) -> None:
+        """Raises `ValueError` if the chat template does not mark what the assistant generates."""
+        template = processor.chat_template
+        if not isinstance(template, str) or not GENERATION_BLOCK.search(template):
+            raise ValueError(
+                "the processor's chat template must mark assistant turns with {% generation %} and "
+                "{% endgeneration %}: without them no token can be told to be the assistant's."
+            )
+        self.processor = processor
+        self.image_token_id: int = processor.image_token_id
+        self._added_before, self._added_after = _tokens_added_around(processor.tokenizer)
+        self._cache: ByteBoundedCache[tuple[Conversation, bool], EncodedConversation]
+        self._cache = ByteBoundedCache(cache_bytes)
+
+    def __call__(
+        self, conversation: Conversation, name: str, *, generation_prompt: bool = False
+    ) -> EncodedConversation:
+        """Encode a conversation; `generation_prompt` opens an assistant turn at its end."""
+        key = (conversation, generation_prompt)
+        encoded = self._cache.get(key)
+        if encoded is None:
+            encoded = self._encode(conversation, name, generation_prompt)
+            characters = sum(len(part or "") for turn in conversation for part in turn.parts)
+            tokens = sum(len(segment) for segment in encoded.segments)
+            self._cache.put(key, encoded, ENTRY_BYTES + characters + 9 * tokens)
+        return encoded
+
+    def _encode(
+        self, conversation: Conversation, name: str, generation_prompt: bool
+    ) -> EncodedConversation:
+        """Render, tokenise and cut at the image tokens."""
+        with reading(f"{name}, the chat template and tokenizer"):
+            token_ids, mask = self._tokenize(conversation, generation_prompt)
+        gaps = np.flatnonzero(token_ids == self.image_token_id)
+        if len(gaps) != count_images(conversation):
+            raise ValueError(
+                f"{name}: the rendered conversation has {len(gaps)} image tokens for "
+                f"{count_images(conversation)} images; the chat template must write one for each."
+            )
+        segments, masks, start = [], [], 0
+        for stop in [*gaps.tolist(), len(token_ids)]:
+            segments.append(token_ids[start:stop])
+            masks.append(mask[start:stop])
+            start = stop + 1
+        return EncodedConversation(tuple(segments), tuple(masks))
+
+    def _tokenize(
+        self, conversation: Conversation, generation_prompt: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and assistant mask, one image token per image.
+
+        The tokenizer's own chat templating adds no special tokens where the processor's lets the
+        tokenizer add them, unless the template has written the first one.
+        """
+        tokenizer, messages = self.processor.tokenizer, [turn.as_message() for turn in conversation]
+        guard = guarded_tokenizer(self.processor, messages, self.processor.chat_template)
+        if guard is not None:
+            tokenizer, messages = guard, guard.mark(messages)
+        output = tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=generation_prompt,
+        )
+        ids, mask = output["input_ids"], output["assistant_masks"]
+        if not ids or ids[0] != self.processor.tokenizer.bos_token_id:
+            ids = self._added_before + ids + self._added_after
+            mask = [0] * len(self._added_before) + mask + [0] * len(self._added_after)
+        return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool)
+
+
+class ImageEncoder:
+    """Image -> tiles and token ids, by the processor, within its limits."""
+
+    def __init__(self, processor: Any, cache_bytes: int, allow_urls: bool = False) -> None:
+        """`cache_bytes` bounds the tiles that are remembered; 0 remembers none. `allow_urls`: open
+        http(s) URLs."""
+        self.processor = processor
+        self.allow_urls = allow_urls
+        self._cache: ByteBoundedCache[bytes, EncodedImage] = ByteBoundedCache(cache_bytes)
+
+    def __call__(self, value: Any, name: str) -> EncodedImage:
+        """Encode an image; errors name `name`, the row and image it is."""
+        limits, allow_urls = self.processor.image_limits, self.allow_urls
+        content = encoded_image(value, name, limits=limits, allow_urls=allow_urls)
+        if content is None:
+            image = open_image(value, name, limits=limits)
+            key = pixel_key(image)
+        else:
+            key = encoded_key(content.content)
+        encoded = self._cache.get(key)
+        if encoded is None:
+            if content is not None:
+                image = decode(content, name, limits)
+            encoded = self._encode(key, image, name)
+            pixel_bytes = encoded.tiles.nbytes + encoded.tile_mask.nbytes
+            self._cache.put(key, encoded, ENTRY_BYTES + pixel_bytes + encoded.token_ids.nbytes)
+        return encoded
+
+    def _encode(self, key: bytes, image: Image.Image, name: str) -> EncodedImage:
+        """Run the processor on the image and a lone placeholder."""
+        try:
+            output = self.processor(
+                images=[[image]],
+                text=[self.processor.image_token],
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        token_ids = output["input_ids"][0].numpy()
+        self._check_edges(token_ids)
+        tile_mask = output["pixel_attention_mask"][0].bool()
+        is_full = bool(tile_mask.all())
+        token_mask = np.zeros(len(token_ids), dtype=bool)
+        tiles = output["pixel_values"][0]
+        return EncodedImage(key, token_ids, token_mask, tiles, tile_mask, is_full)
+
+    def _check_edges(self, token_ids: np.ndarray) -> None:
+        """The tokens of an image must not depend on the text beside it."""
+        added = self.processor.tokenizer.added_tokens_decoder
+        for token_id in (int(token_ids[0]), int(token_ids[-1])):
+            token = added.get(token_id)
+            if token is None or token.lstrip or token.rstrip:
+                text = self.processor.tokenizer.convert_ids_to_tokens(token_id)
+                raise ValueError(
+                    f"what the processor puts around an image starts or ends with {text!r}, which "
+                    "is no added token of the tokenizer, or one that swallows spaces; add the "
+                    "image markers with tokenizer.add_special_tokens and resize the model's "
+                    "embeddings."
+                )
+
+
+def _tokens_added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after a text on its own."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    raise ValueError("the tokenizer changes a text when it adds special tokens to it.")

@@ -1,0 +1,126 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Everything that is known of a model's routing after an inspection, its pictures of a dataset, and
+its numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...figures.plots import plot_expert_load, plot_shares
+from ..expert_load import MODALITIES
+from .analysis import DatasetRouting
+from .figures import plot_specialisation
+from .tokens import TracedPrompt
+
+LAYERS_IN_FULL = 6  # of deeper models the others are folded away, or not told of
+VISION_TOKENS = {"tower": "patches", "connector": "image tokens"}  # what passes through each
+
+
+@dataclass
+class BeforeTraining:
+    """An older state of the model on the same data; `change` as `inspection.change` gives it."""
+
+    name: str
+    routing: DatasetRouting
+    change: dict[str, Any] | None
+
+
+@dataclass
+class Inspection:
+    """Everything that the page shows; parts that were not asked for are None or empty.
+
+    Attributes:
+        model: its name.
+        layers: the decoder's index of each sparse layer.
+        num_experts, top_k: experts of a layer, and experts per token.
+        prompts: questions with their answers.
+        dataset: the dataset's name, split and number of rows.
+        routing: of the dataset.
+        types: `inspection.specialisation` of it; None where the data name fewer than two types.
+        before: an older state of the model.
+        figures: PNG files by what they show: `load`, `load_tower`, `load_connector`, `types_text`,
+            `types_image`, `information`, `before`.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    prompts: list[TracedPrompt] = field(default_factory=list)
+    dataset: str | None = None
+    routing: DatasetRouting | None = None
+    types: dict[str, Any] | None = None
+    before: BeforeTraining | None = None
+    figures: dict[str, Path] = field(default_factory=dict)
+
+    def told_layers(self, values: Sequence[float]) -> list[int]:
+        """Positions of all layers of a shallow model; of a deep one of those with the largest
+        values, in order."""
+        order = sorted(range(len(self.layers)), key=lambda number: -values[number])
+        return sorted(order[:LAYERS_IN_FULL])
+
+
+def draw_figures(inspection: Inspection, folder: Path) -> None:
+    """Draw what the page shows of the dataset into `folder`, and note the files in `figures`."""
+    routing, types = inspection.routing, inspection.types
+    if routing is None:
+        return
+    figures, layers = inspection.figures, inspection.layers
+    shares = routing.load["image_share"], routing.load["text_share"]
+    figures["load"] = plot_expert_load(*shares, folder / "load.png", layers)
+    for place, load in routing.load.get("vision", {}).items():
+        figures[f"load_{place}"] = plot_shares(
+            {VISION_TOKENS[place]: load["image_share"]},
+            folder / f"load_{place}.png",
+            row_names=load["layers"],
+            row_label="sparse layer",
+            title=f"Expert load of the {place}",
+        )
+    if types is not None:
+        for kind in ("text", "image") if any(types["image"]["is_above_chance"]) else ("text",):
+            figures[f"types_{kind}"] = plot_shares(
+                {
+                    f"layer {layers[number]}": types[kind]["shares"][number]
+                    for number in inspection.told_layers(types[kind]["information_bits"])
+                },
+                folder / f"question_types_{kind}_tokens.png",
+                row_names=types["types"],
+                title=f"Choices of {kind} tokens",
+            )
+        information = folder / "specialisation.png"
+        figures["information"] = plot_specialisation(types, layers, information)
+    if inspection.before is not None:
+        states = {"before": inspection.before.routing, "after": routing}
+        figures["before"] = plot_shares(
+            {
+                f"{name}, {kind} tokens": state.load[f"{kind}_share"]
+                for name, state in states.items()
+                for kind in MODALITIES
+            },
+            folder / "before_after.png",
+            row_names=layers,
+            row_label="sparse layer",
+        )
+
+
+def numbers(inspection: Inspection) -> dict[str, Any]:
+    """The numbers behind the page, for a JSON file.
+
+    `expert_load` is `ExpertLoad.as_dict`, `question_types` what `specialisation` gives, `before`
+    holds the older model's `expert_load` and `changed` (see `inspection.change`), `prompts` each
+    question's tokens with their experts.
+    """
+    before = inspection.before
+    return {
+        "model": inspection.model,
+        "dataset": inspection.dataset,
+        "layers": list(inspection.layers),
+        "num_experts": inspection.num_experts,
+        "num_experts_per_tok": inspection.top_k,
+        "expert_load": inspection.routing and inspection.routing.load,
+        "question_types": inspection.types,
+        "before": before
+        and {"model": before.name, "expert_load": before.routing.load, "changed": before.change},
+        "prompts": [prompt.as_dict() for prompt in inspection.prompts],
+    }

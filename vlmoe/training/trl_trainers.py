@@ -1,0 +1,193 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""TRL's SFTTrainer and DPOTrainer with VLMoE's own losses.
+
+    VLMoESFTTrainer(model, SFTConfig(out, assistant_only_loss=True), train_dataset=rows,
+                    processing_class=processor).train()
+    VLMoEDPOTrainer(model, reference, DPOConfig(out), train_dataset=pairs,
+                    processing_class=processor).train()
+
+- TRL puts a fused head in the place of the model's `forward`: it calls the backbone without labels,
+  so that the router losses of `VLMoEForConditionalGeneration` are not computed, and adds Mixtral's
+  balance loss instead, which is pooled over layers and over the rows of a micro-batch and knows no
+  z-loss.
+- Here the fused head stays, since it saves the (batch, length, vocab) logits and feeds TRL's
+  metrics. `compute_loss` takes the router logits of the very same backbone call through hooks that
+  live as long as the call, and adds our losses with the coefficients of the model's config (for the
+  balance loss `args.router_aux_loss_coef`, where it is given). TRL's pooled loss is off.
+- Subclasses, as TRL advises: a `compute_loss_func` is deprecated there, costs a second forward
+  pass, sees neither router logits nor attention mask, and does not exist in DPOTrainer.
+- Batches come from our own collators: the labels of every other way of training, an image that
+  several rows share is encoded once, and a row that is longer than `max_length` (TRL's default is
+  1024) or than the model has positions is an error that names it.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..data.collator import IGNORE_INDEX, VLMoECollator
+from ..data.long_rows import length_limit
+from ..data.preference_collator import VLMoEPreferenceCollator
+from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
+from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
+from .card_trainer import ModelCardMixin
+
+try:
+    from trl import DPOTrainer, SFTTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+except ImportError as error:
+    raise ImportError("vlmoe.training.trl_trainers needs TRL: pip install trl") from error
+
+
+@contextmanager
+def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWithPast]]:
+    """A list that gets the output, with router logits, of every call of `backbone` in order."""
+    recorded: list[VLMoEModelOutputWithPast] = []
+
+    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": True, "router_losses_follow": True}
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        recorded.append(output)
+
+    handles = [
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(keep),
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class RouterLossTrainer(ModelCardMixin, ABC):
+    """Adds the router losses, and our model card, to a TRL trainer, the next class in line.
+
+    `own_collator` takes the place of `trl_collator`, TRL's choice for rows with `images`.
+    """
+
+    trl_collator: type
+    own_collator: type[VLMoECollator]
+    data_collator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments of the TRL trainer; raises `ValueError` where rows are packed into one."""
+        super().__init__(*args, **kwargs)
+        if self.args.padding_free or getattr(self.args, "packing", False):
+            raise ValueError(
+                "padding_free and packing put several samples into one row, but the router losses "
+                "are per sample; set both to False."
+            )
+        self.aux_loss_enabled = False  # TRL's pooled loss
+        text_config = self._vlmoe().config.text_config
+        text_config.router_aux_loss_coef = self.router_aux_loss_coef
+        text_config.output_router_logits = False  # SFTTrainer sets it, and it would be saved
+        is_default = isinstance(self.data_collator, self.trl_collator)
+        # Our collators have labels on assistant turns only; in DPOTrainer there is no choice.
+        if is_default and getattr(self.args, "assistant_only_loss", True):
+            self.data_collator = self.own_collator(
+                self.processing_class,
+                self._longest_row(),
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+            )
+        elif is_default:  # it hands the rows' images to the processor
+            self.data_collator.processor = copy.copy(self.processing_class)
+            self.data_collator.processor.opens_urls = False
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss plus the router losses times their coefficients."""
+        vlmoe = self._vlmoe()
+        if not vlmoe.model.wants_router_losses():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with recorded_outputs(vlmoe.model) as recorded:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, *outputs = result if return_outputs else (result,)
+        routed = recorded[0]  # later calls: the reference, or logits for metrics
+        losses = vlmoe.router_losses(
+            routed.router_logits,
+            inputs["attention_mask"].bool(),
+            self.row_weights(inputs, num_items_in_batch),
+            vlmoe.model.token_types(inputs["input_ids"], None),
+            routed.vision_router_logits,
+            routed.shown_tiles,
+        )
+        loss = loss + losses.total.to(loss.device)
+        return (loss, *outputs) if return_outputs else loss
+
+    @abstractmethod
+    def row_weights(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(batch,): the share of each row in TRL's loss, and so in the router losses."""
+
+    def _longest_row(self) -> int | None:
+        """The tokens that the arguments and the model's positions allow."""
+        limits = [self.args.max_length, length_limit(self._vlmoe().config)]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _vlmoe(self) -> VLMoEForConditionalGeneration:
+        """The model itself, where need be inside PEFT's."""
+        for module in self.model.modules():
+            if isinstance(module, VLMoEForConditionalGeneration):
+                return module
+        raise TypeError(
+            f"{type(self).__name__} trains VLMoEForConditionalGeneration, got "
+            f"{type(self.model).__name__}."
+        )
+
+
+class VLMoESFTTrainer(RouterLossTrainer, SFTTrainer):
+    """TRL's SFTTrainer for VLMoE; see the module docstring.
+
+    Rows are as for `VLMoECollator`, which collates them if they have `images` (an empty list for a
+    text-only row) and `assistant_only_loss=True`; `data_collator` replaces it. A row weighs in the
+    router losses by its share of the label tokens of the optimizer step, as it does in the
+    cross-entropy, so that gradient accumulation changes nothing.
+    """
+
+    trl_collator = DataCollatorForVisionLanguageModeling
+    own_collator = VLMoECollator
+
+    def row_weights(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(batch,): label tokens of each row over those of the optimizer step, of all ranks."""
+        labels_per_row = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
+        if num_items_in_batch is None:
+            return labels_per_row / labels_per_row.sum().clamp(min=1)
+        weights = labels_per_row / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if self.args.average_tokens_across_devices:  # gradients are averaged over ranks
+            weights = weights * (self.accelerator.num_processes // self.get_tp_size())
+        return weights
+
+
+class VLMoEDPOTrainer(RouterLossTrainer, DPOTrainer):
+    """TRL's DPOTrainer for VLMoE; see the module docstring.
+
+    Rows are as for `VLMoEPreferenceCollator`, which collates them if they have `images`. Chosen and
+    rejected rows alike weigh 1 / (rows of the micro-batch) in the router losses: the preference
+    loss, too, is the mean over the pairs of a micro-batch, and Trainer takes the mean of both over
+    the micro-batches of an optimizer step. Only the policy has router losses, not the reference.
+    """
+
+    trl_collator = DataCollatorForVisionPreference
+    own_collator = VLMoEPreferenceCollator
+
+    def row_weights(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """(2 * pairs,): equal shares."""
+        rows = inputs["input_ids"].shape[0]
+        return torch.full((rows,), 1 / rows, device=inputs["input_ids"].device)

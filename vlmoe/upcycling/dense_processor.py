@@ -1,0 +1,239 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Reads the processor of a dense vision-language model, for `VLMoEProcessor.from_dense`.
+
+- Llava: image tokens without markers, one tile per image.
+- Idefics3 and SmolVLM: a marker before each tile, rows and columns, the whole image last.
+- InternVL: the tokens of all tiles between two markers, the whole image last.
+
+The source's own class is not built: InternVL's and SmolVLM's ask for packages that their videos
+need. What it would read is read here: tokenizer, chat template, image processor, its own settings.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from transformers import (
+    AddedToken,
+    AutoImageProcessor,
+    AutoTokenizer,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from ..processing.image_layout import encode_images, tiling_option
+from ..processing.tower_layout import tower_image_size
+
+NO_BOUND = 2**31 - 1
+FAMILIES = ("Idefics3Processor", "InternVLProcessor", "LlavaProcessor", "SmolVLMProcessor")
+
+_ANYRES = "it packs the tiles of an image into one grid without padding, a newline feature per row"
+_OWN_SIZE = "it takes images at their own size, for positions on three axes (M-RoPE)"
+REFUSED = {
+    **dict.fromkeys(("LlavaNextProcessor", "LlavaNextVideoProcessor"), _ANYRES),
+    "LlavaOnevisionProcessor": _ANYRES,
+    "PaliGemmaProcessor": "its model attends to image and prompt in both directions",
+    "Gemma3Processor": "its model attends in both directions within an image",
+    **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), _OWN_SIZE),
+    "PixtralProcessor": "it takes images of any size, with a break token after each row of patches",
+}
+"""Processors that cannot be converted exactly, and why."""
+
+
+@dataclass(frozen=True)
+class DenseProcessor:
+    """The parts of a dense model's processor."""
+
+    name: str  # of the class, one of FAMILIES
+    image_processor: Any
+    tokenizer: Any
+    chat_template: str | dict[str, str] | None
+    settings: Mapping[str, Any]  # what processor_config.json says, or the processor's attributes
+
+
+def read_dense_processor(source: Any, **kwargs: Any) -> DenseProcessor:
+    """The processor of a dense model; see `VLMoEProcessor.from_dense`."""
+    if isinstance(source, tuple | list):
+        image_processor, tokenizer = source
+        name, settings, template = _family_of(image_processor), {}, None
+    elif hasattr(source, "image_processor"):
+        image_processor, tokenizer = source.image_processor, source.tokenizer
+        name, settings = type(source).__name__, vars(source)
+        template = source.chat_template
+    else:
+        return _from_files(source, **kwargs)
+    name = _known_family(name, "the processor")
+    # copies: what follows writes into them, and the source stays in use
+    parts = copy.deepcopy((image_processor, tokenizer))
+    return _as_called(DenseProcessor(name, *parts, template, settings))
+
+
+def _from_files(source: Any, **kwargs: Any) -> DenseProcessor:
+    """Read a local folder or a repository of the Hub, in transformers' old or new set of files."""
+    with _reading(source, "the processor's settings and chat template"):
+        settings, _ = ProcessorMixin.get_processor_dict(source, **kwargs)
+        named = settings.get("processor_class") or _class_named_elsewhere(source, **kwargs)
+    name = _known_family(named, f"{source}")
+    with _reading(source, "the image processor"):
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **kwargs)
+    with _reading(source, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    template = settings.get("chat_template")
+    return _as_called(DenseProcessor(name, image_processor, tokenizer, template, settings))
+
+
+def _class_named_elsewhere(source: Any, **kwargs: Any) -> str | None:
+    """The processor's class where processor_config.json does not say, in transformers' order."""
+    image_processor, _ = ImageProcessingMixin.get_image_processor_dict(source, **kwargs)
+    tokenizer = get_tokenizer_config(source, **kwargs)
+    name = image_processor.get("processor_class") or tokenizer.get("processor_class")
+    if name is None:
+        config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+        name = PROCESSOR_MAPPING_NAMES.get(config.get("model_type", ""))
+    return name
+
+
+@contextmanager
+def _reading(source: Any, what: str) -> Iterator[None]:
+    """Turn whatever a reader raises into a `ValueError` that names the source."""
+    try:
+        yield
+    except Exception as error:  # readers raise almost anything on broken files
+        raise ValueError(
+            f"{source}: {what} cannot be read ({type(error).__name__}: {error}). Needed: the files "
+            "that `save_pretrained` of the dense model's processor writes."
+        ) from error
+
+
+def _family_of(image_processor: Any) -> str:
+    """The processor's class that an image processor given without one belongs to."""
+    kind = type(image_processor).__name__.partition("ImageProcessor")[0]
+    name = "InternVLProcessor" if kind == "GotOcr2" else f"{kind}Processor"
+    return name if name in FAMILIES or name in REFUSED else "LlavaProcessor"
+
+
+def _known_family(name: str | None, where: str) -> str:
+    """The name of a processor's class; refused, with the reason, if its layout cannot be kept."""
+    if name in FAMILIES:
+        return name
+    reason = f" ({REFUSED[name]})" if name in REFUSED else ""
+    what = f"a {name}" if name else "a processor that no file names"
+    raise ValueError(
+        f"{where}: {what} cannot be converted exactly{reason}; allowed: {', '.join(FAMILIES)}, or "
+        "a pair (image_processor, tokenizer) of one of these."
+    )
+
+
+def _as_called(dense: DenseProcessor) -> DenseProcessor:
+    """Do to tokenizer and image processor what the source's class does at building and calls."""
+    tokenizer, image_processor = dense.tokenizer, dense.image_processor
+    if dense.name == "Idefics3Processor":
+        tokens = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    elif dense.name == "InternVLProcessor":
+        image_processor.crop_to_patches = True
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it would not be saved
+    if tiling_option(image_processor) == "do_image_splitting" and not image_processor.do_resize:
+        image_processor.size = {"longest_edge": NO_BOUND}  # unused by the source, a bound for us
+    return dense
+
+
+def layout_of(dense: DenseProcessor) -> dict[str, Any]:
+    """How the source writes an image, as arguments of `VLMoEProcessor`.
+
+    Raises:
+        ValueError: an InternVL tokenizer does not name its image tokens.
+    """
+    tokenizer = dense.tokenizer
+    if dense.name == "LlavaProcessor":
+        token = dense.settings.get("image_token") or "<image>"
+        return {"image_token": getattr(tokenizer, "image_token", token)}
+    if dense.name == "InternVLProcessor":
+        names = ("context_image_token", "start_image_token", "end_image_token")
+        missing = [name for name in names if not hasattr(tokenizer, name)]
+        if missing:
+            raise ValueError(
+                f"The tokenizer of an InternVL model has no {', '.join(missing)}; add them to "
+                "`extra_special_tokens` of its tokenizer_config.json."
+            )
+        token, start, end = (getattr(tokenizer, name) for name in names)
+        return {
+            "image_token": token,
+            "image_start_token": start,
+            "image_end_token": end,
+            "tile_layout": "internvl",
+        }
+    fake, token, whole = "<fake_token_around_image>", "<image>", "<global-img>"
+    if dense.name == "SmolVLMProcessor":
+        fake = getattr(tokenizer, "fake_image_token", fake)
+        token = getattr(tokenizer, "image_token", token)
+        whole = getattr(tokenizer, "global_image_token", whole)
+    return {
+        "image_token": token,
+        "image_start_token": fake,
+        "image_end_token": fake,
+        "global_image_token": whole,
+        "tile_layout": "idefics3",
+    }
+
+
+def check_tiles(dense: DenseProcessor, config: Any, image_seq_len: int) -> None:
+    """Check that the source makes the tiles that the vision tower takes.
+
+    Raises:
+        ValueError: another number of image tokens per tile, or tiles of another size.
+    """
+    stated = _stated_seq_len(dense, config)
+    if stated is not None and stated != image_seq_len:
+        raise ValueError(
+            f"The {dense.name} states {stated} image tokens per tile, but the vision tower and "
+            f"connector give {image_seq_len} features; correct its processor_config.json."
+        )
+    height, width = tower_image_size(config.vision_config)
+    options = {"do_image_splitting": False} if tiling_option(dense.image_processor) else {}
+    for size in ((2 * width, height), (width, 2 * height)):  # wide and tall
+        probe = encode_images(dense.image_processor, [Image.new("RGB", size)], options)
+        made = tuple(probe[0].pixel_values.shape[-2:])
+        if made != (height, width):
+            raise ValueError(
+                f"The image processor makes {made[0]}x{made[1]} pixels of an image of "
+                f"{size[1]}x{size[0]}, but the vision tower takes {height}x{width}; correct the "
+                "sizes in its JSON file (`size`, `crop_size`, `max_image_size`)."
+            )
+
+
+def _stated_seq_len(dense: DenseProcessor, config: Any) -> int | None:
+    """Image tokens of one tile as the source's settings say; None where they do not."""
+    settings = dense.settings
+    if dense.name != "LlavaProcessor":
+        name = "image_seq_length" if dense.name == "InternVLProcessor" else "image_seq_len"
+        return settings.get(name)
+    patch, additional = settings.get("patch_size"), settings.get("num_additional_image_tokens")
+    if patch is None or additional is None:  # left out by older Llava models
+        return None
+    height, width = tower_image_size(config.vision_config)
+    dropped = settings.get("vision_feature_select_strategy") == "default"
+    return (height // patch) * (width // patch) + additional - dropped
+
+
+def add_image_token(tokenizer: Any, image_token: str = "<image>") -> int:
+    """The id of a tokenizer's image token, which is added as a special token where it is missing.
+
+    For a language model that never saw images: its embeddings need at least `len(tokenizer)` rows
+    afterwards, and `VLMoEConfig.image_token_id` is the id that is returned.
+    """
+    pair = tokenizer(image_token * 2, add_special_tokens=False)["input_ids"]
+    if pair != [tokenizer.convert_tokens_to_ids(image_token)] * 2:
+        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
+    return tokenizer.convert_tokens_to_ids(image_token)
+
+
+__all__ = ["add_image_token", "check_tiles", "layout_of", "read_dense_processor"]

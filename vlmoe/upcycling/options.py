@@ -1,0 +1,172 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""What is asked of an upcycling, and the sparse configuration that follows from it."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..configuration.configuration_vlmoe_text import VLMoETextConfig
+
+EXPERT_INITS = ("copy", "shared", "drop", "noise")
+TEXT_FIELDS = (
+    *("router_aux_loss_coef", "router_aux_loss_scope", "router_z_loss_coef"),
+    *("router_local_entropy_coef", "router_global_entropy_coef", "router_global_entropy_experts"),
+    *("router_bias_update_rate", "router_modality_bias", "modality_experts"),
+    *("scoring_func", "n_group", "topk_group", "output_router_logits"),
+)
+TOP_FIELDS = (
+    *("vision_num_experts", "vision_num_experts_per_tok", "vision_sparse_layers"),
+    *("projector_num_experts", "projector_num_experts_per_tok"),
+)
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """The options of `VLMoEForConditionalGeneration.from_dense`.
+
+    Args:
+        num_experts: copies of the dense MLP in each sparse layer.
+        num_experts_per_tok: copies that each token is sent to.
+        expert_split: cut each copy into that many experts of `1 / expert_split` of its width, for
+            fine-grained experts (https://arxiv.org/abs/2401.06066): the layer has `num_experts *
+            expert_split` experts, and a token is sent to `num_experts_per_tok * expert_split`. The
+            shards of a copy have equal router rows, so that they are chosen together until training
+            tells them apart: exact at step 0.
+        expert_init: `"copy"`: each expert is the dense MLP. `"shared"`: the dense MLP becomes a
+            shared expert, and routed experts add nothing yet (`down_proj` zero, `gate_up_proj`
+            copied). `"drop"`: copies with `drop_ratio` of the inner units drawn anew, from a normal
+            distribution with the weight's mean and deviation (Drop-Upcycling,
+            https://arxiv.org/abs/2502.19261). `"noise"`: copies plus normal noise of `noise_ratio`
+            times the weight's deviation. The last two are not exact.
+        sparse_layers: decoder layers that get experts: `"all"`, `"second_half"`, a number n for
+            every n-th layer, or a list of indices.
+        drop_ratio, noise_ratio: see `expert_init`.
+        router_std: standard deviation of the router's weights; by default the dense model's
+            `initializer_range`. With 0 all experts tie, and copies stay equal in training.
+        seed: of the router's weights, and of what `expert_init` draws.
+        fields: further fields of the configuration, of those in `TEXT_FIELDS` and `TOP_FIELDS`;
+            experts of vision tower and connector are copies, whatever `expert_init` says.
+
+    Raises:
+        ValueError: a value is not allowed, or the result would not compute the dense function.
+    """
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    expert_split: int = 1
+    expert_init: str = "copy"
+    sparse_layers: str | int | Sequence[int] = "all"
+    drop_ratio: float = 0.5
+    noise_ratio: float = 0.05
+    router_std: float | None = None
+    seed: int = 0
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, num_experts: int, num_experts_per_tok: int, **options: Any) -> "Upcycling":
+        """From keyword arguments, in which fields of the configuration stand among the options."""
+        own = {option.name for option in dataclasses.fields(cls)} - {"fields"}
+        given = {name: value for name, value in options.items() if name in own}
+        rest = {name: value for name, value in options.items() if name not in own}
+        return cls(num_experts, num_experts_per_tok, **given, fields=rest)
+
+    def __post_init__(self) -> None:
+        """Check the options by themselves; the configuration checks the rest."""
+        _require("expert_init", self.expert_init, EXPERT_INITS)
+        if self.expert_split < 1:
+            raise ValueError(f"`expert_split` is {self.expert_split}; allowed: 1 or more.")
+        if self.expert_split > 1 and self.expert_init != "copy":
+            raise ValueError(
+                f"`expert_split` is {self.expert_split} with `expert_init` {self.expert_init!r}; "
+                "allowed: 1, or expert_init='copy'."
+            )
+        if not 0 <= self.drop_ratio <= 1:
+            raise ValueError(f"`drop_ratio` is {self.drop_ratio}; allowed: 0 to 1.")
+        for name in ("noise_ratio", "router_std"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: 0 or more.")
+        for name in self.fields:
+            _require("an option", name, (*TEXT_FIELDS, *TOP_FIELDS))
+
+    @property
+    def exactness(self) -> str:
+        """How far the sparse model computes what the dense one does."""
+        if self.expert_init in ("drop", "noise"):
+            return "not exact"
+        return "exact" if self.expert_split == 1 else "exact at step 0 only"
+
+    def sparse_layer_indices(self, num_layers: int) -> list[int]:
+        """The decoder layers that get experts.
+
+        Raises:
+            ValueError: `sparse_layers` names no layer, or one that there is not.
+        """
+        asked, every = self.sparse_layers, list(range(num_layers))
+        if isinstance(asked, str):
+            _require("sparse_layers", asked, ("all", "second_half"))
+            return every if asked == "all" else every[num_layers // 2 :]
+        if isinstance(asked, int):
+            chosen = every[asked - 1 :: asked] if asked > 0 else []
+        else:
+            chosen = sorted(set(asked))
+        if not chosen or not set(chosen) <= set(every):
+            raise ValueError(
+                f"`sparse_layers` is {asked!r}; allowed: 'all', 'second_half', a number from 1 to "
+                f"{num_layers} (every n-th layer), or a list of indices from 0 to {num_layers - 1}."
+            )
+        return chosen
+
+    def sparse_config(self, dense: dict[str, Any]) -> VLMoEConfig:
+        """The configuration of the sparse model, from the fields of the dense one.
+
+        Args:
+            dense: as `dense_configs.vlmoe_fields` gives them.
+        """
+        text, split = dense["text_config"], self.expert_split
+        width = text["intermediate_size"]
+        if width % split:
+            raise ValueError(
+                f"`expert_split` is {split}; allowed: divisors of the dense model's "
+                f"`intermediate_size`, {width}."
+            )
+        sparse = self.sparse_layer_indices(text["num_hidden_layers"])
+        sparse_text = VLMoETextConfig(
+            **text
+            | {name: value for name, value in self.fields.items() if name in TEXT_FIELDS}
+            | {
+                "num_experts": self.num_experts * split,
+                "num_experts_per_tok": self.num_experts_per_tok * split,
+                "moe_intermediate_size": width // split,
+                "num_shared_experts": int(self.expert_init == "shared"),
+                "mlp_only_layers": [i for i in range(text["num_hidden_layers"]) if i not in sparse],
+            }
+        )
+        self._check_whole_copies(sparse_text)
+        top = {name: value for name, value in self.fields.items() if name in TOP_FIELDS}
+        return VLMoEConfig(**dense | top | {"text_config": sparse_text})
+
+    def _check_whole_copies(self, text: VLMoETextConfig) -> None:
+        """Every choice of a router must be of whole copies, else the function changes."""
+        if self.num_experts % text.n_group:
+            raise ValueError(
+                f"`n_group` is {text.n_group}; allowed: divisors of `num_experts` "
+                f"{self.num_experts}, as the shards of a copy must be of one group."
+            )
+        for modality, experts in (text.modality_experts or {}).items():
+            copies = {expert // self.expert_split for expert in experts}
+            if len(experts) != len(copies) * self.expert_split:
+                raise ValueError(
+                    f"`modality_experts` gives {modality} tokens the experts {experts}, some of "
+                    f"them without the others of their copy; allowed: whole copies of "
+                    f"{self.expert_split} neighbouring experts."
+                )
+
+
+def _require(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        close = get_close_matches(str(value), allowed, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{name} is {value!r}{meant}; allowed: {', '.join(allowed)}.")

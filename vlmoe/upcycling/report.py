@@ -1,0 +1,87 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""What a conversion did, and how far the sparse model computes what the dense one does."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..hub.provenance import REPORT_NAME
+
+
+@dataclass(frozen=True)
+class UpcyclingReport:
+    """The exactness report of a conversion; saved beside the model as `upcycling_report.json`.
+
+    Attributes:
+        source: the dense model's folder or Hub id, or its class where it was given in memory.
+        model_type: the dense model's.
+        exactness: exact, exact at step 0 only, or not exact.
+        options: what was asked for.
+        dtype: of the weights.
+        error: max|sparse - dense| / max|dense| of logits, computed in fp32.
+        same_argmax: share of tokens with the same most likely next token.
+        loss: of `dense` and `sparse` at step 0: next-token cross-entropy of the sample's text.
+        stored_dtype: for weights in half precision, the `error` when computing in their dtype
+            and, beside it, the dense model's own distance to fp32 (`dense_rounding`); None where
+            these are not finite.
+        sample: rows, images and tokens that were compared.
+        parameters: of `dense` and `sparse`, as `active_parameters` counts them.
+        frozen: vision parameters that no output depends on.
+        tensors: for each tensor of the sparse model its name, shape, kind (copied, repeated, split,
+            perturbed, extended, new) and the dense tensors that it is made of.
+        versions: of the libraries.
+        bases: what the dense models' cards say, if somebody has read them: `name`, `license`, ...
+    """
+
+    source: str
+    model_type: str
+    exactness: str
+    options: dict[str, Any]
+    dtype: str
+    error: float
+    same_argmax: float
+    loss: dict[str, float]
+    stored_dtype: dict[str, float] | None
+    sample: dict[str, int]
+    parameters: dict[str, dict[str, int]]
+    frozen: list[str]
+    tensors: list[dict[str, Any]] = field(repr=False)
+    versions: dict[str, str] = field(default_factory=dict)
+    bases: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the report into a folder and return its path."""
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "UpcyclingReport":
+        """Read the report of a folder."""
+        return cls(**json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8")))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report in short, as rows of a table."""
+        dense, sparse = self.parameters["dense"], self.parameters["sparse"]
+        kinds = Counter(tensor["kind"] for tensor in self.tensors)
+        rows = [
+            ("source", f"{self.source} ({self.model_type})"),
+            ("function", self.exactness),
+            ("error in fp32", f"{self.error:.1e}, same next token {self.same_argmax:.2%}"),
+            ("loss at step 0", f"dense {self.loss['dense']:.6f}, sparse {self.loss['sparse']:.6f}"),
+        ]
+        if self.stored_dtype is not None:
+            stored = self.stored_dtype
+            rounding = f"dense to fp32 {stored['dense_rounding']:.1e}"
+            rows.append((f"error in {self.dtype}", f"{stored['error']:.1e}, {rounding}"))
+        rows += [
+            ("parameters", f"dense {dense['total']:,}, sparse {sparse['total']:,}"),
+            ("active per text token", f"{dense['text_token']:,}, {sparse['text_token']:,}"),
+            ("active per image token", f"{dense['image_token']:,}, {sparse['image_token']:,}"),
+            ("tensors", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))),
+        ]
+        return rows

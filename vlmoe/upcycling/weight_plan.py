@@ -1,0 +1,279 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Where each tensor of the sparse model comes from.
+
+`plan_weights` gives an `Origin` for every tensor of the sparse model, which names the tensors of
+the dense model that it is made of and makes it. Making one tensor needs no other: a conversion can
+be done in any order, in parts, and again. What is drawn at random depends on the seed and on the
+tensor's name alone.
+
+Shapes: E experts, C copies, m shards of a copy, H hidden, I intermediate (of an expert in a bank).
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..configuration.configuration_vlmoe import VLMoEConfig
+from .options import Upcycling
+
+Tensor = torch.Tensor
+RENAMED = (
+    ("model.vision_model.", "model.vision_tower."),
+    ("model.connector.modality_projection.proj.", "model.multi_modal_projector.linear_1."),
+    ("model.text_model.", "model.language_model."),
+    *(
+        (f"model.{part}", f"model.language_model.{part}")
+        for part in ("layers.", "norm.", "embed_tokens.")
+    ),
+)
+DECODER = "model.language_model."
+EMBEDDING, HEAD = f"{DECODER}embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A dense tensor, or some of its rows."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The piece of the dense model's weights; a view."""
+        tensor = weights[self.name]
+        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a tensor of the sparse model comes about.
+
+    `kind`: copied, repeated (the same for each expert), split (among the shards of a copy),
+    perturbed (repeated, then changed at random), extended (with rows for new tokens) or new.
+    """
+
+    kind: str
+    sources: tuple[Piece, ...]
+    make: Callable[..., Tensor]  # the sources -> the tensor, maybe an expanded view
+    dtype: torch.dtype | None = None  # by default that of the sources
+
+    def tensor(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, from the dense model's weights."""
+        made = self.make(*(piece.of(weights) for piece in self.sources))
+        return made if self.dtype is None else made.to(self.dtype)
+
+
+def dense_pieces(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str, Piece]:
+    """The dense model's tensors under VLMoE's names: renamed, Phi-3's fused projections cut.
+
+    Args:
+        weights: the dense model's, under its own names; their values are not read.
+        config: of the sparse model.
+    """
+    text, pieces = config.text_config, {}
+    queries, keys = (
+        heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads)
+    )
+    width = text.intermediate_size
+    fused = {
+        ".qkv_proj.": (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)),
+        ".mlp.gate_up_proj.": (("mlp.gate_proj", width), ("mlp.up_proj", width)),
+    }
+    for dense_name in weights:
+        name = _renamed(dense_name)
+        key = next((key for key in fused if name.startswith(DECODER) and key in name), None)
+        if key is None:
+            pieces[name] = Piece(dense_name)
+            continue
+        start = 0
+        for part, rows in fused[key]:
+            pieces[name.replace(key, f".{part}.")] = Piece(dense_name, (start, start + rows))
+            start += rows
+    return pieces
+
+
+def _renamed(name: str) -> str:
+    for old, new in RENAMED:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Finds the origin of each tensor; for the fields see `plan_weights`."""
+
+    weights: Mapping[str, Tensor]
+    pieces: Mapping[str, Piece]
+    config: VLMoEConfig
+    options: Upcycling
+    dtype: torch.dtype
+    new_parts: tuple[str, ...]
+
+    def origin(self, name: str, shape: tuple[int, ...]) -> Origin:
+        if name in self.pieces:
+            return self._copied(name, shape)
+        if ".router." in name:
+            return self._router(name, shape)
+        if self.new_parts and name.startswith(self.new_parts):
+            seed, std = self.options.seed, self.config.text_config.initializer_range
+            return Origin("new", (), lambda: _new_weight(name, shape, std, seed), self.dtype)
+        if ".shared_experts." in name:
+            sources = [name.replace(".shared_experts.", ".")]
+        else:
+            sources = _expert_sources(*name.split(".experts.")) if ".experts." in name else []
+        if not sources or not set(sources) <= set(self.pieces):
+            raise ValueError(f"Nothing in the dense model becomes {name} of shape {shape}.")
+        found = tuple(self.pieces[source] for source in sources)
+        if ".shared_experts." in name:
+            return Origin("copied", found, lambda copied: copied)
+        return self._experts(name, shape, found)
+
+    def _copied(self, name: str, shape: tuple[int, ...]) -> Origin:
+        piece = self.pieces[name]
+        given = tuple(piece.of(self.weights).shape)
+        if given == shape:
+            return Origin("copied", (piece,), lambda copied: copied)
+        if name not in (EMBEDDING, HEAD) or given[0] > shape[0]:
+            raise ValueError(f"{piece.name} has the shape {given}, but {name} has {shape}.")
+        return Origin("extended", (piece,), lambda rows: _with_mean_rows(rows, shape[0]))
+
+    def _router(self, name: str, shape: tuple[int, ...]) -> Origin:
+        """Random weights, equal for the shards of a copy; biases start at zero."""
+        if not name.endswith(".weight"):
+            in_fp32 = name.endswith("e_score_correction_bias")
+            dtype = torch.float32 if in_fp32 else self.dtype
+            return Origin("new", (), lambda: torch.zeros(shape), dtype)
+        std, seed = self.options.router_std, self.options.seed
+        std = self.config.text_config.initializer_range if std is None else std
+        split = self.options.expert_split if name.startswith(DECODER) else 1
+
+        def rows() -> Tensor:
+            of_copies = torch.randn(shape[0] // split, shape[1], generator=_generator(name, seed))
+            return (of_copies * std).repeat_interleave(split, dim=0)
+
+        return Origin("new", (), rows, self.dtype)
+
+    def _experts(self, name: str, shape: tuple[int, ...], sources: tuple[Piece, ...]) -> Origin:
+        """A bank: of the decoder gate_up_proj (E, 2 I, H) or down_proj (E, H, I)."""
+        options, is_down = self.options, name.endswith("down_proj")
+        if not name.startswith(DECODER):
+            return Origin("repeated", sources, lambda dense: dense.expand(shape))
+        if options.expert_split > 1:
+            cut: Callable[..., Tensor] = _split_down if is_down else _split_gate_up
+            split = options.expert_split
+            return Origin("split", sources, lambda *dense: _repeat(cut(*dense, split), shape))
+        if options.expert_init == "shared" and is_down:
+            return Origin("new", sources, lambda down: torch.zeros(shape, dtype=down.dtype))
+        if options.expert_init in ("drop", "noise"):
+            return Origin(
+                "perturbed", sources, lambda *dense: _perturbed(name, dense, shape, options)
+            )
+        return Origin("repeated", sources, lambda *dense: torch.cat(dense).expand(shape))
+
+
+def plan_weights(
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    config: VLMoEConfig,
+    options: Upcycling,
+    dtype: torch.dtype,
+    new_parts: tuple[str, ...] = (),
+) -> dict[str, Origin]:
+    """The origin of every tensor of the sparse model.
+
+    Args:
+        target: the sparse model's parameters and saved buffers; their values are not read.
+        weights: the dense model's, under its own names.
+        config, options: of the sparse model.
+        dtype: of tensors that are new.
+        new_parts: beginnings of the names of tensors that may be new, besides routers.
+
+    Raises:
+        ValueError: a tensor of the dense model has no place, or one of the sparse model no origin.
+    """
+    pieces = dense_pieces(weights, config)
+    planner = _Planner(weights, pieces, config, options, dtype, new_parts)
+    plan = {name: planner.origin(name, tuple(tensor.shape)) for name, tensor in target.items()}
+    used = {piece for origin in plan.values() for piece in origin.sources}
+    tied = {HEAD} if config.tie_word_embeddings else set()
+    left = [name for name, piece in pieces.items() if piece not in used and name not in tied]
+    if left:
+        raise ValueError(
+            f"The dense model has {', '.join(left[:3])}{' and others' * (len(left) > 3)}, which "
+            "VLMoE has no place for: converting it would change what it computes."
+        )
+    return plan
+
+
+def _expert_sources(mlp: str, bank: str) -> list[str]:
+    """The dense weights that a bank of experts is made of: of decoder, vision tower, connector."""
+    if mlp.startswith(DECODER):
+        parts = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
+        return [f"{mlp}.{part}.weight" for part in parts.get(bank, [])]
+    is_connector = mlp == "model.multi_modal_projector.mlp"
+    names = ("linear_1", "linear_2") if is_connector else ("fc1", "fc2")
+    part = names[0] if bank.startswith("up_proj") else names[1]
+    kind = "bias" if bank.endswith("_bias") else "weight"
+    return [f"{mlp.removesuffix('.mlp') if is_connector else mlp}.{part}.{kind}"]
+
+
+def _split_gate_up(gate: Tensor, up: Tensor, split: int) -> Tensor:
+    """(I, H) each -> the shards of one copy, (m, 2 I / m, H), gate first."""
+    return torch.cat([gate.unflatten(0, (split, -1)), up.unflatten(0, (split, -1))], dim=1)
+
+
+def _split_down(down: Tensor, split: int) -> Tensor:
+    """(H, I) -> the shards of one copy, (m, H, I / m), times m: each gets 1 / m of its weight."""
+    return down.unflatten(1, (split, -1)).transpose(0, 1) * split
+
+
+def _repeat(shards: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(m, ...) -> (C * m, ...): copy after copy."""
+    return shards.repeat(shape[0] // shards.shape[0], 1, 1)
+
+
+def _perturbed(
+    name: str, dense: tuple[Tensor, ...], shape: tuple[int, ...], options: Upcycling
+) -> Tensor:
+    """Copies of gate and up, or of down, each changed at random in its own way."""
+    bank = torch.empty(shape, dtype=dense[0].dtype)
+    inner = 1 if len(dense) == 1 else 0  # the dimension of the inner units in a dense weight
+    layer = name.rpartition(".")[0]
+    for expert, changed in enumerate(bank):
+        draw = _generator(f"{name}:{expert}", options.seed)
+        units = torch.rand(
+            dense[0].shape[inner], generator=_generator(f"{layer}:{expert}", options.seed)
+        )
+        dropped = units.argsort()[: round(options.drop_ratio * len(units))]
+        for weight, target in zip(dense, changed.chunk(len(dense)), strict=True):
+            wide = weight.float()
+            noise = torch.randn(wide.shape, generator=draw) * wide.std()
+            if options.expert_init == "drop":
+                drawn = (noise + wide.mean()).index_select(inner, dropped)
+                target.copy_(wide.index_copy(inner, dropped, drawn))
+            else:
+                target.copy_(wide + options.noise_ratio * noise)
+    return bank
+
+
+def _with_mean_rows(rows: Tensor, count: int) -> Tensor:
+    """Token embeddings, with the mean of all for each token that is new."""
+    if count <= len(rows):
+        return rows[:count]
+    mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(count - len(rows), -1)])
+
+
+def _new_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """As VLMoE initialises linears and norms."""
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+    return torch.randn(shape, generator=_generator(name, seed)) * std
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    """Random numbers of a tensor, whatever else is drawn before it."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
