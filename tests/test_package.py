@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,6 @@ import vlmoe
 from vlmoe.configuration.hub_code import flat_code
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = {
-    *("VLMoEConfig", "VLMoETextConfig", "VLMoEProcessor", "VLMoEPreTrainedModel"),
-    *("VLMoEModel", "VLMoETextModel", "VLMoEForConditionalGeneration"),
-}
 # what is saved beside a model's weights, lowest first, and the toolkit's rooms above it
 MODEL = ("configuration", "modeling_vlmoe", "processing")
 TOOLKIT = ("hub", "figures", "data", "routing", "lora", "upcycling", "training")
@@ -44,6 +42,12 @@ print(*{name.partition(".")[0] for name in sys.modules})
 import vlmoe_cli.loading
 print(*{name.partition(".")[0] for name in sys.modules})
 """
+STAR_IMPORT = """
+import sys
+sys.modules |= dict.fromkeys(("peft", "trl", "datasets", "accelerate", "evaluate"))
+from vlmoe import *
+print(*dir())
+"""
 
 # (relative level, module, line); an absolute import has level 0
 Import = tuple[int, str, int]
@@ -63,9 +67,42 @@ def imports(path: Path) -> Iterator[Import]:
             yield node.level, node.module or "", node.lineno
 
 
-def test_public_names_are_importable() -> None:
-    assert set(vlmoe.__all__) >= PUBLIC
+def test_public_names_are_importable_and_listed() -> None:
+    """Each name of the lazy table is what its module defines, in `__all__` and in `dir()`."""
+    for name, module in vlmoe._MODULES.items():
+        assert getattr(vlmoe, name) is getattr(import_module(f"vlmoe.{module}"), name)
+    assert set(vlmoe.__all__) >= {*vlmoe._MODULES, "__version__"}
     assert all(hasattr(vlmoe, name) for name in vlmoe.__all__)
+    assert set(dir(vlmoe)) >= set(vlmoe.__all__)
+    assert not {"Any", "import_module", "AutoConfig"} & set(dir(vlmoe))
+    with pytest.raises(AttributeError, match="no attribute 'lora_config'"):
+        vlmoe.lora_config  # noqa: B018
+
+
+def test_editors_see_the_names_of_the_lazy_table() -> None:
+    tree = ast.parse(Path(vlmoe.__file__).read_text())
+    guarded = [node for node in tree.body if isinstance(node, ast.If)]
+    for_editors = {
+        alias.asname: node.module
+        for block in guarded
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert for_editors == vlmoe._MODULES
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert vlmoe.__version__ == version("vlmoe")
+
+
+def test_a_star_import_works_without_the_extras() -> None:
+    command = [sys.executable, "-c", STAR_IMPORT]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = set(run.stdout.split())
+    needing_extras = {name for name, module in vlmoe._MODULES.items() if module in vlmoe._NEEDS}
+    assert {"VLMoEConfig", "VLMoECollator", "load_rows"} <= names
+    assert not names & needing_extras and names | needing_extras >= set(vlmoe.__all__)
 
 
 def where_room_lies(room: str) -> Path:
@@ -138,12 +175,6 @@ def test_what_is_saved_beside_a_model_is_all_of_its_folders_and_nothing_else() -
     named = [name for each in saved for name in (*each.hub_classes.values(), *each.hub_modules)]
     files = flat_code(named)
     assert files.keys() == {path.name for folder in MODEL for path in modules(folder)}
-
-
-def test_what_adapts_experts_is_found_at_the_front_door() -> None:
-    assert vlmoe.expert_lora_config.__module__ == "vlmoe.lora.config"
-    with pytest.raises(AttributeError, match="no attribute 'lora_config'"):
-        vlmoe.lora_config  # noqa: B018
 
 
 def test_importing_vlmoe_imports_no_package_that_transformers_does_not() -> None:

@@ -3,12 +3,12 @@
 
 Importing the package registers its classes with `AutoConfig`, `AutoModel`,
 `AutoModelForImageTextToText`, `AutoModelForMultimodalLM`, `AutoModelForCausalLM` (which
-`AutoPeftModelForCausalLM` loads adapters with) and `AutoProcessor`. What adapts experts with LoRA
-(`expert_lora_config`, `enable_routed_lora`, `disable_routed_lora`, `hotswap_expert_lora`) needs
-peft, which is imported on first use.
+`AutoPeftModelForCausalLM` loads adapters with) and `AutoProcessor`. Every other public name is
+imported from its module on first use, so that the import costs no more than the classes do.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
@@ -24,14 +24,23 @@ from .configuration.configuration_vlmoe import VLMoEConfig
 from .configuration.configuration_vlmoe_text import VLMoETextConfig
 from .modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
-from .modeling_vlmoe.quantization import expert_int8_config
 from .processing.processing_vlmoe import VLMoEProcessor
 
 if TYPE_CHECKING:
+    from .data.collator import VLMoECollator as VLMoECollator
+    from .data.collator import VLMoEPromptCollator as VLMoEPromptCollator
+    from .data.loading import load_rows as load_rows
+    from .data.preference_collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
+    from .lora.config import expert_lora_config as expert_lora_config
     from .lora.wrappers import disable_routed_lora as disable_routed_lora
     from .lora.wrappers import enable_routed_lora as enable_routed_lora
-    from .lora.wrappers import expert_lora_config as expert_lora_config
     from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
+    from .modeling_vlmoe.quantization import expert_int8_config as expert_int8_config
+    from .routing.trace import record_routing as record_routing
+    from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
+    from .training.trl_trainers import VLMoESFTTrainer as VLMoESFTTrainer
+
+    __version__: str
 
 AutoConfig.register("vlmoe", VLMoEConfig)
 AutoConfig.register("vlmoe_text", VLMoETextConfig)
@@ -42,6 +51,27 @@ AutoModelForMultimodalLM.register(VLMoEConfig, VLMoEForConditionalGeneration)
 AutoModelForCausalLM.register(VLMoEConfig, VLMoEForConditionalGeneration)
 AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 
+# Where each name that is imported on first use is defined; the imports above are for editors.
+_MODULES = {
+    "VLMoECollator": "data.collator",
+    "VLMoEDPOTrainer": "training.trl_trainers",
+    "VLMoEPreferenceCollator": "data.preference_collator",
+    "VLMoEPromptCollator": "data.collator",
+    "VLMoESFTTrainer": "training.trl_trainers",
+    "disable_routed_lora": "lora.wrappers",
+    "enable_routed_lora": "lora.wrappers",
+    "expert_int8_config": "modeling_vlmoe.quantization",
+    "expert_lora_config": "lora.config",
+    "hotswap_expert_lora": "lora.wrappers",
+    "load_rows": "data.loading",
+    "record_routing": "routing.trace",
+}
+# What a module needs beyond the package's own dependencies, as it is imported.
+_NEEDS = {"lora.config": "peft", "lora.wrappers": "peft", "training.trl_trainers": "trl"}
+
+
+# A star import asks for every name here, so those of a missing extra are left out.
+_missing = {module for module, package in _NEEDS.items() if find_spec(package) is None}
 __all__ = [
     "VLMoEConfig",
     "VLMoEForConditionalGeneration",
@@ -50,17 +80,20 @@ __all__ = [
     "VLMoEProcessor",
     "VLMoETextConfig",
     "VLMoETextModel",
-    "expert_int8_config",
+    "__version__",
 ]
-
-
-_EXPERT_LORA = (
-    *("disable_routed_lora", "enable_routed_lora"),
-    *("expert_lora_config", "hotswap_expert_lora"),
-)
+__all__ += [name for name, module in _MODULES.items() if module not in _missing]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPERT_LORA:
-        return getattr(import_module(f"{__name__}.lora.wrappers"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vlmoe")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
