@@ -18,10 +18,9 @@ from vlmoe.data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, tra
 from vlmoe.hub.input_errors import reading
 from vlmoe.hub.json_files import read_json
 from vlmoe.hub.template_trial import try_templates
-from vlmoe.hub.whole_model import weights_problems
+from vlmoe.hub.whole_model import model_problems, weights_problems
 from vlmoe.modeling_vlmoe.whole_weights import require_finite
 from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
-from vlmoe.training.checkpoints import model_problems
 
 from .config_overrides import merged, replace_fields, require_known
 from .option_parser import close_matches, json_object

@@ -44,7 +44,6 @@ from .options import (
     ImageOptions,
     LoraOptions,
     ModelOptions,
-    PushOptions,
 )
 from .training_checks import check_arguments, require_evaluation
 from .training_data import checked_rows, load_data, row_collator, texts_of
@@ -191,10 +190,10 @@ def _train(
     """`train`, in a folder that nobody else writes into."""
     from transformers import set_seed
 
+    from vlmoe.hub.push_to_hub import ensure_repo
     from vlmoe.training.checkpoints import find_checkpoint, set_aside_newer
 
     from .loading import adapter_for_training, model_for_training, set_image_limits
-    from .push_to_hub import ensure_repo
 
     if arguments.push_to_hub and arguments.process_index == 0:
         ensure_repo(
@@ -347,16 +346,16 @@ def run(trainer: "CardTrainer", checkpoint: Path | None = None) -> TrainResult:
 
 def push_run(trainer: "CardTrainer") -> None:
     """Push the saved run as `vlmoe push` does; Trainer has pushed checkpoints on the way."""
-    from .push_to_hub import push
+    from vlmoe.hub.push_to_hub import push
 
     arguments = trainer.args
-    options = PushOptions(
-        repo_id=trainer.hub_model_id,
+    push(
+        arguments.output_dir,
+        trainer.hub_model_id,
         revision=arguments.hub_revision,
         token=arguments.hub_token,
         message="End of training",
     )
-    push(arguments.output_dir, options)
 
 
 def planned_steps(trainer: "Trainer") -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .data.collator import VLMoEPromptCollator as VLMoEPromptCollator
     from .data.loading import load_rows as load_rows
     from .data.preference_collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
+    from .hub.push_to_hub import push as push
     from .lora.config import expert_lora_config as expert_lora_config
     from .lora.wrappers import disable_routed_lora as disable_routed_lora
     from .lora.wrappers import enable_routed_lora as enable_routed_lora
@@ -64,6 +65,7 @@ _MODULES = {
     "expert_lora_config": "lora.config",
     "hotswap_expert_lora": "lora.wrappers",
     "load_rows": "data.loading",
+    "push": "hub.push_to_hub",
     "record_routing": "routing.trace",
 }
 # What a module needs beyond the package's own dependencies, as it is imported.

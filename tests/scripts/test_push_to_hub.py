@@ -220,9 +220,9 @@ def test_a_lost_answer_makes_no_second_commit(
     [
         (REPO, ["--token", "hf_wrong"], 401, "run `hf auth login`, or set HF_TOKEN"),
         ("tester/new", ["--token", "hf_wrong"], 401, "run `hf auth login`, or set HF_TOKEN"),
-        (REPO, ["--token", READER], 403, "a --repo_id in your own namespace"),
-        ("somebody/new", [], 403, "a --repo_id in your own namespace"),
-        (REPO, ["--revision", "refs/pr/7"], 404, "check --repo_id and --revision"),
+        (REPO, ["--token", READER], 403, "a repo in your own namespace"),
+        ("somebody/new", [], 403, "a repo in your own namespace"),
+        (REPO, ["--revision", "refs/pr/7"], 404, "check the name of the repo"),
     ],
 )
 def test_a_refusal_is_one_line_with_the_repo_and_the_remedy(
@@ -336,8 +336,7 @@ def pushed_while_another_push_finishes(folder: str, repo: str) -> str:
     """Push while another commit arrives between the look at the branch and ours."""
     from huggingface_hub import HfApi
 
-    from vlmoe_cli.options import PushOptions
-    from vlmoe_cli.push_to_hub import push as push_folder
+    import vlmoe
 
     class OvertakenApi(HfApi):
         def create_commit(self, repo_id: str, operations: Any, **arguments: Any) -> Any:
@@ -347,7 +346,7 @@ def pushed_while_another_push_finishes(folder: str, repo: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi", OvertakenApi)
         with pytest.raises(OSError) as caught:
-            push_folder(folder, PushOptions(repo_id=repo))
+            vlmoe.push(folder, repo)
     return str(caught.value)
 
 

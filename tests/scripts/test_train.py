@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.training.checkpoints import model_problems
+from vlmoe.hub.whole_model import model_problems
 from vlmoe_cli import main
 from vlmoe_cli.loading import model_for_training
 from vlmoe_cli.options import DataOptions, ModelOptions

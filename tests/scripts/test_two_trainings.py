@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vlmoe.hub.folder_lock import LOCK_FILE
-from vlmoe.training.checkpoints import model_problems
+from vlmoe.hub.whole_model import model_problems
 
 STEPS = 8
 Start = Callable[[int, Path, Path], multiprocessing.process.BaseProcess]

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from tampering import rename, tamper
 
 from vlmoe.hub.file_checks import tensor_headers
+from vlmoe.hub.whole_model import model_problems
 from vlmoe.training.checkpoints import (
     checkpoint_folders,
     checkpoint_problems,
     find_checkpoint,
     has_whole_weights,
     last_complete_checkpoint,
-    model_problems,
     set_aside_newer,
 )
 from vlmoe_cli.options import DataOptions, ModelOptions

@@ -8,6 +8,7 @@ safetensors, are not judged here.
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,58 @@ from ..modeling_vlmoe.whole_weights import (
     quietly,
     require_finite,
 )
-from .file_checks import tensor_headers
+from .file_checks import content_problems, tensor_headers
 from .input_errors import InputError, reading
+from .json_files import read_json
+from .json_kinds import json_problem
 
 CONFIG_FILE, WEIGHTS = "config.json", "model.safetensors"
+WEIGHT_FILES = (
+    *(WEIGHTS, "adapter_model.safetensors"),
+    *(f"{WEIGHTS}.index.json", "adapter_model.safetensors.index.json"),
+)
+PICKLED_WEIGHTS = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
+SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")  # FSDP, DeepSpeed
+# A model with a vision tower that was saved with its processor cannot do without these.
+_PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
+_VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+
+
+def model_problems(path: str | Path) -> list[str]:
+    """List what keeps a folder from being loaded as a model, one `file: problem` each."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
+    problems = [*absent_files(folder), *content_problems(folder)]
+    return problems or list(weights_problems(folder))
+
+
+def absent_files(folder: Path) -> Iterator[str]:
+    """Yield `file: problem` for each file without which the folder cannot be loaded as a model."""
+    # no dangling links, and no folder in a file's place; those of FSDP and DeepSpeed have no suffix
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() or (path.is_dir() and not path.suffix)
+    ]
+    if not any(fnmatch(n, pattern) for n in names for pattern in (*WEIGHT_FILES, *SHARDED_WEIGHTS)):
+        pickled = [name for name in PICKLED_WEIGHTS if name in names]
+        if pickled:
+            yield (
+                f"{pickled[0]}: pickled weights, which can run code when loaded, are refused; save "
+                "the model as safetensors"
+            )
+        else:
+            yield "model.safetensors: missing"
+    if not {"config.json", "adapter_config.json"} & set(names):
+        yield "config.json: missing"
+    config = folder / CONFIG_FILE
+    # a damaged config is reported by `content_problems`
+    fields = read_json(config) if config.is_file() and not json_problem(config) else {}
+    if "vision_config" in fields and {"tokenizer.json", *_PROCESSOR_FILES} & set(names):
+        yield from (f"{name}: missing" for name in _PROCESSOR_FILES if name not in names)
+        if not any(True for pattern in _VOCABULARY_PATTERNS for _ in folder.glob(pattern)):
+            yield "tokenizer.json: missing"
 
 
 def weights_problems(folder: Path, config: VLMoEConfig | None = None) -> Iterator[str]:

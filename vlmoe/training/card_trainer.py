@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from ..hub.adapter_card import hide_base_model, tidy_adapter_card
 from ..hub.atomic_files import atomic_path, open_to_readers, write_json
 from ..hub.input_errors import writing
 from ..hub.model_card import CARD_FILE, PIPELINE_TAG, may_write, write_model_card
@@ -19,7 +20,6 @@ from ..hub.provenance import (
     read_stages,
     starting_point,
 )
-from ..lora.card import hide_base_model, tidy_adapter_card
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ most their folder is renamed.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,13 @@ from ..hub.atomic_files import free_name, remove_folder
 from ..hub.file_checks import content_problems
 from ..hub.input_errors import InputError
 from ..hub.json_files import read_json
-from ..hub.json_kinds import json_problem
-from ..hub.whole_model import weights_problems
+from ..hub.whole_model import (
+    PICKLED_WEIGHTS,
+    SHARDED_WEIGHTS,
+    WEIGHT_FILES,
+    absent_files,
+    weights_problems,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +37,10 @@ STATE_FILE = "trainer_state.json"
 LAST_WORDS = ("last", "true")
 NO_WORDS = ("", "false", "no", "none")
 
-_WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors")
-_PICKLED_WEIGHTS = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
-_SINGLE_WEIGHTS = (
-    *_WEIGHT_FILES,
-    *(f"{name}.index.json" for name in _WEIGHT_FILES),
-    *_PICKLED_WEIGHTS,
-)
-_SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")  # FSDP, DeepSpeed
+_SINGLE_WEIGHTS = (*WEIGHT_FILES, *PICKLED_WEIGHTS)
 _FULL_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What stands for the optimizer: plain Trainer, FSDP (one file, or a folder of shards), DeepSpeed.
 _OPTIMIZER_PATTERNS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-# A model with a vision tower that was saved with its processor cannot do without these.
-_PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
-_VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
 def checkpoint_problems(path: str | Path) -> list[str]:
@@ -54,10 +49,8 @@ def checkpoint_problems(path: str | Path) -> list[str]:
     folder = Path(path)
     if not folder.is_dir():
         return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
-    return [
-        *_state_problems(folder),
-        *_whole_model(_presence_problems(folder), folder, (STATE_FILE,)),
-    ]
+    problems = [*_presence_problems(folder), *content_problems(folder, (STATE_FILE,))]
+    return [*_state_problems(folder), *(problems or weights_problems(folder))]
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -189,7 +182,7 @@ def has_whole_weights(folder: Path) -> bool:
     be judged without loading, such as shards of FSDP or DeepSpeed, counts as whole.
     """
     names = {path.name for path in folder.iterdir() if not _is_empty(path)}
-    if any(fnmatch(name, pattern) for name in names for pattern in _SHARDED_WEIGHTS):
+    if any(fnmatch(name, pattern) for name in names for pattern in SHARDED_WEIGHTS):
         return True
     damaged = {problem.partition(":")[0] for problem in content_problems(folder)}
     return any(
@@ -212,7 +205,7 @@ def _is_empty(path: Path) -> bool:
 def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
     """The error for a checkpoint that is not whole, with the way on where its weights are."""
     way_on = ""
-    lost = [*_model_presence_problems(folder), *weights_problems(folder)]
+    lost = [*absent_files(folder), *weights_problems(folder)]
     if shards := sorted(folder.glob("pytorch_model_fsdp_*")):
         way_on = (
             f" `accelerate merge-weights {shards[0]} FOLDER` makes a weights file of its shards."
@@ -225,21 +218,6 @@ def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
     return ValueError(
         f"The checkpoint {folder} cannot be resumed from: {'; '.join(problems)}.{way_on}"
     )
-
-
-def model_problems(path: str | Path) -> list[str]:
-    """What keeps a folder from being loaded as a model, one `file: problem` each; an empty list if
-    nothing does."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
-    return _whole_model(_model_presence_problems(folder), folder)
-
-
-def _whole_model(absent: Iterable[str], folder: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """Problems by file; where there are none, whether the weights are those of the model."""
-    problems = [*absent, *content_problems(folder, leave_out)]
-    return problems or list(weights_problems(folder))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -267,7 +245,7 @@ def _state_problems(folder: Path) -> Iterator[str]:
 def _presence_problems(folder: Path) -> Iterator[str]:
     """Files without which Trainer would go on silently with a fresh optimizer, scheduler or random
     state."""
-    yield from _model_presence_problems(folder)
+    yield from absent_files(folder)
     names = [path.name for path in folder.iterdir()]
     if "checkpoint-is-incomplete.txt" in names:
         yield "checkpoint-is-incomplete.txt: Trainer was writing on a signal and did not finish"
@@ -277,40 +255,3 @@ def _presence_problems(folder: Path) -> Iterator[str]:
         yield "scheduler.pt: missing"
     if not any(folder.glob("rng_state*.pth")):
         yield "rng_state.pth: missing"
-
-
-def _model_presence_problems(folder: Path) -> Iterator[str]:
-    # no dangling links, and no folder in a file's place; those of FSDP and DeepSpeed have no suffix
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() or (path.is_dir() and not path.suffix)
-    ]
-    has_weights = any(
-        name in names
-        for name in (*_WEIGHT_FILES, *(f"{file}.index.json" for file in _WEIGHT_FILES))
-    )
-    if not has_weights and not any(
-        fnmatch(name, pattern) for name in names for pattern in _SHARDED_WEIGHTS
-    ):
-        pickled = [name for name in _PICKLED_WEIGHTS if name in names]
-        if pickled:
-            yield (
-                f"{pickled[0]}: pickled weights, which can run code when loaded, are refused; save "
-                "the model as safetensors"
-            )
-        else:
-            yield "model.safetensors: missing"
-    if not {"config.json", "adapter_config.json"} & set(names):
-        yield "config.json: missing"
-    if {"tokenizer.json", *_PROCESSOR_FILES} & set(names) and "vision_config" in _config_of(folder):
-        yield from (f"{name}: missing" for name in _PROCESSOR_FILES if name not in names)
-        if not any(True for pattern in _VOCABULARY_PATTERNS for _ in folder.glob(pattern)):
-            yield "tokenizer.json: missing"
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file() or json_problem(file):
-        return {}  # reported by itself
-    return read_json(file)

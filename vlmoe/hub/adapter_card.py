@@ -13,14 +13,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..hub.atomic_files import atomic_path
-from ..hub.json_files import read_json
-from ..hub.provenance import hub_models
-from .files import CONFIG_FILE
+from .atomic_files import atomic_path
+from .json_files import read_json
+from .provenance import hub_models
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
+CARD_FILE, CONFIG_FILE = "README.md", "adapter_config.json"
 BASE = "base_model_name_or_path"
 
 
