@@ -1,4 +1,4 @@
-"""Fixtures of all tests; the only place where tiny sizes are spelled.
+"""Fixtures of all tests; the only place, beside builders.py, where tiny sizes are spelled.
 
 No two sizes are equal where a mix-up of axes could otherwise go unseen.
 """
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from builders import assistant, picture, user
 from hub_process import process, with_vlmoe, without_vlmoe
 from hub_server import WRITER, HubServer
 from PIL import Image
@@ -48,7 +48,6 @@ VISION = {
 TOP = {"image_token_id": 5, "pixel_shuffle_factor": 2}
 TEXTS = ["what color is the shape? blue", "what shape is it? a circle", "is it red? yes, no"] * 3
 VOCABULARY = 320
-IMAGE_SIZE = (24, 20)  # width, height
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -132,11 +131,7 @@ def processor(
 def make_image() -> Callable[..., Image.Image]:
     """`make_image(seed, size=(width, height), mode="RGB")`: an image of random pixels."""
 
-    def make(seed: int = 0, size: tuple[int, int] = IMAGE_SIZE, mode: str = "RGB") -> Image.Image:
-        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), np.uint8)
-        return Image.fromarray(pixels if mode == "RGBA" else pixels[..., :3]).convert(mode)
-
-    return make
+    return picture
 
 
 @pytest.fixture(scope="session")
@@ -156,21 +151,13 @@ def data_folder(
             ]
             rows.append(
                 {
-                    "messages": [conversation(*pair) for pair in pairs],
+                    "messages": [[user(asked, 1), assistant(said)] for asked, said in pairs],
                     "images": [name],
                     "question_type": ["color", "yes/no"],
                 }
             )
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
-
-
-def conversation(question: str, answer: str) -> list[dict[str, Any]]:
-    """One question about one image, with its answer."""
-    return [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """`pipeline("image-text-to-text")`: however it is asked, the answers are those of `generate`."""
 
 import base64
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders import png, user
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -37,8 +37,7 @@ def images(make_image: Callable[..., Image.Image]) -> list[Image.Image]:
 
 def chat(text: str, *images: Any, key: str = "image") -> list[dict[str, Any]]:
     """A user turn with images before its text."""
-    parts = [{"type": "image", key: image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return [user(text, images, key)]
 
 
 def answer(pipe: ImageTextToTextPipeline, messages: list[dict[str, Any]]) -> str:
@@ -159,10 +158,9 @@ def test_streaming(
 def test_image_as_picture_path_and_base64(
     pipe: ImageTextToTextPipeline, images: list[Image.Image], tmp_path: Path
 ) -> None:
-    file, buffer = tmp_path / "a.png", io.BytesIO()
+    file = tmp_path / "a.png"
     images[0].save(file)
-    images[0].save(buffer, format="PNG")
-    text = base64.b64encode(buffer.getvalue()).decode()
+    text = base64.b64encode(png(images[0])).decode()
     expected = answer(pipe, chat("is it red?", images[0]))
     forms = {"image": images[0], "path": str(file), "url": str(file), "base64": text}
     for key, value in forms.items():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import assistant, picture, png, user
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -26,30 +26,6 @@ from vlmoe.data.encoding import ConversationEncoder
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 TEXT_KEYS = ["input_ids", "attention_mask", "mm_token_type_ids"]
-
-
-def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
-    """An RGB image of random pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def user(text: str, images: int = 0) -> dict[str, Any]:
-    return {
-        "role": "user",
-        "content": [{"type": "image"}] * images + [{"type": "text", "text": text}],
-    }
-
-
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def with_inline_images(messages: list[Any], images: list[Any]) -> list[dict[str, Any]]:
@@ -99,7 +75,7 @@ TURNS = {
 
 def make_row(case: str, size: int = 16) -> dict[str, Any]:
     messages, count = TURNS[case]
-    return {"messages": messages, "images": [picture(seed, size, size) for seed in range(count)]}
+    return {"messages": messages, "images": [picture(seed, (size, size)) for seed in range(count)]}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +154,7 @@ def test_shared_and_repeated_images_are_the_same_pixels(
 ) -> None:
     for used in (processor, tiling_processor):
         rows = shared_rows()
-        rows[0]["images"] = [picture(0, 40, 16), picture(1)]  # several tiles where it is tiled
+        rows[0]["images"] = [picture(0, (40, 16)), picture(1)]  # several tiles where it is tiled
         shared = VLMoECollator(used)(rows)
         repeated = VLMoECollator(used, share_images=False)(rows)
         index = shared["image_index"]
@@ -372,7 +348,7 @@ def test_a_template_that_leaves_out_images_is_refused(processor: VLMoEProcessor)
         VLMoECollator(silent)([make_row("one image")])
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", png(picture(0, 64, 64))[:-200]])
+@pytest.mark.parametrize("content", [b"", b"no image", png(picture(0, (64, 64)))[:-200]])
 def test_unusable_image_is_refused_by_name(processor: VLMoEProcessor, content: bytes) -> None:
     row = {**make_row("two images"), "id": "photo-7"}
     row["images"][1] = {"bytes": content, "path": None}

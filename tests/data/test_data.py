@@ -1,6 +1,5 @@
 """Every kind of source gives the same rows, and bad ones a clear error."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
+from builders import assistant, plain_chat, png, user
 from PIL import Image
 
 from vlmoe.data.conversations import parse_row
@@ -15,31 +15,13 @@ from vlmoe.data.images import altered_image, open_image
 from vlmoe.data.loading import load_rows
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared datasets go to the test's folder; no progress bars."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-
-
 def picture(seed: int) -> Image.Image:
     """A small image without symmetry."""
     return Image.frombytes("RGB", (3, 2), bytes((7 * i + 31 * seed) % 256 for i in range(18)))
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def conversation(number: int, images: int = 1) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "image"}] * images
-    return [
-        {"role": "user", "content": [*parts, {"type": "text", "text": f"question {number}?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": f"answer {number}"}]},
-    ]
+    return [user(f"question {number}?", images), assistant(f"answer {number}")]
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -93,7 +75,7 @@ def test_json_array_is_read(tmp_path: Path) -> None:
 
 def test_strings_and_parts_may_stand_in_one_file(tmp_path: Path) -> None:
     write_pictures(tmp_path, 1)
-    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    plain = plain_chat("hello", "hi")
     several = [conversation(0), conversation(1)]
     rows = [
         {"messages": plain},
@@ -107,7 +89,7 @@ def test_strings_and_parts_may_stand_in_one_file(tmp_path: Path) -> None:
 
 
 def test_text_only_file_gets_empty_image_lists(tmp_path: Path) -> None:
-    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    plain = plain_chat("hello", "hi")
     rows = load_rows(str(write_json(tmp_path / "rows.jsonl", [{"messages": plain}] * 2)))
     assert rows["images"][:] == [[], []]
     assert rows.features["images"] == datasets.List(datasets.Image(decode=False))
@@ -158,7 +140,7 @@ def test_several_files_of_a_split_are_joined_in_order(tmp_path: Path) -> None:
 
 
 def test_files_that_differ_in_type_are_refused(tmp_path: Path) -> None:
-    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    plain = plain_chat("hello", "hi")
     write_json(tmp_path / "a" / "rows.jsonl", [{"messages": plain}])
     write_json(tmp_path / "b" / "rows.jsonl", [{"messages": conversation(0, images=0)}])
     with pytest.raises(ValueError, match=f"split 'train' of {tmp_path} differ in columns or types"):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import assistant, row, user
 from PIL import Image
 
 from vlmoe.data.check import check_rows, report_text
@@ -12,19 +13,17 @@ from vlmoe.data.figure import plot_data
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 
-def row(question: str, answer: str | None, images: Any = (), **columns: Any) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "image"}] * len(images)
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-    messages += [] if answer is None else [{"role": "assistant", "content": answer}]
-    return {"messages": messages, "images": list(images), **columns}
+def turn(question: str, answer: str | None, images: Any = (), **columns: Any) -> dict[str, Any]:
+    replies = [] if answer is None else [assistant(answer)]
+    return row(user(question, len(images)), *replies, images=images, **columns)
 
 
 @pytest.fixture
 def rows(make_image: Any) -> list[dict[str, Any]]:
     return [
-        row("what color?", "blue", [make_image(size=(24, 20))], question_type="color"),
-        row("is it red?", "no", question_type="yes/no"),
-        row("and now?", "yes", [make_image(1, size=(9, 7)), make_image(2)], question_type="color"),
+        turn("what color?", "blue", [make_image(size=(24, 20))], question_type="color"),
+        turn("is it red?", "no", question_type="yes/no"),
+        turn("and now?", "yes", [make_image(1, size=(9, 7)), make_image(2)], question_type="color"),
     ]
 
 
@@ -57,10 +56,10 @@ def test_every_fault_is_named_by_row(
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     faulty = [
-        row("silent", None, id="a"),
-        row("broken", "x", [str(tmp_path / "broken.png")], id="b"),
-        {**row("lost", "x", [make_image()], id="c"), "images": []},
-        row("long " * 40, "x", id="d"),
+        turn("silent", None, id="a"),
+        turn("broken", "x", [str(tmp_path / "broken.png")], id="b"),
+        {**turn("lost", "x", [make_image()], id="c"), "images": []},
+        turn("long " * 40, "x", id="d"),
         {"messages": [{"role": "user", "content": "a", "nmae": "x"}], "id": "e"},
     ]
     report = check_rows(
@@ -83,7 +82,7 @@ def test_the_report_and_the_picture_hold_for_empty_and_for_several_splits(
 ) -> None:
     collator = VLMoECollator(processor)
     full = check_rows(rows, collator, "train", progress=False)
-    bad = check_rows([row("a", None)], collator, "test", progress=False)
+    bad = check_rows([turn("a", None)], collator, "test", progress=False)
     text = report_text([full, bad], 128)
     assert "train" in text and "images are 9/24/24 pixels wide" in text
     for reports in ([full], [full, bad], [bad]):

@@ -2,7 +2,6 @@
 
 import base64
 import http.server
-import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +11,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 import pytest
+from builders import plain_chat, user
+from builders import png as encoded
 from PIL import Image
 
 from vlmoe.data.collator import VLMoECollator, VLMoEPromptCollator
@@ -20,19 +21,9 @@ from vlmoe.data.loading import load_rows
 from vlmoe.data.preference_collator import VLMoEPreferenceCollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
-QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+QUESTION = user("what?", 1)
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "a shape"}]}
 UNDECODED = datasets.List(datasets.Image(decode=False))
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared datasets go to the test's folder; no progress bars; no Hub."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    return folder
 
 
 @pytest.fixture
@@ -42,9 +33,7 @@ def picture(make_image: Callable[..., Image.Image]) -> Image.Image:
 
 @pytest.fixture
 def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encoded(picture)
 
 
 @pytest.fixture
@@ -297,11 +286,11 @@ def test_base64_is_a_picture_everywhere(
     make_image: Callable[..., Image.Image],
     processor: VLMoEProcessor,
 ) -> None:
-    image, buffer = make_image(seed=9, size=(side, side)), io.BytesIO()
-    image.save(buffer, format="PNG")
-    text = prefix + base64.b64encode(buffer.getvalue()).decode()
+    image = make_image(seed=9, size=(side, side))
+    content = encoded(image)
+    text = prefix + base64.b64encode(content).decode()
     rows = load_rows(str(write_rows(dataset_folder, text, form)))
-    assert rows[1]["images"] == [{"bytes": buffer.getvalue(), "path": None}]
+    assert rows[1]["images"] == [{"bytes": content, "path": None}]
     whole = {"messages": [QUESTION, ANSWER]}
     given = VLMoECollator(processor)([whole | {"images": [text]}])
     wanted = VLMoECollator(processor)([whole | {"images": [image]}])
@@ -422,7 +411,7 @@ def test_a_column_of_media_makes_no_request_wherever_it_stands(
     entry = {"bytes": None, "path": server.url}
     rows = datasets.Dataset.from_dict({"number": [0, 1]})
     if column != "messages":
-        plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        plain = plain_chat("a", "b")
         rows = rows.add_column("messages", [plain] * 2, feature=datasets.Features(x=PLAIN)["x"])
     rows = rows.add_column(column, [wrap(entry)] * 2, feature=kind).remove_columns("number")
     write_parquet(rows, tmp_path / "train.parquet")

@@ -1,7 +1,6 @@
 """Sources of pictures x {processor, collators, load_rows}: the same pixels, or the same refusal."""
 
 import base64
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import png, user
 from PIL import Image
 
 from vlmoe.data.collator import VLMoECollator, VLMoEPromptCollator
@@ -19,23 +19,11 @@ from vlmoe.data.loading import load_rows
 from vlmoe.data.preference_collator import VLMoEPreferenceCollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
-QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+QUESTION = user("what?", 1)
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "a shape"}]}
 ENTRIES = ["processor", "training", "prompts", "preferences", "json", "typed", "typed list"]
 LOADED = ENTRIES[4:]
 URL = "http://127.0.0.1:9/a.png"  # nobody answers there
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    datasets.disable_progress_bars()
-
-
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def text(content: bytes) -> str:
@@ -47,15 +35,15 @@ SOURCES: dict[str, Callable[[Image.Image, Path], Any]] = {
     "opened": lambda image, path: Image.open(path),
     "path": lambda image, path: str(path),
     "Path": lambda image, path: path,
-    "bytes": lambda image, path: encoded(image),
-    "bytearray": lambda image, path: bytearray(encoded(image)),
-    "memoryview": lambda image, path: memoryview(encoded(image)),
-    "base64": lambda image, path: text(encoded(image)),
-    "data URL": lambda image, path: f"data:image/png;base64,{text(encoded(image))}",
-    "dict of bytes": lambda image, path: {"bytes": encoded(image), "path": None},
-    "dict of both": lambda image, path: {"bytes": encoded(image), "path": "elsewhere.png"},
+    "bytes": lambda image, path: png(image),
+    "bytearray": lambda image, path: bytearray(png(image)),
+    "memoryview": lambda image, path: memoryview(png(image)),
+    "base64": lambda image, path: text(png(image)),
+    "data URL": lambda image, path: f"data:image/png;base64,{text(png(image))}",
+    "dict of bytes": lambda image, path: {"bytes": png(image), "path": None},
+    "dict of both": lambda image, path: {"bytes": png(image), "path": "elsewhere.png"},
     "dict of a path": lambda image, path: {"bytes": None, "path": str(path)},
-    "dict of base64": lambda image, path: {"bytes": text(encoded(image)), "path": None},
+    "dict of base64": lambda image, path: {"bytes": text(png(image)), "path": None},
     "array": lambda image, path: np.array(image),
     "tensor": lambda image, path: torch.from_numpy(np.array(image)).permute(2, 0, 1),
 }

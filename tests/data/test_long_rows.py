@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from builders import assistant, row, user
 
 from vlmoe.data.collator import IGNORE_INDEX, VLMoECollator
 from vlmoe.data.long_rows import (
@@ -23,19 +24,6 @@ SPECIAL = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<image>")
 @pytest.fixture(scope="module")
 def tiling_processor(processor: VLMoEProcessor, tiny_config: Any) -> VLMoEProcessor:
     return VLMoEProcessor.for_config(tiny_config(), processor.tokenizer, tiling=True)
-
-
-def user(text: str, images: int = 0) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "image"}] * images
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-
-
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-def row(*messages: dict[str, Any], images: Any = (), **columns: Any) -> dict[str, Any]:
-    return {"messages": list(messages), "images": list(images), **columns}
 
 
 def length(processor: VLMoEProcessor, each: dict[str, Any]) -> int:

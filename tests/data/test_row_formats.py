@@ -18,13 +18,6 @@ from vlmoe.data.loading import load_rows
 RED, BLUE = "red.png", "blue.png"
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared datasets go to the test's folder; no progress bars."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    datasets.disable_progress_bars()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a red and a blue picture."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from builders import assistant, row, user
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -30,10 +31,8 @@ def rows(make_image: Callable[..., Image.Image]) -> list[dict[str, Any]]:
     rows = []
     for number in range(2 * ROWS_PER_STEP):
         images = [make_image(10 * number + i) for i in range((1, 2, 0)[number % 3])]
-        question = [{"type": "image"}] * len(images) + [{"type": "text", "text": "what is it?"}]
         answer = " and ".join(ANSWERS[: number % 4 + 1])
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rows.append({"messages": messages, "images": images})
+        rows.append(row(user("what is it?", len(images)), assistant(answer), images=images))
     return rows
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import assistant, plain_chat, user
 from PIL import Image
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
@@ -18,11 +19,6 @@ from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
 from vlmoe.training.evaluation import evaluate_model, results_table, score
 
 QUESTIONS = ("what color is the shape?", "is it red?", "what?")
-
-
-def messages(question: str, answer: str) -> list[dict[str, Any]]:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +38,14 @@ def rows(make_image: Callable[..., Image.Image]) -> list[dict[str, Any]]:
     many = [
         {
             "id": f"row {number}",
-            "messages": [messages(question, "blue") for question in QUESTIONS],
+            "messages": [[user(question, 1), assistant("blue")] for question in QUESTIONS],
             "images": [make_image(number)],
             "question_type": kinds,
         }
         for number in range(2)
     ]
-    single = {"messages": messages(QUESTIONS[0], "red"), "images": [make_image(7)]}
-    text = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    single = {"messages": [user(QUESTIONS[0], 1), assistant("red")], "images": [make_image(7)]}
+    text = plain_chat("hi", "hello")
     return [*many, single | {"question_type": "color"}, {"messages": text, "images": []}]
 
 
@@ -57,10 +53,9 @@ def one_by_one(model: Any, processor: Any, rows: list[dict[str, Any]]) -> list[s
     answers = []
     model.eval()
     for row in ConversationRows(rows):
-        images = [{"type": "image", "image": image} for image in row["images"]]
         text = row["messages"][0]["content"]
         text = text if isinstance(text, str) else text[-1]["text"]
-        turn = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+        turn = user(text, row["images"])
         inputs = processor.apply_chat_template(
             [turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )

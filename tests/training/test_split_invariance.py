@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from builders import assistant, row, user
 from PIL import Image
 from ranks import WORLD_SIZE, on_ranks
 from torch.nn.parallel import DistributedDataParallel
@@ -153,15 +154,12 @@ def rows(make_image: Callable[..., Image.Image]) -> Rows:
     """
     rows = []
     for number, images in enumerate((1, 2, 0, 1, 1, 1, 0, 1)):
-        question = [{"type": "image"}] * images + [
-            {"type": "text", "text": "what is it? " * number}
-        ]
-        messages: Rows = [{"role": "user", "content": question}]
+        messages = [user("what is it? " * number, images)]
         if number != 5:
             answer = " and ".join(ANSWERS[: number % len(ANSWERS) + 1])
-            messages.append({"role": "assistant", "content": answer})
+            messages.append(assistant(answer))
         shown = [make_image(10 * (number % 7) + i) for i in range(images)]
-        rows.append({"messages": messages, "images": shown})
+        rows.append(row(*messages, images=shown))
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import assistant, user
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -35,15 +36,6 @@ Make = Callable[..., Any]
 def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL reports each run to the Hub, except on CI."""
     monkeypatch.setenv("CI", "1")
-
-
-def user(text: str, images: int = 0) -> dict[str, Any]:
-    text_part = {"type": "text", "text": text}
-    return {"role": "user", "content": [{"type": "image"}] * images + [text_part]}
-
-
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 @pytest.fixture(scope="module")
