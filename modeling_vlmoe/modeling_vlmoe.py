@@ -6,12 +6,12 @@
     input_ids -> embeddings -------------------------+-> decoder (experts) -> logits
     labels -----------------------------------------------> cross-entropy + router losses
 
-- The tower is any vision encoder of `AutoModel` (connector.py selects its features), the decoder is
-  modeling_vlmoe_text.py, its experts are in sparse_moe.py and router.py, their losses in
+- The tower is any vision encoder of `AutoModel` (vision_tower.py selects its features), the decoder
+  is modeling_vlmoe_text.py, its experts are in sparse_moe.py and router.py, their losses in
   router_losses.py.
-- Tower and connector may have experts, too: vision_experts.py, and tile_routing.py for what
-  follows from them in training.
-- Experts dispatch through `@use_experts_implementation` (transformers looks for these words in this
+- Tower and connector may have experts, too (vision_experts.py), with losses of their own
+  (vision_router_losses.py).
+- Experts run through `@use_experts_implementation` (transformers looks for these words in this
   file).
 
 Shapes: batch, length, hidden, experts; tiles = images, or crops that the tower sees one by one.
@@ -22,25 +22,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..configuration.tower_facts import tower_facts
 from .active_parameters import active_parameters
-from .connector import (
-    TOWERS_WITH_PATCH_MASK,
-    VLMoEConnector,
-    blank_image,
-    encode_tiles,
-    expected_pixels,
-    make_vision_tower,
-    patch_mask,
-    unused_vision_modules,
-    unused_vision_parameters,
-)
+from .connector import VLMoEConnector
 from .from_dense import FromDenseMixin
 from .image_generation import ImageGenerationMixin
 from .image_tokens import ImageTokensMixin
@@ -51,9 +42,18 @@ from .model_outputs import (
     VLMoEModelOutputWithPast,
 )
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
-from .router_losses import RouterLosses, router_losses, sum_of_losses
+from .router_losses import RouterLosses, decoder_router_losses, sum_of_losses
 from .vision_experts import sparse_vision_blocks
-from .vision_router_losses import shown_tiles, take_vision_notes, vision_router_losses
+from .vision_router_losses import shown_tiles, update_vision_stats, vision_router_losses
+from .vision_tower import (
+    blank_image,
+    expected_pixels,
+    make_vision_tower,
+    patch_mask,
+    unused_vision_modules,
+    unused_vision_parameters,
+    vision_features,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +63,15 @@ def _select_real(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     if is_torchdynamo_compiling():
         return rows[torch.argsort(~real, stable=True)]
     return rows[real]
+
+
+def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures) -> torch.Tensor:
+    """Add zero times the features of a blank image.
+
+    So every vision parameter gets a zero gradient, and no rank of DistributedDataParallel or FSDP
+    waits for one.
+    """
+    return embeds + (blank.pooler_output.mean() * 0.0).to(embeds)
 
 
 class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
@@ -75,6 +84,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         self.vision_tower = make_vision_tower(config)
         self.multi_modal_projector = VLMoEConnector(config)
         self.language_model = VLMoETextModel(config.text_config)
+        self.awaits_router_losses = False  # between a forward pass of training and its losses
         self.unused_vision_parameters = unused_vision_parameters(config)
         if self.unused_vision_parameters:
             self.freeze_unused_vision_parameters()
@@ -86,7 +96,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         self.post_init()
 
     def freeze_unused_vision_parameters(self) -> None:
-        """Freeze what the chosen vision features do not depend on; loading needs it once more."""
+        """Freeze the parameters that get no gradient; to be repeated after loading."""
         for name in self.unused_vision_parameters:
             self.vision_tower.get_parameter(name).requires_grad_(False)
 
@@ -96,6 +106,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
+        output_router_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VLMoEImageFeatures:
         """Encode images and project them to image tokens.
@@ -104,39 +115,85 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             pixel_values: (batch, tiles, 3, height, width), padded, or (tiles, 3, height, width),
                 tiles in row order.
             pixel_attention_mask: (batch, tiles, height, width), 1 for real pixels; a tile without
-                any is padding. Within a tile it counts for towers that can leave patches out:
-                Idefics3's and SmolVLM's.
+                any is padding. Within a tile only Idefics3's and SmolVLM's towers read it.
             image_index: (batch, tiles of a row): which tiles of flat `pixel_values` each row shows,
                 in order; -1 is padding. Rows that show the same image share one encoding of it.
-
-        See `VLMoEImageFeatures` for what is returned.
+            output_router_logits: also return the routing of tower and connector.
         """
+        config = self.config
         if not is_torchdynamo_compiling():
-            self.config.check_routing()
-        expected = expected_pixels(self.config, kwargs.get("interpolate_pos_encoding", False))
+            config.check_routing()
+        expected = expected_pixels(config, kwargs.get("interpolate_pos_encoding", False))
         check_pixels(pixel_values, pixel_attention_mask, image_index, expected)
-        tiles = (
-            pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
-        )  # (tiles, 3, height, width)
-        if pixel_attention_mask is not None:
-            pixel_mask = pixel_attention_mask.flatten(0, 1)  # (tiles, height, width)
-            real = pixel_mask.flatten(1).any(-1)
-            tiles = _select_real(tiles, real)
-            vision = self.config.vision_config
-            if vision.model_type in TOWERS_WITH_PATCH_MASK:
-                pixel_mask = _select_real(pixel_mask, real)
-                kwargs |= {"patch_attention_mask": patch_mask(pixel_mask, vision.patch_size)}
+        tiles, masks = self._real_tiles(pixel_values, pixel_attention_mask)
         if tiles.shape[0] == 0:  # rows without images, cut from a batch with images
             return VLMoEImageFeatures(
-                pooler_output=tiles.new_empty(0, 0, self.config.text_config.hidden_size)
+                pooler_output=tiles.new_empty(0, 0, config.text_config.hidden_size)
             )
-        encoded = encode_tiles(
-            self.vision_tower, self.multi_modal_projector, tiles, self.config, **kwargs
-        )
+        if output_router_logits and config.vision_num_experts:
+            kwargs |= {"output_router_logits": True, "output_chosen_experts": True}
+        tiles = tiles.to(self.vision_tower.dtype)
+        features, outputs = vision_features(self.vision_tower, tiles, config, **masks, **kwargs)
+        image_tokens, *of_connector = self.multi_modal_projector(features)
+        routing = {}
+        if output_router_logits:
+            for i, name in enumerate(("router_logits", "chosen_experts")):
+                of_tower = outputs[name] if config.vision_num_experts else ()
+                routing[name] = (*of_tower, *of_connector[i : i + 1]) or None
         if image_index is not None:
             shown = image_index.flatten()
-            encoded.pooler_output = encoded.pooler_output[_select_real(shown, shown >= 0)]
-        return encoded
+            image_tokens = image_tokens[_select_real(shown, shown >= 0)]
+        return VLMoEImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=image_tokens,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **routing,
+        )
+
+    def _real_tiles(
+        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Drop padding: (tiles, 3, height, width), and the tower's mask if it takes one."""
+        tiles = pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
+        if pixel_attention_mask is None:
+            return tiles, {}
+        pixel_mask = pixel_attention_mask.flatten(0, 1)  # (tiles, height, width)
+        real = pixel_mask.flatten(1).any(-1)
+        vision, tiles = self.config.vision_config, _select_real(tiles, real)
+        if not tower_facts(vision).takes_patch_mask:
+            return tiles, {}
+        mask = patch_mask(_select_real(pixel_mask, real), vision.patch_size)
+        return tiles, {"patch_attention_mask": mask}
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        pixel_attention_mask: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, VLMoEImageFeatures] | None,
+        output_router_logits: bool,
+    ) -> tuple[VLMoEImageFeatures | None, bool]:
+        """Encode the batch's images, or take the given features; also tell whether there are any.
+
+        In training a batch without images gets a blank one, so that all ranks do the same work.
+        """
+        encoded = (mm_encoder_outputs or {}).get("image")
+        record = self.learns or output_router_logits
+        if pixel_values is not None:
+            if encoded is not None:
+                raise ValueError(
+                    "You cannot specify both pixel_values and mm_encoder_outputs['image']"
+                )
+            images = pixel_values, pixel_attention_mask, image_index
+            encoded = self.get_image_features(
+                *images, output_router_logits=record, return_dict=True
+            )
+        if not self.learns or (encoded is not None and encoded.pooler_output.numel()):
+            return encoded, encoded is not None
+        blank = blank_image(self.config, self.vision_tower)
+        features = self.get_image_features(blank, output_router_logits=True, return_dict=True)
+        return features, False
 
     @can_return_tuple
     def forward(
@@ -150,8 +207,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        router_losses_follow: bool = False,
+        mm_encoder_outputs: dict[str, VLMoEImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VLMoEModelOutputWithPast:
         """Image and text to hidden states (batch, length, hidden).
@@ -159,103 +215,89 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         For the image inputs see `get_image_features`, for `mm_token_type_ids` (batch, length)
         `token_types`. `mm_encoder_outputs={"image": ...}` holds image features that were computed
         before; if it is given, even empty, tokens without images are not searched for image tokens.
-        `router_losses_follow`: the caller adds the router losses to its loss; training without them
-        is warned of once.
 
         Raises:
-            ValueError: shapes do not fit each other, or the images are not those of the image
-                tokens.
+            ValueError: shapes do not fit each other, or images and image tokens do not match.
         """
-        given = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+        tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
         hidden_size = self.config.text_config.hidden_size
-        batch = check_token_inputs(*given, mm_token_type_ids, hidden_size)
+        batch = check_token_inputs(*tokens, mm_token_type_ids, hidden_size)
         check_rows_of_images(pixel_values, image_index, batch)
-        learning = self.training and torch.is_grad_enabled()
-        record = learning or kwargs.get("output_router_logits", False)
-        images = pixel_values, pixel_attention_mask, image_index, mm_encoder_outputs
-        encoded = self._encoded_images(*images, record)
+
+        # Before the embedding, so that all ranks of FSDP gather parameters in one order.
+        given = pixel_values, pixel_attention_mask, image_index, mm_encoder_outputs
+        record = kwargs.get("output_router_logits", False)
+        images, are_real = self.encode_images(*given, record)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        told = mm_token_type_ids
-        mm_token_type_ids = self.token_types(input_ids, inputs_embeds, told)
-
-        image_features = image_tokens = None
-        if encoded is not None:
-            image_features = encoded.pooler_output.flatten(0, 1).to(inputs_embeds)
-            image_tokens = self.get_placeholder_mask(
-                input_ids, inputs_embeds, image_features, told, past_key_values
+        token_types = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
+        features = is_image = None
+        if are_real:
+            features = images.pooler_output.flatten(0, 1).to(inputs_embeds)
+            is_image = self.get_placeholder_mask(
+                input_ids, inputs_embeds, features, mm_token_type_ids, past_key_values
             )
-            inputs_embeds = inputs_embeds.masked_scatter(image_tokens, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image, features)
         elif mm_encoder_outputs is None and "attention_instances" not in kwargs:
             # `generate` has looked at the prompt; vLLM, whose attention this is, merges by itself.
             self.check_no_image_tokens(input_ids, inputs_embeds)
-        if learning and not router_losses_follow:
-            self._warn_of_missing_router_losses()
-        if learning and (image_features is None or not len(image_features)):
-            encoded, image_index = self._encode_blank_image(), None
-            inputs_embeds = inputs_embeds + (encoded.pooler_output.mean() * 0.0).to(inputs_embeds)
-        vision_router_logits, shown = self._vision_routing(
-            encoded, image_index, image_tokens, batch
-        )
-
+        if images is not None and not are_real:
+            inputs_embeds = keep_vision_in_graph(inputs_embeds, images)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            mm_token_type_ids=mm_token_type_ids,
+            mm_token_type_ids=token_types,
             **kwargs,
         )
-        foreign = learning and not router_losses_follow and outputs.router_logits
-        if foreign and not self.wants_router_losses():
-            # TRL adds a balance loss to any of them; of frozen routers it shall train nothing.
-            outputs.router_logits = tuple(each.detach() for each in outputs.router_logits)
+        shown = self._shown_tiles(images, is_image, image_index if are_real else None, batch)
+        if self.learns:
+            self._end_training_pass(outputs, images, shown)
         return VLMoEModelOutputWithPast(
             **outputs,
-            image_hidden_states=image_features,
-            vision_router_logits=vision_router_logits,
+            image_hidden_states=features,
+            vision_router_logits=None if shown is None else images.router_logits,
             shown_tiles=shown,
+            mm_token_type_ids=token_types,
         )
 
-    def _encoded_images(
+    def _shown_tiles(
         self,
-        pixel_values: torch.Tensor | None,
-        pixel_attention_mask: torch.Tensor | None,
+        images: VLMoEImageFeatures | None,
+        is_image: torch.Tensor | None,
         image_index: torch.Tensor | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        record: bool,
-    ) -> Any:
-        """The images' features, computed before or now, with the routing if `record`; or None."""
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is None:
-            return encoded
-        if encoded is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image']")
-        images = pixel_values, pixel_attention_mask, image_index
-        return self.get_image_features(*images, output_router_logits=record, return_dict=True)
-
-    def _vision_routing(
-        self,
-        encoded: VLMoEImageFeatures | None,
-        image_index: torch.Tensor | None,
-        image_tokens: torch.Tensor | None,
         batch: int,
-    ) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]:
-        """Router logits of tower and connector, if recorded, and `shown_tiles`; takes notes."""
-        router_logits = getattr(encoded, "router_logits", None)
-        if encoded is None or router_logits is None or encoded.chosen_experts is None:
-            return None, None
-        if image_tokens is None:
-            image_tokens = router_logits[0].new_zeros(batch, 1, 1, dtype=torch.bool)
-        tiles, tokens_per_tile = router_logits[0].shape[0], encoded.pooler_output.shape[1]
-        shown = shown_tiles(tiles, tokens_per_tile, image_tokens[..., 0], image_index)
-        if self.training and torch.is_grad_enabled():
+    ) -> torch.Tensor | None:
+        """(2, shown): which row shows which tile; None without routing of tower or connector."""
+        router_logits = getattr(images, "router_logits", None)
+        if images is None or router_logits is None or images.chosen_experts is None:
+            return None
+        if is_image is None:
+            is_image = router_logits[0].new_zeros(batch, 1, 1, dtype=torch.bool)
+        tiles, tokens_per_tile = router_logits[0].shape[0], images.pooler_output.shape[1]
+        return shown_tiles(tiles, tokens_per_tile, is_image[..., 0], image_index)
+
+    def _end_training_pass(
+        self,
+        outputs: MoeModelOutputWithPast,
+        images: VLMoEImageFeatures,
+        shown: torch.Tensor | None,
+    ) -> None:
+        """Update the statistics of vision routers, and watch for losses without router losses."""
+        if shown is not None:
             blocks = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
-            take_vision_notes(blocks, router_logits, encoded.chosen_experts, shown)
-        return router_logits, shown
+            update_vision_stats(blocks, images.router_logits, images.chosen_experts, shown)
+        if outputs.router_logits and not self.wants_router_losses():
+            # TRL adds a balance loss to all that it finds; through frozen ones it would train
+            # only what lies below them.
+            outputs.router_logits = tuple(each.detach() for each in outputs.router_logits)
+        if not is_torchdynamo_compiling() and outputs.last_hidden_state.requires_grad:
+            self.awaits_router_losses = True  # until `router_losses` is called
+            outputs.last_hidden_state.register_hook(self._warn_of_missing_router_losses)
 
     def wants_router_losses(self) -> bool:
-        """Whether a router loss has a coefficient and a router trains, or an adapter on one.
+        """Whether a router loss has a coefficient, and a router or an adapter on one trains.
 
         Frozen routers cannot be balanced: the losses would reach only what lies below them.
         """
@@ -268,30 +310,17 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         trains = [weight.requires_grad for router in routers for weight in router.parameters()]
         return any(trains) or not trains  # FSDP may have taken all parameters into one
 
-    def _warn_of_missing_router_losses(self) -> None:
-        """Say once that a foreign loss has no router losses; nothing is said while compiling."""
-        text_config = self.config.text_config
-        if self.wants_router_losses() and not is_torchdynamo_compiling():
+    def _warn_of_missing_router_losses(self, grad: torch.Tensor) -> None:
+        """Warn once if the gradient that arrives comes from a loss without router losses."""
+        if self.awaits_router_losses and self.wants_router_losses():
+            config = self.config.text_config
             logger.warning_once(
-                "Training without VLMoE's router losses, in spite of router_aux_loss_coef="
-                f"{text_config.router_aux_loss_coef} and router_z_loss_coef="
-                f"{text_config.router_z_loss_coef}: only the loss of "
-                "VLMoEForConditionalGeneration, called with `labels`, has them. The loss really "
-                "used is the caller's: with `label_smoothing_factor` (for which Trainer does not "
-                "shift the labels of image-text models) or `compute_loss_func` that function "
-                "alone; in TRL's SFTTrainer and DPOTrainer their loss and, times "
-                "router_aux_loss_coef, Mixtral's balance loss, pooled over layers and rows, no "
-                "z-loss. Use vlmoe.training.trl_trainers, or set their coefficients to 0."
+                f"Router losses are enabled (router_aux_loss_coef={config.router_aux_loss_coef}, "
+                f"router_z_loss_coef={config.router_z_loss_coef}) but were not computed, because "
+                "the loss is not that of VLMoEForConditionalGeneration called with `labels`. With "
+                "TRL use VLMoESFTTrainer or VLMoEDPOTrainer; with label smoothing or a custom loss "
+                "add model.router_losses(...). Set both coefficients to 0 to silence this warning."
             )
-
-    def _encode_blank_image(self) -> VLMoEImageFeatures:
-        """An image that no row shows: without images a rank does the same work.
-
-        The decoder's input takes its features times zero, so that each vision parameter gets a zero
-        gradient, and DistributedDataParallel and FSDP do not wait for it.
-        """
-        image = blank_image(self.config, self.vision_tower)
-        return self.get_image_features(image, output_router_logits=True, return_dict=True)
 
 
 class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageGenerationMixin):
@@ -363,7 +392,6 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=output_router_logits or with_router_losses,
-            router_losses_follow=with_router_losses,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -372,16 +400,9 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
 
         loss, losses = None, RouterLosses()
         if labels is not None:
-            check_labels(labels, logits)
-            loss, losses = self._losses(
-                logits,
-                labels,
-                attention_mask,
-                outputs if with_router_losses else None,
-                self.model.token_types(input_ids, inputs_embeds, mm_token_type_ids),
-                num_items_in_batch,
-                **kwargs,
-            )
+            routed = outputs if with_router_losses else None
+            batch = logits, labels, attention_mask, num_items_in_batch
+            loss, losses = self._loss(*batch, routed, **kwargs)
         return VLMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=losses.aux_loss,
@@ -396,17 +417,17 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             vision_router_logits=outputs.vision_router_logits if output_router_logits else None,
         )
 
-    def _losses(
+    def _loss(
         self,
         logits: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        routed: VLMoEModelOutputWithPast | None,
-        mm_token_type_ids: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
+        routed: VLMoEModelOutputWithPast | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, RouterLosses]:
-        """The total loss, and the router losses in it."""
+        """Compute the total loss; with the backbone's output `routed` also the router losses."""
+        check_labels(labels, logits)
         labels_per_row = (labels[..., 1:] != -100).sum(-1)  # (batch,)
         if num_items_in_batch is None:
             num_items_in_batch = labels_per_row.sum()
@@ -418,7 +439,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             num_items_in_batch=num_items,
             **kwargs,
         )
-        if routed is None or not (routed.router_logits or routed.vision_router_logits):
+        if routed is None:
             return loss, RouterLosses()
         token_mask = torch.ones_like(labels, dtype=torch.bool)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
@@ -428,11 +449,11 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             routed.router_logits,
             token_mask,
             row_weights,
-            mm_token_type_ids=mm_token_type_ids,
+            mm_token_type_ids=routed.mm_token_type_ids,
             vision_router_logits=routed.vision_router_logits,
             shown_tiles=routed.shown_tiles,
         )
-        return loss + losses.total.to(loss.device), losses
+        return loss if losses.total is None else loss + losses.total.to(loss.device), losses
 
     def router_losses(
         self,
@@ -443,17 +464,21 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         vision_router_logits: tuple[torch.Tensor, ...] | None = None,
         shown_tiles: torch.Tensor | None = None,
     ) -> RouterLosses:
-        """The router losses that the config asks for: those of decoder, tower and connector, added.
+        """Add up the router losses of decoder, tower and connector that the config asks for.
 
-        For the arguments see router_losses.py, and tile_routing.py for the last two.
+        For the arguments see router_losses.py, and vision_router_losses.py for the last two.
         """
-        config, training = self.config, self.training and torch.is_grad_enabled()
+        config = self.config
+        if not is_torchdynamo_compiling():
+            self.model.awaits_router_losses = False
         places = []
         if router_logits:
-            args = router_logits, token_mask, row_weights, mm_token_type_ids, training
-            places.append(router_losses(config.text_config, *args))
+            tokens = token_mask, row_weights, mm_token_type_ids
+            places.append(
+                decoder_router_losses(config.text_config, router_logits, *tokens, self.learns)
+            )
         if vision_router_logits and shown_tiles is not None:
-            vision = config, vision_router_logits, shown_tiles, row_weights, training
+            vision = config, vision_router_logits, shown_tiles, row_weights, self.learns
             places += vision_router_losses(*vision)
         return sum_of_losses(places)
 

@@ -202,9 +202,16 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @property
+    def learns(self) -> bool:
+        """Whether a call is a step of training: not evaluation, not generation."""
+        return self.training and torch.is_grad_enabled()
+
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: of custom code transformers leaves some modules uninitialised."""
+        """Return False: for custom code transformers skips `_init_weights` on modules without
+        parameters of their own.
+        """
         return False
 
     @classmethod
@@ -370,8 +377,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             hidden_states = hidden_states * self.config.embedding_multiplier
         masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        learning = self.training and torch.is_grad_enabled()  # not evaluation, not generation
-        token_mask = _token_mask(attention_mask, inputs_embeds) if learning else None
+        learns = self.learns
+        token_mask = _token_mask(attention_mask, inputs_embeds) if learns else None
         for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
             output = layer(
                 hidden_states,
@@ -384,8 +391,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             )
             # A layer that a pipeline stage left to another stage passes its input on.
             hidden_states = output[0] if isinstance(output, tuple) else output
-            if learning and isinstance(output, tuple) and output[1] is not None:
-                layer.mlp.take_notes(*output[1:], token_mask)
+            if learns and isinstance(output, tuple) and output[1] is not None:
+                layer.mlp.update_stats(*output[1:], token_mask)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,

@@ -74,8 +74,8 @@ class RouterLosses:
 
 def sum_of_losses(places: Sequence[RouterLosses]) -> RouterLosses:
     """The losses of several places (decoder, tower, connector), added; a loss that is off is 0."""
-    if len(places) == 1:
-        return places[0]
+    if len(places) < 2:
+        return places[0] if places else RouterLosses()
     device = places[0].total.device
     sums = RouterLosses()
     for name in vars(sums):
@@ -255,7 +255,7 @@ class Tokens:
         return Tokens(*one_row, self.row_weights.sum()[None], summed)
 
 
-def router_losses(
+def decoder_router_losses(
     config: VLMoETextConfig,
     router_logits: tuple[torch.Tensor, ...],
     token_mask: torch.Tensor,

@@ -38,7 +38,7 @@ class VLMoEExperts(Qwen3MoeExperts):
     """
 
 
-class VLMoERoutingNotes(nn.Module):
+class VLMoERoutingStats(nn.Module):
     """What a sparse layer notes of its routing in training; the base of sparse blocks."""
 
     def __init__(self, text_config: VLMoETextConfig):
@@ -54,7 +54,7 @@ class VLMoERoutingNotes(nn.Module):
         return self.text_config.router_bias_update_rate if self.has_selection_bias else 0.0
 
     @torch.no_grad()
-    def take_notes(
+    def update_stats(
         self, router_logits: torch.Tensor, top_k_index: torch.Tensor, token_counts: torch.Tensor
     ) -> None:
         """Add one forward pass of training to `non_finite` and, with a bias, to `expert_load`.
@@ -80,7 +80,7 @@ class VLMoERoutingNotes(nn.Module):
             self.expert_load.add_(load)
 
 
-class VLMoESparseMoeBlock(VLMoERoutingNotes):
+class VLMoESparseMoeBlock(VLMoERoutingStats):
     """Routed experts plus, if configured, shared experts that every token passes through."""
 
     def __init__(self, config: VLMoETextConfig):

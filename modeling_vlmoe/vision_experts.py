@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .experts_auto import is_torchao
 from .router import Routing, VLMoERouter
-from .sparse_moe import VLMoERoutingNotes
+from .sparse_moe import VLMoERoutingStats
 
 _READ_BY_IMPLEMENTATIONS = (
     *("config", "num_experts", "act_fn", "_is_expert_parallel"),
@@ -146,7 +146,7 @@ class VisionRouting(Routing):
         return getattr(self.config, self.top_k_field)
 
 
-class VLMoEVisionSparseMoeBlock(VLMoERoutingNotes):
+class VLMoEVisionSparseMoeBlock(VLMoERoutingStats):
     """A router and its experts in place of an MLP of the tower or of the connector's linears."""
 
     def __init__(self, experts: VLMoEBiasedExperts, config: VLMoEConfig, top_k_field: str):
@@ -271,9 +271,8 @@ class VLMoECLIPVisionModel(_SparseTower, CLIPVisionModel):
     _can_record_outputs = _records(CLIPEncoderLayer, CLIPAttention)
 
 
-SPARSE_TOWERS = {
-    "siglip_vision_model": VLMoESiglipVisionModel,
-    "clip_vision_model": VLMoECLIPVisionModel,
+SPARSE_TOWERS: dict[str, type[_SparseTower]] = {
+    tower.config_class.model_type: tower for tower in (VLMoESiglipVisionModel, VLMoECLIPVisionModel)
 }
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .router_losses import RouterLosses, Tokens, load_balancing_loss, router_z_loss
-from .sparse_moe import VLMoERoutingNotes
+from .sparse_moe import VLMoERoutingStats
 
 
 def shown_tiles(
@@ -52,8 +52,8 @@ def times_shown(shown: torch.Tensor, tiles: int) -> torch.Tensor:
     )
 
 
-def take_vision_notes(
-    blocks: Sequence[VLMoERoutingNotes],
+def update_vision_stats(
+    blocks: Sequence[VLMoERoutingStats],
     router_logits: Sequence[torch.Tensor],
     chosen_experts: Sequence[torch.Tensor],
     shown: torch.Tensor,
@@ -68,7 +68,7 @@ def take_vision_notes(
     times = times_shown(shown, router_logits[0].shape[0])
     for block, logits, chosen in zip(blocks, router_logits, chosen_experts, strict=True):
         counts = times[:, None].expand(-1, logits.shape[1]).flatten()
-        block.take_notes(logits.flatten(0, 1), chosen.flatten(0, 1), counts)
+        block.update_stats(logits.flatten(0, 1), chosen.flatten(0, 1), counts)
 
 
 def vision_router_losses(

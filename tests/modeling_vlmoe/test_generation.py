@@ -319,7 +319,7 @@ def test_generation_computes_no_router_loss_whatever_output_router_logits_says(
     def refuse(*_: object) -> None:
         raise AssertionError("a router loss was computed")
 
-    monkeypatch.setattr(modeling_vlmoe, "router_losses", refuse)
+    monkeypatch.setattr(modeling_vlmoe, "decoder_router_losses", refuse)
     monkeypatch.setattr(model.config.text_config, "router_z_loss_coef", 0.1)
     rows = ["..a...", "...."]
     expected, _ = argmax_loops(model, tiny_batch, rows)

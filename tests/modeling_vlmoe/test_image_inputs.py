@@ -73,7 +73,7 @@ def test_image_features_take_the_places_of_placeholders_in_order(
     flat = tiny_batch(model.config, MIXED, images="flat")
     with torch.no_grad():
         tower = model.model.vision_tower(flat["pixel_values"]).last_hidden_state
-        features = iter(model.model.multi_modal_projector(tower).flatten(0, 1))
+        features = iter(model.model.multi_modal_projector(tower)[0].flatten(0, 1))
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         for row, tokens in enumerate(inputs["input_ids"].tolist()):
             for position, token in enumerate(tokens):

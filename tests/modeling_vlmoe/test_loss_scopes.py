@@ -11,10 +11,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe.router_losses import (
     RouterLosses,
+    decoder_router_losses,
     global_entropy_loss,
     load_balancing_loss,
     local_entropy_loss,
-    router_losses,
 )
 
 LAYERS, ROWS, LENGTH, EXPERTS, TOP_K = 3, 4, 9, 8, 2
@@ -49,7 +49,7 @@ def losses(tiny_config: Callable[..., Any]) -> Callable[..., RouterLosses]:
     def compute(batch: dict[str, Any], training: bool = True, **fields: Any) -> RouterLosses:
         sizes = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
         config = tiny_config(text=sizes | fields).text_config
-        return router_losses(config, **batch, training=training)
+        return decoder_router_losses(config, **batch, training=training)
 
     return compute
 

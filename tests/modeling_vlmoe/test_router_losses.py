@@ -256,7 +256,7 @@ def test_without_labels_no_router_loss_is_computed(
     def must_not_run(*args: Any) -> None:
         raise AssertionError("a router loss was computed")
 
-    monkeypatch.setattr(modeling_vlmoe, "router_losses", must_not_run)
+    monkeypatch.setattr(modeling_vlmoe, "decoder_router_losses", must_not_run)
     model = tiny_model(text={"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0})
     recorded = []
     model.model.register_forward_hook(

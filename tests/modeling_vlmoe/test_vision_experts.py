@@ -225,7 +225,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tower": (
         {"vision_num_experts": 4, "vision": {"model_type": "dinov2"}},
         "`vision_num_experts` is 4 for a tower of type 'dinov2'; allowed: 0, or a "
-        "`vision_config` of type siglip_vision_model, clip_vision_model",
+        "`vision_config` of type clip_vision_model, siglip_vision_model",
     ),
     "connector's k": (
         {"projector_num_experts": 1},

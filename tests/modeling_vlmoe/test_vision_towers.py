@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe import modeling_vlmoe
-from vlmoe.modeling_vlmoe.connector import vision_features
+from vlmoe.modeling_vlmoe.vision_tower import vision_features
 
 Inputs = dict[str, torch.Tensor]
 Batch = Callable[..., Inputs]

@@ -142,7 +142,7 @@ def test_the_bias_balances_a_skewed_router(tiny_config: Callable[..., Any]) -> N
     max_over_mean = []
     for _ in range(150):
         _, *routing = block(hidden_states)
-        block.take_notes(*routing, torch.ones(1000, dtype=torch.bool))
+        block.update_stats(*routing, torch.ones(1000, dtype=torch.bool))
         max_over_mean.append((block.expert_load.max() / block.expert_load.double().mean()).item())
         update_router_bias(block)
     assert max_over_mean[0] > 2

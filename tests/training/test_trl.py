@@ -27,7 +27,7 @@ from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 from vlmoe.training.trl_trainers import VLMoEDPOTrainer, VLMoESFTTrainer
 
 AUX_COEF, Z_COEF = 0.5, 0.05
-WARNING = "Training without VLMoE's router losses"
+WARNING = "Router losses are enabled"
 Model = Callable[..., VLMoEForConditionalGeneration]
 Make = Callable[..., Any]
 

@@ -50,7 +50,7 @@ def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWith
     recorded: list[VLMoEModelOutputWithPast] = []
 
     def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "output_router_logits": True, "router_losses_follow": True}
+        return args, {**kwargs, "output_router_logits": True}
 
     def keep(module: Any, args: Any, output: Any) -> None:
         recorded.append(output)
@@ -119,7 +119,7 @@ class RouterLossTrainer(ModelCardMixin, ABC):
             routed.router_logits,
             inputs["attention_mask"].bool(),
             self.row_weights(inputs, num_items_in_batch),
-            vlmoe.model.token_types(inputs["input_ids"], None),
+            routed.mm_token_type_ids,
             routed.vision_router_logits,
             routed.shown_tiles,
         )

@@ -28,8 +28,8 @@ from transformers.initialization import no_init_weights
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.active_parameters import active_parameters
-from ..modeling_vlmoe.connector import unused_vision_parameters
 from ..modeling_vlmoe.modeling_vlmoe_text import damaged_file
+from ..modeling_vlmoe.vision_tower import unused_vision_parameters
 from ..modeling_vlmoe.whole_weights import (
     NotWholeError,
     meta_device_map,

@@ -27,8 +27,8 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..configuration.tower_facts import tower_image_size
 from ..processing.image_layout import encode_images, tiling_option
-from ..processing.tower_layout import tower_image_size
 
 NO_BOUND = 2**31 - 1
 FAMILIES = ("Idefics3Processor", "InternVLProcessor", "LlavaProcessor", "SmolVLMProcessor")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import MODEL_TYPE
-from ..modeling_vlmoe.connector import TOWERS_WITH_PATCH_MASK
+from ..configuration.tower_facts import tower_facts
 
 Tensor = torch.Tensor
 TOLERANCE = 1e-5
@@ -193,7 +193,7 @@ def _drawn_tiles(config: VLMoEConfig) -> tuple[Tensor, Tensor]:
         values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
         pixels[row, tile], mask[row, tile] = values, 1
     patch = vision.patch_size
-    if vision.model_type in TOWERS_WITH_PATCH_MASK and min(height, width) > patch:
+    if tower_facts(vision).takes_patch_mask and min(height, width) > patch:
         pixels[1, 0, :, -patch:] = 0
         mask[1, 0, -patch:] = 0
     return pixels, mask
