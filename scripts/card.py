@@ -10,32 +10,51 @@ in another way, a repo or a licence that the files do not tell, or a copy of the
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from .command_line import run_command
-from .option_parser import command_options
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
 from .options import CardOptions
-
-EPILOG = """\
-examples:
-  vlmoe card outputs/tiny --repo_id user/tiny-vlmoe
-  vlmoe card outputs/tuned --license mit
-  vlmoe card outputs/demo/model --output model_cards/vlmoe-tiny-easy-vqa"""
+from .shared_options import place
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe card`."""
-    parsed = command_options(
-        argv,
-        [CardOptions],
-        usage="vlmoe card FOLDER [options]",
-        description="Write the card of a saved model from the files in its folder.",
-        epilog=EPILOG,
-        argument=("folder", "The folder of the model."),
-    )
-    if parsed is None:
-        return
-    options, rest = parsed
-    print(f"Written to {card(rest.folder, options)}.")
+def main(
+    folder: Annotated[str, typer.Argument(parser=place, help="The folder of the model.")],
+    repo_id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/NAME", help="The repo on the Hub that the card's examples load from."
+        ),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="The license (default: that of the model that was trained on)."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            metavar="FOLDER",
+            help="Folder for the card and the files it is rendered from (default: the model's).",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Write the card of a saved model from the files in its folder.
+
+    `vlmoe train`, `evaluate`, `demo` and `push` write the card too. This command is for a model
+    that was saved in another way, for a repo or a license that the files do not name, or for a copy
+    of the card in another folder.
+
+    examples:
+      vlmoe card outputs/tiny --repo_id user/tiny-vlmoe
+      vlmoe card outputs/tuned --license mit
+      vlmoe card outputs/demo/model --output model_cards/vlmoe-tiny-easy-vqa
+    """
+    path = card(folder, CardOptions(repo_id=repo_id, license=license, output=output))
+    print(f"Written to {path}.")
 
 
 def card(folder: str | Path, options: CardOptions) -> Path:
@@ -94,4 +113,4 @@ def _card(source: Path, target: Path, options: CardOptions) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe card", main))
+    sys.exit(run("card", main))

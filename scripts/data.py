@@ -12,46 +12,90 @@ distributed. Ends with exit code 2 if any row has a fault.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .command_line import run_command
-from .option_parser import command_options
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
 from .options import DataCheckOptions, ImageOptions, ModelOptions
-
-EPILOG = """\
-forms of rows that are read (each as one line of a .jsonl file):
-  {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
-                {"role": "assistant", "content": "a cat"}], "images": ["cat.png"]}
-  {"image": "cat.png", "question": "what?", "answer": "a cat"}
-  {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>what?"}, ...]}
-  pictures inside the content, prompt and completion, captions in cat.txt beside cat.png
-
-examples:
-  vlmoe data my_data
-  vlmoe data my_data.json --model outputs/tiny --output data.png
-  vlmoe data user/dataset --split train --max_rows 1000"""
+from .shared_options import ImagePixels, ImageSide, ImageUrls, OutsideImages, Rows, place
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe data`."""
-    parsed = command_options(
-        argv,
-        [DataCheckOptions, ImageOptions],
-        usage="vlmoe data DATASET [options]",
-        description="Check a dataset without training: what it holds, and every fault by row.",
-        epilog=EPILOG,
-        argument=("dataset", "A file, a folder, a Hub id, or easy_vqa, as for `vlmoe train`."),
+def main(
+    dataset: Annotated[
+        str,
+        typer.Argument(parser=place, help="A file, a folder, a Hub id, or easy_vqa."),
+    ],
+    split: Annotated[str | None, typer.Option(help="Split to check (default: all).")] = None,
+    max_rows: Rows = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            parser=place,
+            help="Count the tokens of this model: a folder, a Hub id, or a preset.",
+        ),
+    ] = "tiny",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            help="Tokenizer for a preset: a folder or a Hub id (default: one trained on the data).",
+        ),
+    ] = None,
+    tiling: Annotated[bool, typer.Option(help="Count the tokens of a preset with tiling.")] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The longest conversation, in tokens (default: the model's "
+            "max_position_embeddings).",
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option(parser=place, metavar="FILE", help="PNG file for the figure.")
+    ] = "outputs/data.png",
+    allow_outside_images: OutsideImages = False,
+    allow_image_urls: ImageUrls = False,
+    max_image_pixels: ImagePixels = None,
+    max_image_side: ImageSide = None,
+    config: ConfigFile = None,
+) -> None:
+    """Check a dataset without training: its content, and every fault by row.
+
+    The command counts rows, conversations and images per split, their lengths in tokens and the
+    tokens with a loss. It shows the first rows as a model sees them, and a figure of the
+    distributions. The exit code is 2 if a row has a fault.
+
+    forms of rows (each as one line of a .jsonl file):
+      {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+                    {"role": "assistant", "content": "a cat"}], "images": ["cat.png"]}
+      {"image": "cat.png", "question": "what?", "answer": "a cat"}
+      {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>what?"}, ...]}
+      images inside the content, prompt and completion, captions in cat.txt beside cat.png
+
+    examples:
+      vlmoe data my_data
+      vlmoe data my_data.json --model outputs/tiny --output data.png
+      vlmoe data user/dataset --split train --max_rows 1000
+    """
+    options = DataCheckOptions(
+        split=split,
+        model=model,
+        tokenizer=tokenizer,
+        tiling=tiling,
+        max_rows=max_rows,
+        max_length=max_length,
+        output=output,
     )
-    if parsed is None:
-        return
-    options, image_options, rest = parsed
-    reports, limit = check_data(rest.dataset, options, image_options)
+    images = ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side)
+    reports, limit = check_data(dataset, options, images)
     from vlmoe.data.check import report_text
 
-    print(f"\n{report_text(reports, limit)}\n\nThe picture is {options.output}.")
+    print(f"\n{report_text(reports, limit)}\n\nThe figure is {output}.")
     faults = sum(len(report.faults) for report in reports)
     if faults:
-        raise ValueError(f"{rest.dataset} has {faults:,} fault{'s' * (faults > 1)}; see above.")
+        raise ValueError(f"{dataset} has {faults:,} fault{'s' * (faults > 1)}; see above.")
 
 
 def check_data(
@@ -121,4 +165,4 @@ def _texts(splits: list[Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe data", main))
+    sys.exit(run("data", main))

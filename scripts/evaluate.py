@@ -12,31 +12,98 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .command_line import run_command
-from .option_parser import command_options, require
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
 from .options import EvaluateOptions, ImageOptions, RuntimeOptions
+from .shared_options import (
+    AnswerTokens,
+    Attention,
+    Dataset,
+    Device,
+    Dtype,
+    ExpertKernels,
+    ImagePixels,
+    ImageSide,
+    ImageUrls,
+    OutsideImages,
+    Rows,
+    SavedModel,
+    place,
+)
 
-EPILOG = """\
-examples:
-  vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
-  vlmoe evaluate --model outputs/tiny --dataset my_data.parquet --split train \\
-    --output results.json --save_predictions predictions.json"""
 
+def main(
+    model: SavedModel,
+    dataset: Dataset,
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
+    max_rows: Rows = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
+    max_new_tokens: AnswerTokens = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The longest prompt, in tokens; a longer one is an error (default: the model's "
+            "max_position_embeddings less the answer).",
+        ),
+    ] = None,
+    without_images: Annotated[
+        bool, typer.Option(help="Leave the images out: a question-only baseline.")
+    ] = False,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            metavar="FILE",
+            help="JSON file for the results (default: evaluate_results.json in the model folder, "
+            "or in the current folder for a model of the Hub).",
+        ),
+    ] = None,
+    save_predictions: Annotated[
+        str | None,
+        typer.Option(
+            parser=place, metavar="FILE", help="JSON file for every question, answer and truth."
+        ),
+    ] = None,
+    allow_outside_images: OutsideImages = False,
+    allow_image_urls: ImageUrls = False,
+    max_image_pixels: ImagePixels = None,
+    max_image_side: ImageSide = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+    experts_implementation: ExpertKernels = None,
+    config: ConfigFile = None,
+) -> None:
+    """Measure how many questions of a dataset a model answers correctly.
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe evaluate`."""
-    parsed = command_options(
-        argv,
-        [EvaluateOptions, ImageOptions, RuntimeOptions],
-        usage="vlmoe evaluate --model MODEL --dataset DATASET [options]",
-        description="Count the right answers of a model to the questions of a dataset.",
-        epilog=EPILOG,
+    Answers are generated greedily, in batches. The command prints the exact match per question type
+    and writes it, with the load of the experts, to a JSON file. In a local model folder the model
+    card is updated too.
+
+    examples:
+      vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
+      vlmoe evaluate --model outputs/tiny --dataset my_data.parquet --split train \\
+        --output results.json --save_predictions predictions.json
+    """
+    options = EvaluateOptions(
+        model=model,
+        dataset=dataset,
+        split=split,
+        batch_size=batch_size,
+        max_rows=max_rows,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        without_images=without_images,
+        output=output,
+        save_predictions=save_predictions,
     )
-    if parsed is None:
-        return
-    options, images, runtime, _ = parsed
+    images = ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side)
+    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
     results = evaluate(options, runtime, images)
     from vlmoe.training.evaluation import results_table
 
@@ -54,10 +121,10 @@ def evaluate(
         FileNotFoundError: a file or folder does not exist.
         OSError: the results could not be written.
     """
-    source = require(options.model, "model", "evaluate")
-    dataset = require(options.dataset, "dataset", "evaluate")
     with _place_for_results(options):
-        return _evaluate(source, dataset, options, runtime, images or ImageOptions())
+        return _evaluate(
+            str(options.model), str(options.dataset), options, runtime, images or ImageOptions()
+        )
 
 
 def _evaluate(
@@ -156,4 +223,4 @@ def results_path(options: EvaluateOptions) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe evaluate", main))
+    sys.exit(run("evaluate", main))

@@ -9,33 +9,38 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
-from .command_line import run_command
-from .option_parser import command_options, require
-from .options import ExportLoraOptions
+import typer
 
-EPILOG = """\
-examples:
-  vlmoe export-lora outputs/adapter --output_dir outputs/adapter-per-expert"""
+from .commands import run
+from .config_file import ConfigFile
+from .shared_options import place
+
+
+def main(
+    folder: Annotated[str, typer.Argument(parser=place, help="The folder of the adapter.")],
+    output_dir: Annotated[
+        str,
+        typer.Option(parser=place, metavar="FOLDER", help="Folder for the exported adapter."),
+    ],
+    layout: Annotated[
+        Literal["per-expert"],
+        typer.Option(help="per-expert: one pair of matrices per expert and projection."),
+    ] = "per-expert",
+    config: ConfigFile = None,
+) -> None:
+    """Export a LoRA adapter of experts with one key per expert, as servers read it.
+
+    The keys name each expert's projections without the fused bank (`experts.3.gate_proj`).
+
+    examples:
+      vlmoe export-lora outputs/adapter --output_dir outputs/adapter-per-expert
+    """
+    print(f"{export(folder, output_dir, layout)} pairs of matrices saved to {output_dir}.")
+
 
 LAYOUTS = ("per-expert",)
-
-
-def main(argv: list[str]) -> None:
-    """Run `vlmoe export-lora`."""
-    parsed = command_options(
-        argv,
-        [ExportLoraOptions],
-        usage="vlmoe export-lora FOLDER [options]",
-        description="Write a LoRA adapter of experts with one key per expert.",
-        epilog=EPILOG,
-        argument=("folder", "The folder of the adapter."),
-    )
-    if parsed is None:
-        return
-    options, rest = parsed
-    output = require(options.output_dir, "output_dir", "export-lora")
-    print(f"{export(rest.folder, output, options.layout)} pairs of matrices saved to {output}.")
 
 
 def export(folder: str | Path, output: str | Path, layout: str = "per-expert") -> int:
@@ -61,4 +66,4 @@ def export(folder: str | Path, output: str | Path, layout: str = "per-expert") -
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe export-lora", main))
+    sys.exit(run("export-lora", main))

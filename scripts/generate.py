@@ -6,33 +6,82 @@ vlmoe generate --model outputs/tiny --image picture.png "What shape does the ima
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .command_line import readable, run_command
-from .option_parser import command_options, require
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
+from .option_ranges import LEAST_TEMPERATURE
 from .options import GenerateOptions, RuntimeOptions
+from .shared_options import (
+    AnswerTokens,
+    Attention,
+    Device,
+    Dtype,
+    ExpertKernels,
+    Pictures,
+    SavedModel,
+    Seed,
+    share,
+    text,
+)
 
-EPILOG = """\
-examples:
-  vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
-  vlmoe generate --model outputs/tiny --image a.png --image b.png "What is the difference?"
-  vlmoe generate --model outputs/tiny --temperature 0.7 --seed 3 "Is a teal shape red?\""""
+
+def temperature(text: str) -> float:
+    """Return a temperature that logits can be divided by, or 0; raise `ValueError` for another."""
+    value = float(text)
+    if value != 0 and not LEAST_TEMPERATURE <= value <= 100:
+        raise ValueError(f"must be 0 (the most likely token), or {LEAST_TEMPERATURE:g} to 100")
+    return value
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe generate`."""
-    parsed = command_options(
-        argv,
-        [GenerateOptions, RuntimeOptions],
-        usage='vlmoe generate --model MODEL [--image FILE ...] [options] "QUESTION"',
-        description="Ask a model a question about images, or a question alone.",
-        epilog=EPILOG,
-        argument=("question", "What to ask."),
+def main(
+    question: Annotated[str, typer.Argument(parser=text, help="What to ask.")],
+    model: SavedModel,
+    image: Pictures = None,
+    system: Annotated[str | None, typer.Option(parser=text, help="A system message.")] = None,
+    max_new_tokens: AnswerTokens = 64,
+    temperature: Annotated[
+        float,
+        typer.Option(parser=temperature, help="Sample at this temperature; 0 decodes greedily."),
+    ] = 0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            parser=share,
+            help="Sample from the smallest set of tokens whose probabilities sum to this share.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+    experts_implementation: ExpertKernels = None,
+    config: ConfigFile = None,
+) -> None:
+    """Ask a model a question about images, or a question alone.
+
+    The answer is printed token by token.
+
+    examples:
+      vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
+      vlmoe generate --model outputs/tiny --image a.png --image b.png "What is the difference?"
+      vlmoe generate --model outputs/tiny --temperature 0.7 --seed 3 "Is a teal shape red?"
+    """
+    if top_p is not None and temperature == 0:
+        raise ValueError("--top_p changes nothing in greedy decoding; give --temperature above 0.")
+    options = GenerateOptions(
+        model=model,
+        image=image,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
     )
-    if parsed is None:
-        return
-    options, runtime, rest = parsed
-    generate(rest.question, options, runtime)
+    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
+    generate(question, options, runtime)
 
 
 def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -> str:
@@ -42,9 +91,7 @@ def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -
         ValueError: an option, the model or an image is not usable.
         FileNotFoundError: a file or folder does not exist.
     """
-    source = require(options.model, "model", "generate")
-    question = readable(question, "The question")
-    system = readable(options.system, "--system") if options.system else None
+    source, system = str(options.model), options.system
     paths = options.image or []
     for path in paths:
         if not Path(path).expanduser().is_file():
@@ -110,4 +157,4 @@ def sampling(options: GenerateOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe generate", main))
+    sys.exit(run("generate", main))

@@ -11,12 +11,29 @@ numbers.
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .command_line import readable, run_command
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
 from .generate import prompt_inputs
-from .option_parser import command_options, require
 from .options import ImageOptions, InspectOptions, RuntimeOptions
+from .shared_options import (
+    AnswerTokens,
+    Attention,
+    Device,
+    Dtype,
+    ExpertKernels,
+    ImagePixels,
+    ImageSide,
+    ImageUrls,
+    OutsideImages,
+    Pictures,
+    SavedModel,
+    place,
+    text,
+)
 
 if TYPE_CHECKING:
     from vlmoe.routing.inspection.report import Inspection
@@ -25,33 +42,81 @@ if TYPE_CHECKING:
 PAGE_FILE, NUMBERS_FILE = "inspection.html", "inspection.json"
 PROMPTS_SHOWN = 3
 
-EPILOG = """\
-examples:
-  vlmoe inspect --model outputs/tiny --dataset easy_vqa --split test --max_rows 200
-  vlmoe inspect --model outputs/tiny --image picture.png "what shape is in the image?"
-  vlmoe inspect --model outputs/tiny --dataset easy_vqa --before outputs/untrained"""
 
+def main(
+    model: SavedModel,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            parser=text, help="What to ask. Without it, questions of the dataset are shown."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            help="Data: a Hub id, a file (parquet, JSON, CSV), a folder, or easy_vqa.",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    max_rows: Annotated[int, typer.Option(min=1, help="Run only the first N rows.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
+    image: Pictures = None,
+    max_new_tokens: AnswerTokens = 32,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            metavar="MODEL",
+            help="An earlier state of the model to compare with, such as before training.",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        str,
+        typer.Option(
+            parser=place, metavar="FOLDER", help="Folder for the page, its figures and the numbers."
+        ),
+    ] = "outputs/inspect",
+    allow_outside_images: OutsideImages = False,
+    allow_image_urls: ImageUrls = False,
+    max_image_pixels: ImagePixels = None,
+    max_image_side: ImageSide = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+    experts_implementation: ExpertKernels = None,
+    config: ConfigFile = None,
+) -> None:
+    """Show on one page to which experts a model routes the tokens of data or of a question.
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe inspect`."""
-    parsed = command_options(
-        argv,
-        [InspectOptions, ImageOptions, RuntimeOptions],
-        usage='vlmoe inspect --model MODEL [--dataset DATASET] [options] ["QUESTION"]',
-        description="Show which experts the tokens of a dataset, or of a question, are sent to.",
-        epilog=EPILOG,
-        argument=("question", "What to ask; without it, questions of the dataset are shown."),
-        argument_required=False,
+    The page holds the expert load, prompts token by token, images colored by expert, experts by
+    question type, and with --before the changes since an earlier state. `inspection.json` holds the
+    numbers.
+
+    examples:
+      vlmoe inspect --model outputs/tiny --dataset easy_vqa --split test --max_rows 200
+      vlmoe inspect --model outputs/tiny --image picture.png "what shape is in the image?"
+      vlmoe inspect --model outputs/tiny --dataset easy_vqa --before outputs/untrained
+    """
+    options = InspectOptions(
+        model=model,
+        dataset=dataset,
+        split=split,
+        max_rows=max_rows,
+        batch_size=batch_size,
+        image=image,
+        max_new_tokens=max_new_tokens,
+        before=before,
+        output_dir=output_dir,
     )
-    if parsed is None:
-        return
-    options, images, runtime, rest = parsed
-    inspection = inspect_experts(rest.question, options, runtime, images)
+    images = ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side)
+    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
+    inspection = inspect_experts(question, options, runtime, images)
     from vlmoe.routing.inspection.analysis import inspection_table
 
     if inspection.routing is not None:
         print(f"\n{inspection_table(inspection.routing, inspection.types)}")
-    print(f"\nWritten to {Path(options.output_dir) / PAGE_FILE}: open it in a browser.")
+    print(f"\nWritten to {Path(output_dir) / PAGE_FILE}: open it in a browser.")
 
 
 def inspect_experts(
@@ -68,13 +133,11 @@ def inspect_experts(
         FileNotFoundError: a file or folder does not exist.
         OSError: the output folder cannot be written into.
     """
-    source = require(options.model, "model", "inspect")
-    question = readable(question, "The question") if question else None
     _check(question, options)
     from vlmoe.hub.folder_lock import folder_lock
 
     with folder_lock(options.output_dir):
-        return _inspect(source, question, options, runtime, images or ImageOptions())
+        return _inspect(str(options.model), question, options, runtime, images or ImageOptions())
 
 
 def _inspect(
@@ -276,4 +339,4 @@ def _short(source: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe inspect", main))
+    sys.exit(run("inspect", main))

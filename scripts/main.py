@@ -4,34 +4,31 @@
     vlmoe --help
     vlmoe train --help
 
-Each subcommand is a module of this package with a function `main(argv)`; it is imported when it is
-called, and the modules import torch and transformers only when there is work to do.
+Each subcommand is the annotated function `main` of a module of this package. The modules import
+torch and transformers only when there is work to do, so that help is fast.
 """
 
-import importlib
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
-from .command_line import EXIT_ERROR, run_command
-from .option_parser import close_matches
+from .command_line import EXIT_ERROR
+from .commands import run
+from .config_file import close_matches
 
-COMMANDS = {
-    "data": "Check a dataset without training: what it holds, and every fault by row.",
-    "train": "Train a model from a preset, or go on with a saved one.",
-    "evaluate": "Let a model answer the questions of a dataset and count the right answers.",
-    "generate": "Ask a model a question about images, or a question alone.",
-    "inspect": "Show on one page which experts the tokens of data or of a question are sent to.",
-    "card": "Write the card of a saved model from the files in its folder.",
-    "upcycle": "Turn a dense vision-language model into a sparse one that computes the same.",
-    "merge": "Add a LoRA adapter to its base model's weights and save the model.",
-    "export-lora": "Write a LoRA adapter of experts with one key per expert.",
-    "push": "Push the folder of a trained model to the Hugging Face Hub.",
-    "demo": "Train, evaluate and ask the tiny model on real data, start to end.",
-}
 MODULES = {
+    "data": "data",
+    "train": "train",
+    "evaluate": "evaluate",
+    "generate": "generate",
     "inspect": "inspect_experts",
-    "push": "push_to_hub",
+    "card": "card",
+    "upcycle": "upcycle",
+    "merge": "merge",
     "export-lora": "export_lora",
-}  # where it is not the command's name
+    "push": "push_to_hub",
+    "demo": "demo",
+}
 
 EXAMPLES = """\
 examples:
@@ -48,31 +45,38 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `vlmoe COMMAND ...` and return its exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    command = arguments[0] if arguments else ""
-    if command in COMMANDS:
-        module = importlib.import_module(f"{__package__}.{MODULES.get(command, command)}")
-        return run_command(f"vlmoe {command}", module.main, arguments[1:])
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in MODULES:
+        return run(name, command_function(name), rest)
+    if name in ("-h", "--help"):
         print(usage())
         return 0
-    if arguments[0] in ("-V", "--version"):
+    if name in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"vlmoe {version('vlmoe')}")
         return 0
-    matches = close_matches(arguments[0], list(COMMANDS))
+    matches = close_matches(name, MODULES)
     print(
-        f"vlmoe: error: there is no command {arguments[0]!r}{matches}. See `vlmoe --help`.",
+        f"vlmoe: error: there is no command {name!r}{matches}. See `vlmoe --help`.",
         file=sys.stderr,
     )
     return EXIT_ERROR
 
 
+def command_function(name: str) -> Callable[..., None]:
+    """Return the function of a command; only its module is imported."""
+    function: Callable[..., None] = import_module(f".{MODULES[name]}", __package__).main
+    return function
+
+
 def usage() -> str:
-    """The text of `vlmoe --help`."""
-    table = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
-    return f"usage: vlmoe COMMAND [options]\n\ncommands:\n{table}\n\n{EXAMPLES}"
+    """Return the text of `vlmoe --help`: the first line of each command's docstring."""
+    summaries = {
+        name: (command_function(name).__doc__ or "").partition(chr(10))[0] for name in MODULES
+    }
+    table = "\n".join(f"  {name:<12} {summary}" for name, summary in summaries.items())
+    return f"Usage: vlmoe COMMAND [OPTIONS]\n\nCommands:\n{table}\n\n{EXAMPLES}"
 
 
 if __name__ == "__main__":

@@ -8,31 +8,42 @@ The result is a model like any other: it needs neither PEFT nor the adapter.
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from .command_line import run_command
-from .option_parser import command_options, require
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
 from .options import MergeOptions
-
-EPILOG = """\
-examples:
-  vlmoe merge outputs/adapter --output_dir outputs/merged
-  vlmoe merge outputs/adapter --model user/base --output_dir outputs/merged"""
+from .shared_options import place
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe merge`."""
-    parsed = command_options(
-        argv,
-        [MergeOptions],
-        usage="vlmoe merge FOLDER [options]",
-        description="Add a LoRA adapter to its base model's weights and save the model.",
-        epilog=EPILOG,
-        argument=("folder", "The folder of the adapter."),
-    )
-    if parsed is None:
-        return
-    options, rest = parsed
-    print(f"Saved to {merge(rest.folder, options)}.")
+def main(
+    folder: Annotated[str, typer.Argument(parser=place, help="The folder of the adapter.")],
+    output_dir: Annotated[
+        str,
+        typer.Option(
+            parser=place, metavar="FOLDER", help="Folder for the merged model and its processor."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            help="The base model, a folder or a Hub id (default: the one that the adapter names).",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Merge a LoRA adapter into its base model's weights and save the model.
+
+    The merged model loads like any other. It needs neither PEFT nor the adapter.
+
+    examples:
+      vlmoe merge outputs/adapter --output_dir outputs/merged
+      vlmoe merge outputs/adapter --model user/base --output_dir outputs/merged
+    """
+    print(f"Saved to {merge(folder, MergeOptions(output_dir, model))}.")
 
 
 def merge(folder: str | Path, options: MergeOptions) -> Path:
@@ -47,7 +58,7 @@ def merge(folder: str | Path, options: MergeOptions) -> Path:
     from vlmoe.hub.atomic_files import refuse_mixing
     from vlmoe.hub.folder_lock import folder_lock
 
-    output = Path(require(options.output_dir, "output_dir", "merge")).expanduser()
+    output = Path(str(options.output_dir))
     refuse_mixing(output, is_adapter=False)
     with folder_lock(output):
         return _merge(folder, output, options.model)
@@ -85,4 +96,4 @@ def _merge(folder: str | Path, output: Path, model: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe merge", main))
+    sys.exit(run("merge", main))

@@ -361,10 +361,10 @@ class UpcycleOptions(Options):
     noise_ratio: float = option("With noise: its deviation in those of the weights.", 0.05)
     router_std: float | None = option("Deviation of the routers' weights (default: the model's).")
     seed: int = option("Seed of what is drawn at random.", 0)
-    fields: str | None = option(
+    fields: Any = option(  # noqa: RUF009
         """Further fields of the configuration as JSON, such as '{"router_aux_loss_coef": 0.01}'."""
     )
-    connector: str | None = option(
+    connector: Any = option(  # noqa: RUF009
         """With --vision: the connector's fields as JSON, such as '{"pixel_shuffle_factor": 2}'."""
     )
     chat_template: str | None = option(

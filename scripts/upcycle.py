@@ -12,40 +12,162 @@ was killed goes on where it was when it is started again.
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .command_line import run_command
-from .option_parser import command_options, json_object, require
+import typer
+
+from .commands import run
+from .config_file import ConfigFile
+from .json_options import json_object
 from .options import UpcycleOptions
-
-EPILOG = """\
-examples:
-  vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
-  vlmoe upcycle user/dense --output_dir outputs/fine --expert_split 4
-  vlmoe upcycle user/dense --output_dir outputs/half --sparse_layers second_half \\
-      --fields '{"router_aux_loss_coef": 0.01}'
-  vlmoe upcycle user/language-model --vision user/vision-encoder --output_dir outputs/sparse \\
-      --connector '{"pixel_shuffle_factor": 2}' --chat_template chat_template.jinja"""
+from .shared_options import Seed, finite, place
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe upcycle`."""
-    parsed = command_options(
-        argv,
-        [UpcycleOptions],
-        usage="vlmoe upcycle MODEL [options]",
-        description="Turn a dense vision-language model into a sparse one that computes the same.",
-        epilog=EPILOG,
-        argument=("model", "The dense model: a folder or a Hub id."),
+def main(
+    model: Annotated[
+        str, typer.Argument(parser=place, help="The dense model: a folder or a Hub id.")
+    ],
+    output_dir: Annotated[
+        str,
+        typer.Option(
+            parser=place,
+            metavar="FOLDER",
+            help="Folder for the sparse model, its processor and the report.",
+        ),
+    ],
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            metavar="MODEL",
+            help="A vision encoder, folder or Hub id. MODEL is then a language model, and the "
+            "connector is new.",
+        ),
+    ] = None,
+    num_experts: Annotated[
+        int, typer.Option(min=1, help="Copies of the dense MLP in each sparse layer.")
+    ] = 8,
+    num_experts_per_tok: Annotated[
+        int, typer.Option(min=1, help="Copies that each token is routed to.")
+    ] = 2,
+    expert_split: Annotated[
+        int, typer.Option(min=1, help="Cut each copy into N fine-grained experts.")
+    ] = 1,
+    expert_init: Annotated[
+        Literal["copy", "shared", "drop", "noise"],
+        typer.Option(
+            help="Initialization of the experts. shared: the dense MLP becomes a shared expert. "
+            "drop and noise change the model's function."
+        ),
+    ] = "copy",
+    sparse_layers: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYERS",
+            help="Decoder layers that get experts: all, second_half, a number N for every N-th "
+            "layer, or layer indices such as 0,2,5.",
+        ),
+    ] = "all",
+    drop_ratio: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the inner units to re-initialize (only with --expert_init drop; "
+            "default: 0.5).",
+        ),
+    ] = None,
+    noise_ratio: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="X",
+            help="Standard deviation of the added noise, as a fraction of the weights' (only with "
+            "--expert_init noise; default: 0.05).",
+        ),
+    ] = None,
+    router_std: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="X",
+            help="Standard deviation of the initial router weights (default: the model's "
+            "initializer_range).",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    fields: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=json_object,
+            metavar="JSON",
+            help="Further fields of the text config. Single fields: "
+            "--fields.router_aux_loss_coef 0.01.",
+        ),
+    ] = None,
+    connector: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=json_object,
+            metavar="JSON",
+            help="Fields of the new connector (only with --vision). Single fields: "
+            "--connector.pixel_shuffle_factor 2.",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            metavar="FILE",
+            help="A Jinja file that replaces the source's chat template. For training, the "
+            "assistant's turns must stand between {% generation %} and {% endgeneration %}.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The largest size of a weights file.")
+    ] = "5GB",
+    config: ConfigFile = None,
+) -> None:
+    """Turn a dense vision-language model into a sparse one that computes the same function.
+
+    Model and processor are converted, both models answer the same images and texts, and a report is
+    saved beside the sparse model. The command fails if the logits differ by more than 1e-5. Start a
+    killed run again to let it continue.
+
+    examples:
+      vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
+      vlmoe upcycle user/dense --output_dir outputs/fine --expert_split 4
+      vlmoe upcycle user/dense --output_dir outputs/half --sparse_layers second_half \\
+        --fields.router_aux_loss_coef 0.01
+      vlmoe upcycle user/language-model --vision user/vision-encoder --output_dir outputs/sparse \\
+        --connector.pixel_shuffle_factor 2 --chat_template chat_template.jinja
+    """
+    for name, value in (("drop", drop_ratio), ("noise", noise_ratio)):
+        if value is not None and expert_init != name:
+            raise ValueError(
+                f"--{name}_ratio changes nothing here: give --expert_init {name}, or leave it out."
+            )
+    options = UpcycleOptions(
+        output_dir=output_dir,
+        vision=vision,
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        expert_split=expert_split,
+        expert_init=expert_init,
+        sparse_layers=sparse_layers,
+        drop_ratio=0.5 if drop_ratio is None else drop_ratio,
+        noise_ratio=0.05 if noise_ratio is None else noise_ratio,
+        router_std=router_std,
+        seed=seed,
+        fields=fields,
+        connector=connector,
+        chat_template=chat_template,
+        max_shard_size=max_shard_size,
     )
-    if parsed is None:
-        return
-    options, rest = parsed
-    report = upcycle(rest.model, options)
-    rows = report.rows()
+    rows = upcycle(model, options).rows()
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"Saved to {options.output_dir}.")
+    print(f"Saved to {output_dir}.")
 
 
 def upcycle(model: str, options: UpcycleOptions) -> Any:
@@ -61,7 +183,7 @@ def upcycle(model: str, options: UpcycleOptions) -> Any:
     from vlmoe.upcycling.folder import source_fingerprint, upcycle_folder
     from vlmoe.upcycling.sample import prepared_sample
 
-    output = require(options.output_dir, "output_dir", "upcycle")
+    output = str(options.output_dir)
     template = _text_of(options.chat_template, "chat_template")
     sources = [source for source in (model, options.vision) if source]
 
@@ -97,7 +219,7 @@ def _asked(options: UpcycleOptions) -> Any:
         noise_ratio=options.noise_ratio,
         router_std=options.router_std,
         seed=options.seed,
-        fields=json_object(options.fields, "fields"),
+        fields=options.fields or {},
     )
 
 
@@ -136,7 +258,7 @@ def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) 
     from vlmoe.upcycling.dense_processor import add_image_token
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    connector = json_object(options.connector, "connector")
+    connector = options.connector or {}
     parts = options.vision, model, _asked(options), add_image_token(tokenizer), connector
 
     def processor_for(config: Any) -> Any:
@@ -176,4 +298,4 @@ def _text_of(path: str | None, option: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe upcycle", main))
+    sys.exit(run("upcycle", main))

@@ -66,7 +66,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     (model / "README.md").write_text("# Mine")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
-        ([], "The folder is missing"),
+        ([], "Missing argument 'FOLDER'"),
         ([str(tmp_path / "empty")], "holds no config.json"),
         ([str(model)], "was written or changed by hand"),
     ):

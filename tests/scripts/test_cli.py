@@ -3,48 +3,35 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import typer
 
-from vlmoe_cli import evaluate, generate, main
+from vlmoe_cli import main
 from vlmoe_cli.command_line import run_command
-from vlmoe_cli.option_parser import OptionParser, add_options, parse_options, read_config
+from vlmoe_cli.commands import call, command
+from vlmoe_cli.config_file import ConfigFile
+from vlmoe_cli.json_options import json_object
+from vlmoe_cli.option_parser import read_config
 from vlmoe_cli.options import (
     FROM_SCRATCH_LENGTH,
     FROM_SCRATCH_RATE,
     TRAINING_DEFAULTS,
-    CardOptions,
     DataOptions,
-    EvaluateOptions,
-    ExportLoraOptions,
-    GenerateOptions,
-    InspectOptions,
-    LoraOptions,
-    MergeOptions,
-    ModelOptions,
-    PushOptions,
-    RuntimeOptions,
-    UpcycleOptions,
 )
 from vlmoe_cli.training_arguments import parse_training, training_arguments
 
-OPTIONS = {
-    "train": (ModelOptions, DataOptions, LoraOptions),
-    "evaluate": (EvaluateOptions, RuntimeOptions),
-    "generate": (GenerateOptions, RuntimeOptions),
-    "inspect": (InspectOptions, RuntimeOptions),
-    "card": (CardOptions,),
-    "upcycle": (UpcycleOptions,),
-    "merge": (MergeOptions,),
-    "export-lora": (ExportLoraOptions,),
-    "push": (PushOptions,),
-}
+OLD = {"train", "demo"}
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
+def command_of(name: str) -> Any:
+    """The command as typer knows it."""
+    return command(main.command_function(name))
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in main.MODULES)])
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     program = (
         "import sys; from vlmoe_cli.main import main; code = main(sys.argv[1:]); "
@@ -55,8 +42,9 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "examples:\n  vlmoe" in done.stdout
-    for options in OPTIONS[command[0]] if command else ():
-        assert all(f"--{field.name}" in done.stdout for field in fields(options))
+    for param in command_of(command[0]).params if command and command[0] not in OLD else ():
+        assert param.opts[0].upper() in done.stdout.upper()
+        assert param.help, f"{param.name} has no help text"
 
 
 def test_the_help_of_train_names_our_defaults_and_help_all_every_option(
@@ -86,16 +74,31 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["train", "--config", "nowhere.yaml"], "There is no config file nowhere.yaml"),
         (["train", "--dataset", "./nowhere.parquet"], "there is no file or folder ./nowhere"),
         (["train", "--eval_strategy", "often"], "often"),
-        (["evaluate", "--dataset", "easy_vqa"], "vlmoe evaluate: error: --model is missing"),
-        (["evaluate", "--model", "x", "--batch_size", "many"], "invalid int value: 'many'"),
-        (["generate", "--model", "x"], "The question is missing"),
-        (["generate", "question"], "--model is missing"),
-        (["inspect", "--dataset", "easy_vqa"], "vlmoe inspect: error: --model is missing"),
+        (["evaluate", "--dataset", "easy_vqa"], "vlmoe evaluate: error: Missing option '--model'"),
+        (
+            ["evaluate", "--model", "x", "--dataset", "x", "--batch_size", "many"],
+            "'--batch_size': must be a valid integer",
+        ),
+        (["evaluate", "--model", "", "--dataset", "x"], "'--model': an empty text"),
+        (["generate", "--model", "x"], "Missing argument 'QUESTION'"),
+        (["generate", "question"], "Missing option '--model'"),
+        (["generate", "--model", "x", "one", "two"], "(two)"),
+        (["generate", "--model", "x", "?", "--tempature", "1"], "--temperature"),
+        (["inspect", "--dataset", "easy_vqa"], "vlmoe inspect: error: Missing option '--model'"),
         (["merge", "nowhere", "--output_dir", "x"], "nowhere holds no adapter_config.json"),
-        (["merge", "nowhere"], "--output_dir is missing"),
+        (["merge", "nowhere"], "Missing option '--output_dir'"),
         (["export-lora", "nowhere", "--output_dir", "x"], "nowhere holds no adapter_config.json"),
-        (["push", "--repo_id", "user/name"], "The folder is missing"),
-        (["push", "outputs"], "vlmoe push: error: --repo_id is missing"),
+        (["export-lora", "x", "--output_dir", "y", "--layout", "z"], "not one of 'per-expert'"),
+        (["push", "--repo_id", "user/name"], "Missing argument 'FOLDER'"),
+        (["push", "outputs"], "vlmoe push: error: Missing option '--repo_id'"),
+        (["push", "outputs", "--repo_id", "x/y", "--private=perhaps"], "--private takes true or"),
+        (["upcycle", "x", "--output_dir", "y", "--fields", "{"], "'--fields': not valid JSON"),
+        (["upcycle", "x", "--output_dir", "y", "--fields", "[1]"], "'--fields': a JSON object"),
+        (["upcycle", "x", "--output_dir", "y", "--fields.num"], "--fields.num needs a value"),
+        (
+            ["upcycle", "x", "--output_dir", "y", "--fields.a", "1", "--fields.a.b", "2"],
+            "--fields.a.b: a has a value",
+        ),
         (["push", "nowhere", "--repo_id", "user/name"], "There is no model folder nowhere"),
         (["push", "nowhere", "--repo_id", "a/b/c"], "a/b/c"),
     ],
@@ -279,23 +282,114 @@ def test_an_empty_config_file_changes_nothing(tmp_path: Path) -> None:
     assert read_config(tmp_path / "empty.yaml", [DataOptions]) == {}
 
 
-def test_the_light_parser_reads_what_the_dataclasses_say() -> None:
-    parser = OptionParser(prog="x")
-    for options in (GenerateOptions, RuntimeOptions):
-        add_options(parser, options)
-    argv = ["--image", "a.png", "--image", "b.png", "--temperature", "1", "--top_p=0.5"]
-    generation, runtime, _ = parse_options(parser, argv, [GenerateOptions, RuntimeOptions])
-    assert generation == GenerateOptions(image=["a.png", "b.png"], temperature=1, top_p=0.5)
-    assert runtime == RuntimeOptions()
-    evaluation = OptionParser(prog="x")
-    add_options(evaluation, EvaluateOptions)
-    for argv, value in ((["--without_images"], True), (["--without_images", "false"], False)):
-        parsed, _ = parse_options(evaluation, argv, [EvaluateOptions])
-        assert parsed.without_images is value
-    with pytest.raises(ValueError, match="neither true nor false"):
-        parse_options(evaluation, ["--without_images", "perhaps"], [EvaluateOptions])
+def parsed(argv: list[str]) -> dict[str, Any]:
+    """What a command with an option of each kind is called with."""
+    calls: list[dict[str, Any]] = []
+
+    def function(
+        word: Annotated[str | None, typer.Argument()] = None,
+        image: Annotated[list[str] | None, typer.Option()] = None,
+        max_rows: Annotated[int | None, typer.Option(min=1)] = None,
+        top_p: float = 1.0,
+        name: str = "x",
+        lora: bool = False,
+        model_overrides: Annotated[
+            dict[str, Any] | None, typer.Option(parser=json_object, metavar="JSON")
+        ] = None,
+        config: ConfigFile = None,
+    ) -> None:
+        calls.append(locals())
+
+    call(command(function), "vlmoe x", argv)
+    (given,) = calls
+    return {name: value for name, value in given.items() if name != "calls"}
 
 
-def test_every_command_has_a_main_function() -> None:
-    assert callable(evaluate.main) and callable(generate.main)
-    assert set(OPTIONS) < set(main.COMMANDS)
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {"lora": False, "image": None, "max_rows": None, "model_overrides": None}),
+        (["--image", "a", "w", "--image=b"], {"image": ["a", "b"], "word": "w"}),
+        (["--max-rows", "3", "--top_p=0.5"], {"max_rows": 3, "top_p": 0.5}),
+        (["--max_rows", "3", "--max-rows=4"], {"max_rows": 4}),
+        (["--lora"], {"lora": True}),
+        (["--lora", "true", "w"], {"lora": True, "word": "w"}),
+        (["--lora", "w"], {"lora": True, "word": "w"}),
+        (["--lora", "False"], {"lora": False}),
+        (["--lora=yes"], {"lora": True}),
+        (["--lora", "--no-lora"], {"lora": False}),
+        (["--", "--lora"], {"lora": False, "word": "--lora"}),
+        (["--name", "a-b=c"], {"name": "a-b=c"}),
+        (["--model_overrides", '{"a": {"b": 1}}'], {"model_overrides": {"a": {"b": 1}}}),
+        (["--model.a.b", "0", "--model.a.c=x"], {"model_overrides": {"a": {"b": 0, "c": "x"}}}),
+        (["--model.a", "null", "w"], {"model_overrides": {"a": None}, "word": "w"}),
+        (["--model.a", "[1, 2]"], {"model_overrides": {"a": [1, 2]}}),
+        (["--model.a", "NaN"], {"model_overrides": {"a": "NaN"}}),
+        (
+            ["--model.a.b", "2", "--model-overrides", '{"a": {"b": 1, "c": 1}}'],
+            {"model_overrides": {"a": {"b": 2, "c": 1}}},
+        ),
+    ],
+)
+def test_the_forms_of_options(argv: list[str], expected: dict[str, Any]) -> None:
+    given = parsed(argv)
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("max-rows: 3\nlora: true\nname: no-one", [], {"max_rows": 3, "lora": True}),
+        ("max_rows: 3\nlora: true", ["--max_rows", "4", "--lora", "false"], {"lora": False}),
+        ("max_rows: 3", ["--max_rows", "4"], {"max_rows": 4}),
+        ("image: [a, b]", [], {"image": ["a", "b"]}),
+        ("image: [a, b]", ["--image", "c"], {"image": ["c"]}),
+        ("name: 5", [], {"name": "5"}),
+        ("max_rows:", [], {"max_rows": None}),
+        (
+            "model_overrides: {a: {b: 1}}",
+            ["--model.a.c", "2"],
+            {"model_overrides": {"a": {"b": 1, "c": 2}}},
+        ),
+        ("", [], {"name": "x"}),
+    ],
+)
+def test_a_config_file_gives_defaults(
+    tmp_path: Path, text: str, argv: list[str], expected: dict[str, Any]
+) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    given = parsed(["--config", str(tmp_path / "x.yaml"), *argv])
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("max_row: 1", "no option 'max_row' (did you mean max_rows"),
+        ("config: x.yaml", "no option 'config'"),
+        ("word: x", "no option 'word'"),
+        ("- a list", "must be a mapping"),
+        ("name: [unclosed", "not valid YAML"),
+        ("max_rows: 1.5", "'--max_rows': must be a valid integer"),
+        ("max_rows: 0", "'--max_rows': must be greater than or equal to 1, got '0'"),
+        ("max_rows: maybe", "got 'maybe'"),
+        ("max_rows: [1]", "--max_rows cannot be [1]"),
+        ("max_rows: true", "--max_rows cannot be True"),
+        ("name: 2020-01-01", "--name cannot be"),
+        ("image: a", "--image cannot be 'a'"),
+        ("lora: perhaps", "got 'perhaps'"),
+        ("model_overrides: [1]", "--model_overrides cannot be"),
+    ],
+)
+def test_a_wrong_config_file_is_named_with_the_option(
+    tmp_path: Path, text: str, facts: str
+) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        parsed(["--config", str(tmp_path / "x.yaml")])
+    assert facts in str(caught.value) and "x.yaml" in str(caught.value)
+
+
+def test_a_missing_config_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        parsed(["--config", "nowhere.yaml"])

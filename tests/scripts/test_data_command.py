@@ -88,7 +88,7 @@ def test_all_faults_of_all_rows_are_listed(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "The dataset is missing"),
+        ([], "Missing argument 'DATASET'"),
         (["/nowhere"], "there is no file or folder /nowhere"),
         (["DATA", "--split", "dev"], "has no split 'dev'; it has: test, train"),
         (["DATA", "--model", "huge"], "neither a preset"),

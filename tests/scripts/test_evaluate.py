@@ -46,11 +46,11 @@ def test_the_results_lie_in_the_model_folder_by_default(
     ("arguments", "message"),
     [
         (["--split", "dev"], "dev"),
-        (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--batch_size", "0"], "'--batch_size': must be greater than or equal to 1, got '0'"),
         (["--max_length", "3"], "more than max_length=3"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--dtype", "int8"], "--dtype 'int8' is no number type"),
-        (["--save_predict", "x"], "did you mean --save_predictions"),
+        (["--save_predict", "x"], "--save_predictions"),
     ],
 )
 def test_wrong_options_are_named_and_nothing_is_written(

@@ -116,9 +116,15 @@ def test_data_without_types_leave_the_section_out(
         (["--before", "MODEL", "what?"], "--before compares the models on data"),
         (["--before", "./nowhere", "--dataset", "DATA"], "There is no model folder ./nowhere"),
         (["--dataset", "DATA", "--split", "dev"], "no split 'dev'"),
-        (["--dataset", "DATA", "--max_rows", "0"], "--max_rows must be 1 or more, got 0"),
-        (["--dataset", "DATA", "--batch_size", "0"], "--batch_size must be 1 or more"),
-        (["--datset", "DATA"], "did you mean --dataset"),
+        (
+            ["--dataset", "DATA", "--max_rows", "0"],
+            "'--max_rows': must be greater than or equal to 1, got '0'",
+        ),
+        (
+            ["--dataset", "DATA", "--batch_size", "0"],
+            "'--batch_size': must be greater than or equal to 1, got '0'",
+        ),
+        (["--datset", "DATA"], "--dataset"),
         (["--dataset", "DATA", "--output_dir", "FILE"], "is a file; name a folder"),
     ],
 )

@@ -20,6 +20,8 @@ from vlmoe_cli.training_arguments import training_arguments
 from vlmoe_cli.training_checks import check_arguments, require_evaluation
 
 GENERATE = ["generate", "--model", "x", "?"]
+SAMPLE = [*GENERATE, "--temperature"]
+UPCYCLE = ["upcycle", "x", "--output_dir", "y"]
 EVALUATE = ["evaluate", "--model", "x", "--dataset", "x"]
 TRAIN = ["train", "--dataset", "x", "--use_cpu"]
 
@@ -27,22 +29,17 @@ TRAIN = ["train", "--dataset", "x", "--use_cpu"]
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            [*GENERATE, "--temperature", "1", "--top_p", "5"],
-            "--top_p must be above 0 and at most 1",
-        ),
-        (
-            [*GENERATE, "--temperature", "1", "--top_p", "0"],
-            "--top_p must be above 0 and at most 1",
-        ),
-        ([*GENERATE, "--temperature", "nan"], "--temperature must be 0 or more"),
-        ([*GENERATE, "--temperature", "1e-40"], "--temperature must be 0 or at least 0.0001"),
-        ([*GENERATE, "--temperature", "1e30"], "--temperature must be 0 or more and at most 100"),
-        ([*GENERATE, "--max_new_tokens", "0"], "--max_new_tokens must be 1 or more, got 0"),
-        ([*GENERATE, "--seed", "-1"], "--seed must be 0 or more"),
-        ([*EVALUATE, "--batch_size", "0"], "--batch_size must be 1 or more, got 0"),
-        ([*EVALUATE, "--max_rows", "-3"], "--max_rows must be 1 or more, got -3"),
-        ([*EVALUATE, "--max_length", "0"], "--max_length must be 1 or more"),
+        ([*SAMPLE, "1", "--top_p", "5"], "'--top_p': must be above 0 and at most 1, got '5'"),
+        ([*SAMPLE, "1", "--top_p", "0"], "'--top_p': must be above 0 and at most 1, got '0'"),
+        ([*SAMPLE, "1", "--top_p", "red"], "'--top_p': could not convert"),
+        ([*SAMPLE, "nan"], "'--temperature': must be 0"),
+        ([*SAMPLE, "1e-40"], "or 0.0001 to 100, got '1e-40'"),
+        ([*SAMPLE, "1e30"], "or 0.0001 to 100, got '1e30'"),
+        ([*GENERATE, "--max_new_tokens", "0"], "must be greater than or equal to 1, got '0'"),
+        ([*GENERATE, "--seed", "-1"], "'--seed': must be greater than or equal to 0"),
+        ([*EVALUATE, "--batch_size", "0"], "'--batch_size': must be greater than or equal to 1"),
+        ([*EVALUATE, "--max_rows", "-3"], "'--max_rows': must be greater than or equal to 1"),
+        ([*EVALUATE, "--max_length", "0"], "'--max_length': must be greater than or equal to 1"),
         ([*TRAIN, "--num_train_epochs", "0"], "--num_train_epochs must be above 0, got 0.0"),
         ([*TRAIN, "--max_steps", "0"], "--max_steps must be 1 or more, or -1, got 0"),
         ([*TRAIN, "--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
@@ -62,9 +59,10 @@ TRAIN = ["train", "--dataset", "x", "--use_cpu"]
         ),
         ([*TRAIN, "--eval_on_start"], "--eval_on_start needs an evaluation: give --eval_split"),
         ([*TRAIN, "--without_images", "--altered_copies", "1"], "--altered_copies changes nothing"),
-        ([*GENERATE, "--top_p", "0.5"], "--top_p changes nothing here: give --temperature above 0"),
-        (["upcycle", "x", "--num_experts", "0"], "--num_experts must be 1 or more"),
-        (["upcycle", "x", "--drop_ratio", "0.1"], "--drop_ratio changes nothing here"),
+        ([*GENERATE, "--top_p", "0.5"], "--top_p changes nothing in greedy decoding"),
+        ([*UPCYCLE, "--num_experts", "0"], "'--num_experts': must be greater than or equal to 1"),
+        ([*UPCYCLE, "--drop_ratio", "0.1"], "--drop_ratio changes nothing here"),
+        ([*UPCYCLE, "--router_std", "inf"], "'--router_std': must be 0 or more, and finite"),
     ],
 )
 def test_an_option_out_of_range_or_unread_is_one_line(

@@ -153,9 +153,11 @@ def test_a_model_of_the_hub_is_a_source_and_the_card_names_it(
     [
         ([], "--output_dir"),
         (["--sparse_layers", "some"], "--sparse_layers is 'some'; allowed: all, second_half"),
-        (["--fields", "{"], "--fields is not valid JSON"),
-        (["--fields", "[1]"], "--fields must be a JSON object"),
+        (["--fields", "{"], "'--fields': not valid JSON"),
+        (["--fields", "[1]"], "'--fields': a JSON object"),
         (["--fields", '{"norm_topk_prob": false}'], "an option is 'norm_topk_prob'; allowed"),
+        (["--fields.norm_topk_prob", "false"], "an option is 'norm_topk_prob'; allowed"),
+        (["--connector.pixel_shuffle_factor", "2"], "--connector is for --vision"),
         (["--connector", '{"pixel_shuffle_factor": 2}'], "--connector is for --vision"),
         (["--expert_split", "3"], "allowed: divisors of the dense model's"),
         (["--num_experts", "many"], "--num_experts"),
