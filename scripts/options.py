@@ -283,21 +283,6 @@ class InspectOptions(Options):
 
 
 @dataclasses.dataclass
-class PushOptions(Options):
-    """Where to push a model, and how."""
-
-    _argument_group_name = "push"
-
-    repo_id: str | None = option("The repo on the Hub, USER/NAME; it is created if need be.")
-    private: bool = option("Create the repo as a private one (an existing one stays as is).", False)
-    revision: str | None = option("Branch to push to, created if need be (default: main).")
-    message: str | None = option("Commit message (default: Upload FOLDER).")
-    token: str | None = option(
-        "Token with write access; by default HF_TOKEN, or that of `hf auth login`."
-    )
-
-
-@dataclasses.dataclass
 class CardOptions(Options):
     """What the card says where the folder does not."""
 
