@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import torch_compilable_check
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..configuration.configuration_vlmoe_text import Modality
+
 
 class ImageTokensMixin:
     """What `VLMoEModel` knows of image tokens."""
@@ -43,7 +45,7 @@ class ImageTokensMixin:
         if mm_token_type_ids is None:
             return found
         missing = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
-        return found | (F.pad(mm_token_type_ids, (missing, 0)) == 1)
+        return found | (F.pad(mm_token_type_ids, (missing, 0)) == Modality.image.value)
 
     def token_types(
         self,

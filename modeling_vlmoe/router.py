@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-from ..configuration.configuration_vlmoe_text import MODALITIES, VLMoETextConfig
+from ..configuration.configuration_vlmoe_text import Modality, VLMoETextConfig
 
-IMAGE = MODALITIES.index("image")  # in `mm_token_type_ids`
+TEXT, IMAGE = Modality.text.value, Modality.image.value
 
 
 def choose_experts(
@@ -95,7 +95,7 @@ class VLMoERouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.modality_bias = None
         if has_modality_bias:
-            self.modality_bias = nn.Parameter(torch.zeros(len(MODALITIES), num_experts))
+            self.modality_bias = nn.Parameter(torch.zeros(len(Modality), num_experts))
         bias = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
         self.masked_by = copy.deepcopy(routing.modality_experts)
@@ -125,9 +125,9 @@ class VLMoERouter(nn.Module):
 
     def modality_mask(self) -> torch.Tensor:
         """(modalities, experts): True where tokens of the modality may use the expert."""
-        mask = torch.zeros(len(MODALITIES), self.weight.shape[0], dtype=torch.bool)
+        mask = torch.zeros(len(Modality), self.weight.shape[0], dtype=torch.bool)
         for modality, experts in (self.masked_by or {}).items():
-            mask[MODALITIES.index(modality), list(experts)] = True
+            mask[Modality[modality], list(experts)] = True
         return mask
 
     def _follow_modality_experts(self) -> None:
@@ -187,7 +187,7 @@ def _by_modality(rows: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> 
 
     Not by indexing, whose gradient is summed in no fixed order on a GPU.
     """
-    text, image = rows[1 - IMAGE], rows[IMAGE]
+    text, image = rows[TEXT], rows[IMAGE]
     if mm_token_type_ids is None:
         return text
     return torch.where((mm_token_type_ids == IMAGE)[:, None], image, text)

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from ..configuration.configuration_vlmoe_text import MODALITIES, VLMoETextConfig
+from ..configuration.configuration_vlmoe_text import MODALITIES, Modality, VLMoETextConfig
 from .router import choose_experts
 
 Summed = Callable[[torch.Tensor], torch.Tensor]
@@ -276,7 +276,7 @@ def decoder_router_losses(
     token_mask, row_weights = token_mask.to(device), row_weights.to(device)
     is_image = torch.zeros_like(token_mask)
     if mm_token_type_ids is not None:
-        is_image = mm_token_type_ids.to(device) == MODALITIES.index("image")
+        is_image = mm_token_type_ids.to(device) == Modality.image.value
     rows = Tokens(token_mask, is_image, row_weights)
     compared = rows.in_scope(config.router_aux_loss_scope, training)
     losses = RouterLosses()

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe.configuration.configuration_vlmoe_text import Modality
 from vlmoe.routing.expert_load import ExpertLoad, load_shares, record_expert_load
 
 IMAGE, K, EXPERTS = 5, 2, 4
@@ -129,7 +130,7 @@ def test_shares_are_of_a_layers_assignments(
     assert load_shares(torch.tensor([[3, 1], [0, 0]])).tolist() == [[0.75, 0.25], [0.0, 0.0]]
     with record_expert_load(tiny_model()) as load:
         pass
-    load.assignments += torch.tensor([[6, 0, 2, 0], [0, 0, 4, 4]])
+    load.assignments += torch.tensor([[0, 0, 4, 4], [6, 0, 2, 0]])
     summary = load.as_dict()
     assert load.text_counts.tolist() == [[0, 0, 4, 4]] * 3
     assert summary["fair_share"] == 0.25
@@ -221,7 +222,7 @@ def test_what_was_not_seen_is_none(
     text = {"mlp_only_layers": [0]}
     with record_expert_load(tiny_model(text=text)) as load:
         pass
-    load.assignments[:, 1] += torch.tensor([100, 100, 300, 10])
+    load.assignments[:, Modality.text] += torch.tensor([100, 100, 300, 10])
     load.entropy_sums[:] = math.nan
     summary = load.as_dict()
     assert summary["layers"] == [1, 2], "the dense layer has no experts"
@@ -308,9 +309,9 @@ def test_experts_of_one_modality_are_measured_by_what_it_could_send_them() -> No
     load = ExpertLoad(
         layers=(0,),
         top_k=2,
-        assignments=torch.tensor([[image, text]]),
+        assignments=torch.tensor([[text, image]]),
         entropy_sums=torch.zeros(1, 2),
-        allowed=torch.tensor([[False, False, True, True, False], [True, True, True, False, True]]),
+        allowed=torch.tensor([[True, True, True, False, True], [False, False, True, True, False]]),
     )
     figures = load.as_dict()
     assert figures["max_violation"]["image"] == [pytest.approx(0.6 * 2 - 1)]
@@ -327,6 +328,6 @@ def test_the_experts_of_each_modality_are_read_from_the_model(
     model = tiny_model(text={"modality_experts": {"text": [0, 2], "image": [1, 2, 3]}})
     with record_expert_load(model) as load, torch.no_grad():
         model(**batch())
-    assert load.allowed.tolist() == [[False, True, True, True], [True, False, True, False]]
+    assert load.allowed.tolist() == [[True, False, True, False], [False, True, True, True]]
     assert not load.image_counts[:, 0].any() and not load.text_counts[:, [1, 3]].any()
     assert load.image_counts.any() and load.as_dict()["dead_experts"]["text"] == [0, 0, 0]

@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..configuration.configuration_vlmoe_text import MODALITIES, Modality
+
 BACKBONE_CLASS, ROUTER_CLASS = "VLMoEModel", "VLMoERouter"  # by name: also those of Hub code
-MODALITIES = ("image", "text")
+PADDING = len(Modality)  # the kind of a token that is of no modality
 PLACES = {  # where the name of a router has the index of its layer
     "decoder": re.compile(r"\blanguage_model\.layers\.(\d+)\."),
     "tower": re.compile(r"\bvision_tower\..*\blayers\.(\d+)\."),
@@ -49,9 +51,10 @@ class ExpertLoad:
     Attributes:
         layers: the index of each sparse layer, of the decoder or of the tower; 0 for the connector.
         top_k: experts per token.
-        assignments: (L, 2, E) long: how often image and text tokens were sent to each expert.
+        assignments: (L, 2, E) long: how often text and image tokens were sent to each expert; the
+            order is that of `Modality`, as below.
         entropy_sums: (L, 2): entropies of the routing distributions, in nats, summed over tokens.
-        allowed: (2, E) bool: which experts image and text tokens may use.
+        allowed: (2, E) bool: which experts text and image tokens may use.
         vision: the same of `"tower"` and `"connector"`, for those with experts; no tokens of text.
     """
 
@@ -65,12 +68,12 @@ class ExpertLoad:
     @property
     def image_counts(self) -> torch.Tensor:
         """Assignments of image tokens, (L, E) long, on the CPU."""
-        return self.assignments[:, 0].clone().cpu()
+        return self.assignments[:, Modality.image].clone().cpu()
 
     @property
     def text_counts(self) -> torch.Tensor:
         """Assignments of text tokens, (L, E) long, on the CPU."""
-        return self.assignments[:, 1].clone().cpu()
+        return self.assignments[:, Modality.text].clone().cpu()
 
     @property
     def counts(self) -> torch.Tensor:
@@ -272,7 +275,7 @@ class _PlaceRecorder:
 
     @torch.no_grad()
     def count(self, kinds: torch.Tensor) -> None:
-        """Count what was kept; `kinds` (T,) is 0 for image tokens, 1 for text, 2 for padding."""
+        """Count what was kept; `kinds` (T,) as `token_kinds` gives them."""
         device = self._counts.device
         bins = self._first_bins + kinds.to(device)  # (L, T)
         chosen = torch.stack([of_layer.to(device) for of_layer in self.chosen])  # (L, T, k)
@@ -300,7 +303,7 @@ class _LoadRecorder:
         self.load = loads.pop("decoder") if "decoder" in loads else _no_layers()
         self.load.vision = loads
         self._training_only = training_only
-        self._kinds: torch.Tensor | None = None  # (T,): 0 image, 1 text, 2 padding; in a forward
+        self._kinds: torch.Tensor | None = None  # (T,), in a forward
         self._in_forward = False
         self._handles = [
             backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -333,7 +336,7 @@ class _LoadRecorder:
         elif not (self._training_only or torch.is_grad_enabled() or name == "decoder"):
             place.note(output)  # images encoded before the forward
             if len(place.chosen) == len(place.routers):
-                place.count(torch.zeros(len(place.chosen[0]), dtype=torch.long))
+                place.count(torch.full((len(place.chosen[0]),), Modality.image.value))
 
     def _after_forward(self, backbone: nn.Module, args: tuple, output: Any) -> None:
         kinds, self._kinds, self._in_forward = self._kinds, None, False
@@ -354,44 +357,51 @@ def _no_layers() -> ExpertLoad:
 
 
 def _allowed_experts(router: Any) -> torch.Tensor:
-    """(2, E) bool: which experts image and text tokens may use."""
-    allowed = getattr(router, "allowed_experts", None)  # by number of the type: text, image
+    """(2, E) bool: which experts text and image tokens may use."""
+    allowed = getattr(router, "allowed_experts", None)
     if allowed is None:
         return torch.ones(len(MODALITIES), router.weight.shape[0], dtype=torch.bool)
-    return allowed.flip(0).cpu()
+    return allowed.cpu()
 
 
 def token_kinds(inputs: dict[str, Any], config: Any) -> torch.Tensor:
-    """(batch, length): 0 image, 1 text, 2 padding, from the keyword arguments of a forward of the
-    backbone and its config."""
+    """Return each token's modality, or `PADDING`, (batch, length).
+
+    Args:
+        inputs: the keyword arguments of a forward of the backbone.
+        config: the backbone's.
+    """
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs["inputs_embeds"][..., 0]
-    is_text = _text_tokens(inputs, tokens, config.image_token_id)
+    is_image = _image_tokens(inputs, tokens, config.image_token_id)
     padding = _padding(inputs, tokens, config.text_config.pad_token_id)
-    return is_text.long() if padding is None else torch.where(padding, 2, is_text)
+    return is_image.long() if padding is None else torch.where(padding, PADDING, is_image)
 
 
-def _text_tokens(inputs: dict[str, Any], tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """(batch, length): False for image tokens; a token decoded with a cache is text."""
+def _image_tokens(
+    inputs: dict[str, Any], tokens: torch.Tensor, image_token_id: int
+) -> torch.Tensor:
+    """(batch, length): True for image tokens; a token decoded with a cache is text."""
     if inputs.get("input_ids") is not None:
-        return tokens != image_token_id
+        return tokens == image_token_id
     types = inputs.get("mm_token_type_ids")
     if types is not None and types.shape == tokens.shape:
-        return types != 1
-    return torch.ones_like(tokens, dtype=torch.bool)
+        return types == Modality.image.value
+    return torch.zeros_like(tokens, dtype=torch.bool)
 
 
 def _tile_kinds(tokens: int, output: Any) -> torch.Tensor:
-    """(tokens,): 2 for tokens of tiles that no row shows, 0 for others.
+    """(tokens,): `PADDING` for tokens of tiles that no row shows, image for others.
 
     In evaluation there are no such tiles.
     """
+    image = Modality.image.value
     if output.shown_tiles is None:
-        return torch.zeros(tokens, dtype=torch.long)
+        return torch.full((tokens,), image)
     (tile, row), tiles = output.shown_tiles, len(output.vision_router_logits[0])
-    kinds = torch.full((tiles,), 2, device=tile.device)
-    kinds = kinds.scatter_reduce(0, tile, torch.where(row >= 0, 0, 2), "amin")
+    kinds = torch.full((tiles,), PADDING, device=tile.device)
+    kinds = kinds.scatter_reduce(0, tile, torch.where(row >= 0, image, PADDING), "amin")
     return kinds.repeat_interleave(tokens // tiles)
 
 

@@ -19,10 +19,10 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from ..configuration.configuration_vlmoe_text import Modality
 from ..data.answers import greedy_answers
-from .expert_load import find_backbone, sparse_routers, token_kinds
+from .expert_load import PADDING, find_backbone, sparse_routers, token_kinds
 
-IMAGE_KIND, TEXT_KIND, PADDING_KIND = 0, 1, 2
 _recorded: WeakSet[nn.Module] = WeakSet()  # backbones inside a `record_routing` block
 _guard = threading.Lock()
 
@@ -66,8 +66,8 @@ class TokenRouting:
 
 @dataclass
 class ForwardRouting:
-    """The routing of one forward, on the CPU: `token_ids` and `kinds` (B, T; 0 image, 1 text, 2
-    padding), `experts` and `weights` (L, B, T, k), by falling weight."""
+    """The routing of one forward, on the CPU: `token_ids` and `kinds` (B, T; see `token_kinds`),
+    `experts` and `weights` (L, B, T, k), by falling weight."""
 
     token_ids: torch.Tensor
     kinds: torch.Tensor
@@ -105,11 +105,11 @@ class RoutingTrace:
                 self.layers,
                 self.num_experts,
                 token_ids[row, real],
-                kinds[row, real] == IMAGE_KIND,
+                kinds[row, real] == Modality.image.value,
                 experts[:, row, real],
                 weights[:, row, real],
             )
-            for row, real in enumerate(kinds != PADDING_KIND)
+            for row, real in enumerate(kinds != PADDING)
         ]
 
 

@@ -30,7 +30,7 @@ def counts(preferred: list[int], strength: int) -> np.ndarray:
     """(C, 1, 2, 4): each question's text tokens prefer an expert; its image tokens do not."""
     noise = np.random.default_rng(0).integers(5, 10, (len(preferred), 1, 2, 4))
     for question, expert in enumerate(preferred):
-        noise[question, 0, 1, expert] += strength
+        noise[question, 0, 0, expert] += strength
     return noise.astype(np.int32)
 
 
@@ -51,14 +51,14 @@ def test_a_planted_specialisation_is_found_and_shuffled_types_give_none() -> Non
     assert found["text"]["is_above_chance"] == [True]
     assert found["image"]["is_above_chance"] == [False]
     assert found["text"]["information_bits"][0] > 20 * found["text"]["shuffled_95_bits"][0]
-    by_hand = planted[1::2, 0, 1].sum(0) / planted[1::2, 0, 1].sum()
+    by_hand = planted[1::2, 0, 0].sum(0) / planted[1::2, 0, 0].sum()
     assert found["text"]["shares"][0][0] == pytest.approx(by_hand.tolist())
     strongest = found["text"]["strongest"][0]
     assert strongest["type"] in TYPES and strongest["expert"] in (0, 3)
     row, expert = found["types"].index(strongest["type"]), strongest["expert"]
     assert strongest["share"] == found["text"]["shares"][0][row][expert]
     assert strongest["average"] == pytest.approx(
-        planted[:, 0, 1, expert].sum() / planted[:, 0, 1].sum()
+        planted[:, 0, 0, expert].sum() / planted[:, 0, 0].sum()
     )
 
     # The same tokens, but the preference has nothing to do with the type.
@@ -128,7 +128,7 @@ def test_a_dataset_is_counted_as_by_a_loop_over_its_questions(
         for layer, of_layer in enumerate(logits):
             for token, of_token in zip(inputs["input_ids"][0].tolist(), of_layer, strict=True):
                 for expert in of_token.topk(2).indices.tolist():
-                    expected[layer, 0 if token == processor.image_token_id else 1, expert] += 1
+                    expected[layer, int(token == processor.image_token_id), expert] += 1
         assert (found.counts[number] == expected).all()
         first = torch.stack([of_layer.argmax(-1) for of_layer in logits]).numpy()
         tokens = slice(len(ids), len(ids) + first.shape[1])
@@ -136,7 +136,7 @@ def test_a_dataset_is_counted_as_by_a_loop_over_its_questions(
         ids += inputs["input_ids"][0].tolist()
     assert found.token_ids.tolist() == ids
     assert found.is_image.tolist() == [token == processor.image_token_id for token in ids]
-    shares = found.counts[:, :, 0].sum(0) / found.counts[:, :, 0].sum((0, 2))[:, None]
+    shares = found.counts[:, :, 1].sum(0) / found.counts[:, :, 1].sum((0, 2))[:, None]
     assert np.allclose(found.load["image_share"], shares)
     table = inspection_table(found, specialisation(found.counts, found.question_types))
     assert [line.split()[0] for line in table.splitlines()] == ["layer", "0", "1", "2"]

@@ -78,18 +78,18 @@ def prompt(question: str = "what is it?", layers: int = 2, image: Path | None = 
 def dataset(layers: int = 2, seed: int = 0) -> DatasetRouting:
     generator = np.random.default_rng(seed)
     counts = generator.integers(1, 20, (40, layers, 2, 4)).astype(np.int32)
-    counts[::2, 0, 1, 3] += 60
+    counts[::2, 0, 0, 3] += 60
     shares = counts.sum(0) / counts.sum((0, 3))[..., None]  # (L, 2, E)
     of_all = {kind: [0.5] * layers for kind in ("image", "text", "all")}
     load = {
         "fair_share": 0.25,
-        "image_share": shares[:, 0].tolist(),
-        "text_share": shares[:, 1].tolist(),
+        "text_share": shares[:, 0].tolist(),
+        "image_share": shares[:, 1].tolist(),
         "max_over_mean": [1.5] * layers,
         "tokens": {kind: [100] * layers for kind in of_all},
         "max_violation": {
             kind: (4 * shares[:, number].max(-1) - 1).tolist()
-            for number, kind in enumerate(("image", "text"))
+            for number, kind in enumerate(("text", "image"))
         }
         | {"all": [0.5] * layers},
         "load_entropy": of_all,

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ...configuration.configuration_vlmoe_text import MODALITIES, Modality
 from ...data.collator import VLMoECollator
 from ...data.conversation_rows import ConversationRows
 from ...data.conversations import parse_row
 from ...data.long_rows import length_limit
 from ...hub.finite_outputs import require_finite_logits
-from ..expert_load import MODALITIES, record_expert_load
-from ..trace import IMAGE_KIND, PADDING_KIND, TEXT_KIND, ForwardRouting, record_routing
+from ..expert_load import PADDING, record_expert_load
+from ..trace import ForwardRouting, record_routing
 
 SHUFFLES = 200
-KINDS = (IMAGE_KIND, TEXT_KIND)  # in the order of MODALITIES
 
 
 @dataclass
@@ -37,7 +37,7 @@ class DatasetRouting:
         layers: the decoder's index of each sparse layer.
         load: `ExpertLoad.as_dict`.
         question_types: of each conversation, "" for none.
-        counts: (C, L, 2, E) int32: how often its image and text tokens were sent to each expert.
+        counts: (C, L, 2, E) int32: how often its text and image tokens were sent to each expert.
         first_choices: (L, N) int16: each token's expert with the largest weight.
         token_ids, is_image: (N,).
     """
@@ -211,7 +211,7 @@ def change(before: DatasetRouting, after: DatasetRouting) -> dict[str, Any] | No
 def inspection_table(routing: DatasetRouting, types: dict[str, Any] | None) -> str:
     """The load by layer as text: busiest over mean, dead experts, overlap, and the bits that an
     expert tells of the question's type, beside those of shuffled types."""
-    head = ["layer", "image max/mean", "text max/mean", "dead", "overlap"]
+    head = ["layer", *(f"{kind} max/mean" for kind in MODALITIES), "dead", "overlap"]
     head += ["type bits", "shuffled"] if types else []
     lines = [head]
     for number, layer in enumerate(routing.layers):
@@ -245,22 +245,23 @@ def _change(before: np.ndarray, after: np.ndarray, experts: int) -> dict[str, li
 
 
 def _counts_by_row(forward: ForwardRouting, experts: int) -> np.ndarray:
-    """(B, L, 2, E): assignments of the image and text tokens of each row, padding left out."""
+    """(B, L, 2, E): assignments of the text and image tokens of each row, padding left out."""
     layers, rows, tokens, k = forward.experts.shape
-    counts = torch.zeros(layers, rows, len(KINDS) + 1, experts, dtype=torch.int32)
+    counts = torch.zeros(layers, rows, len(Modality) + 1, experts, dtype=torch.int32)
     kinds = forward.kinds[None, ..., None].expand(layers, rows, tokens, k)
     row = torch.arange(rows)[None, :, None, None].expand_as(kinds)
     layer = torch.arange(layers)[:, None, None, None].expand_as(kinds)
     one = torch.ones((), dtype=torch.int32)
     counts.index_put_((layer, row, kinds, forward.experts), one, accumulate=True)
-    return counts[:, :, : len(KINDS)].transpose(0, 1).numpy()
+    return counts[:, :, : len(Modality)].transpose(0, 1).numpy()
 
 
 def _real_tokens(forward: ForwardRouting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First choices (L, N), token ids and `is_image` (N,) of a forward, padding left out."""
-    real = forward.kinds != PADDING_KIND
+    real = forward.kinds != PADDING
     first = forward.experts[..., 0][:, real].to(torch.int16)
-    return first.numpy(), forward.token_ids[real].numpy(), (forward.kinds[real] == 0).numpy()
+    is_image = forward.kinds[real] == Modality.image.value
+    return first.numpy(), forward.token_ids[real].numpy(), is_image.numpy()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

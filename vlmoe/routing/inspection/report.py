@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...configuration.configuration_vlmoe_text import MODALITIES
 from ...figures.plots import plot_expert_load, plot_shares
-from ..expert_load import MODALITIES
 from .analysis import DatasetRouting
 from .figures import plot_specialisation
 from .tokens import TracedPrompt
