@@ -11,6 +11,7 @@
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from .command_line import run_command
 from .config_file import PATH
 from .json_options import merged, split_dotted
 
+OTHER_NAMES = "names of options that the command does not declare"
 _METAVARS = {int: "N", float: "X", bool: "true|false"}
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
@@ -122,7 +124,10 @@ def call(made: TyperCommand, name: str, argv: list[str]) -> None:
     """
     try:
         with made.make_context(name, list(argv)) as ctx:
-            made.invoke(ctx)
+            try:
+                made.invoke(ctx)
+            except ValueError as error:
+                raise ValueError(_spelled(str(error), ctx)) from error
     except typer.Exit:
         pass  # after --help
     except typer.TyperException as error:
@@ -154,6 +159,12 @@ def _explained(error: typer.TyperException) -> str:
     source = ctx.get_parameter_source(param.name) if param else None
     file = f"{ctx.meta[PATH]}: " if source and source.name == "DEFAULT_MAP" else ""
     return f"{file}{message}{given}. See `{ctx.command_path} --help`."
+
+
+def _spelled(message: str, ctx: typer.Context) -> str:
+    """Return the message with arguments of functions (`dtype`) spelled as options (--dtype)."""
+    names = {param.name for param in ctx.command.params} | set(ctx.meta.get(OTHER_NAMES, ()))
+    return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], message)
 
 
 def _underscored(name: str) -> str:

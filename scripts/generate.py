@@ -23,6 +23,7 @@ from .shared_options import (
     Pictures,
     SavedModel,
     Seed,
+    refuse_unread,
     share,
     text,
 )
@@ -69,8 +70,8 @@ def main(
       vlmoe generate --model outputs/tiny --image a.png --image b.png "What is the difference?"
       vlmoe generate --model outputs/tiny --temperature 0.7 --seed 3 "Is a teal shape red?"
     """
-    if top_p is not None and temperature == 0:
-        raise ValueError("--top_p changes nothing in greedy decoding; give --temperature above 0.")
+    if temperature == 0:
+        refuse_unread("give --temperature above 0", top_p=top_p is not None)
     options = GenerateOptions(
         model=model,
         image=image,

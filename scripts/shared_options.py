@@ -46,6 +46,25 @@ def finite(number: str) -> float:
     return value
 
 
+def dropout(number: str) -> float:
+    """Return a number from 0 up to, but not, 1; raise `ValueError` for another."""
+    value = float(number)
+    if not 0 <= value < 1:
+        raise ValueError("must be 0 or more, and below 1")
+    return value
+
+
+def refuse_unread(remedy: str, **given: bool) -> None:
+    """Refuse options that were given where nothing reads them.
+
+    Raises:
+        ValueError: names the first of them, and the remedy.
+    """
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(f"--{name} changes nothing here: {remedy}, or leave it out.")
+
+
 SavedModel = Annotated[
     str, typer.Option(parser=place, metavar="MODEL", help="The model: a folder or a Hub id.")
 ]

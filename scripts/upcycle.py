@@ -20,7 +20,7 @@ from .commands import run
 from .config_file import ConfigFile
 from .json_options import json_object
 from .options import UpcycleOptions
-from .shared_options import Seed, finite, place
+from .shared_options import Seed, finite, place, refuse_unread
 
 
 def main(
@@ -142,11 +142,10 @@ def main(
       vlmoe upcycle user/language-model --vision user/vision-encoder --output_dir outputs/sparse \\
         --connector.pixel_shuffle_factor 2 --chat_template chat_template.jinja
     """
-    for name, value in (("drop", drop_ratio), ("noise", noise_ratio)):
-        if value is not None and expert_init != name:
-            raise ValueError(
-                f"--{name}_ratio changes nothing here: give --expert_init {name}, or leave it out."
-            )
+    if expert_init != "drop":
+        refuse_unread("give --expert_init drop", drop_ratio=drop_ratio is not None)
+    if expert_init != "noise":
+        refuse_unread("give --expert_init noise", noise_ratio=noise_ratio is not None)
     options = UpcycleOptions(
         output_dir=output_dir,
         vision=vision,

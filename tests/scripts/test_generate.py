@@ -104,7 +104,7 @@ def test_wrong_input_is_named(
             "'--max_new_tokens': must be greater than or equal to 1, got '0'",
         ),
         ([*model, "--temperature", "-1"], "or 0.0001 to 100, got '-1'"),
-        ([*model, "--top_p", "0.5"], "--top_p changes nothing in greedy decoding"),
+        ([*model, "--top_p", "0.5"], "--top_p changes nothing here: give --temperature above 0"),
         (["--model", str(tmp_path / "nowhere")], "There is no model folder"),
         (["--model", str(damaged)], "damaged holds no whole model: model.safetensors: holds"),
         (["--model", "tiny"], "'tiny'"),

@@ -59,7 +59,7 @@ TRAIN = ["train", "--dataset", "x", "--use_cpu"]
         ),
         ([*TRAIN, "--eval_on_start"], "--eval_on_start needs an evaluation: give --eval_split"),
         ([*TRAIN, "--without_images", "--altered_copies", "1"], "--altered_copies changes nothing"),
-        ([*GENERATE, "--top_p", "0.5"], "--top_p changes nothing in greedy decoding"),
+        ([*GENERATE, "--top_p", "0.5"], "--top_p changes nothing here: give --temperature above 0"),
         ([*UPCYCLE, "--num_experts", "0"], "'--num_experts': must be greater than or equal to 1"),
         ([*UPCYCLE, "--drop_ratio", "0.1"], "--drop_ratio changes nothing here"),
         ([*UPCYCLE, "--router_std", "inf"], "'--router_std': must be 0 or more, and finite"),
