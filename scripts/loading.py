@@ -17,9 +17,13 @@ from vlmoe.configuration.configuration_vlmoe import PRESETS
 from vlmoe.data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 from vlmoe.hub.input_errors import reading
 from vlmoe.hub.json_files import read_json
-from vlmoe.hub.template_trial import try_templates
-from vlmoe.hub.whole_model import model_problems, weights_problems
-from vlmoe.modeling_vlmoe.whole_weights import require_finite
+from vlmoe.hub.saved_model import (
+    load_model,
+    read_config,
+    read_processor,
+    require_model_source,
+)
+from vlmoe.hub.whole_model import weights_problems
 from vlmoe.processing.image_sources import DEFAULT_LIMITS, ImageLimits
 
 from .config_overrides import merged, replace_fields, require_known
@@ -98,16 +102,13 @@ def adapter_for_training(options: ModelOptions, lora: LoraOptions) -> tuple[Any,
             f"--lora adapts a saved model; the preset {options.model!r} would start from nothing. "
             "Give --model a folder or Hub id."
         )
-    from peft import get_peft_model
-
-    from vlmoe import enable_routed_lora, expert_lora_config
+    from vlmoe import add_expert_lora
 
     model, processor = model_for_training(options, tuple)
-    model = get_peft_model(
-        model, expert_lora_config(model, r=lora.lora_r, attention=lora.lora_attention)
+    adapted = add_expert_lora(
+        model, lora.lora_r, attention=lora.lora_attention, dropout=lora.lora_dropout
     )
-    enable_routed_lora(model, dropout=lora.lora_dropout)
-    return model, processor
+    return adapted, processor
 
 
 def model_for_answers(source: str, options: RuntimeOptions) -> ModelAndProcessor:
@@ -148,28 +149,6 @@ def set_image_limits(processor: VLMoEProcessor, options: ImageOptions) -> None:
     processor.max_image_pixels, processor.max_image_side = limits.max_pixels, limits.max_side
 
 
-def load_model(
-    source: str, config: VLMoEConfig | None = None, dtype: torch.dtype | None = None
-) -> VLMoEForConditionalGeneration:
-    """A saved model whose weights are all there and all finite.
-
-    Args:
-        source: a folder or a Hub id.
-        config: in place of the model's own.
-        dtype: of the weights; by default the saved one.
-
-    Raises:
-        ValueError: they are not, or do not fit the config.
-    """
-    config = config or read_config(source)
-    with reading(f"The weights of {source}"):
-        model = VLMoEForConditionalGeneration.from_pretrained(
-            source, config=config, dtype=dtype or "auto"
-        )
-    require_finite(model.state_dict().items(), source)
-    return model
-
-
 def is_preset(name: str) -> bool:
     """Whether `name` is that of a preset."""
     return name in preset_names()
@@ -187,19 +166,8 @@ def check_model_source(source: str) -> None:
         FileNotFoundError: a path that does not exist.
         ValueError: a folder without a whole model, or a word that is neither folder nor preset.
     """
-    folder = Path(source).expanduser()
-    if folder.exists():
-        problems = model_problems(folder)
-        if problems:
-            raise ValueError(f"{source} holds no whole model: {'; '.join(problems)}.")
-        if not (folder / "config.json").exists():
-            raise ValueError(
-                f"{source} holds an adapter, no model: `vlmoe merge` adds it to its base model."
-            )
-        return
-    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"There is no model folder {source}.")
-    if "/" not in source:
+    require_model_source(source)
+    if "/" not in source and not Path(source).expanduser().exists():
         names = preset_names()
         raise ValueError(
             f"{source!r} is neither a preset ({', '.join(names)}) nor a folder"
@@ -253,20 +221,6 @@ def _new_config(
 def _reading_overrides(overrides: dict[str, Any]) -> AbstractContextManager[None]:
     """What is raised in the block is the fault of `--model_overrides`, if there are some."""
     return reading("--model_overrides") if overrides else nullcontext()
-
-
-def read_config(source: str) -> VLMoEConfig:
-    """The config of a saved model; raises `InputError`."""
-    with reading(f"{source}/config.json"):
-        return VLMoEConfig.from_pretrained(source)
-
-
-def read_processor(source: str | Path) -> VLMoEProcessor:
-    """The processor of a saved model, its chat template tried; raises `InputError`."""
-    with reading(f"The processor of {source}"):
-        processor = VLMoEProcessor.from_pretrained(source)
-    try_templates(processor.chat_template, str(source))
-    return processor
 
 
 def _chat_tokenizer(source: str) -> Any:

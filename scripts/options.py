@@ -296,18 +296,6 @@ class CardOptions(Options):
 
 
 @dataclasses.dataclass
-class MergeOptions(Options):
-    """What an adapter is merged into, and where the model goes."""
-
-    _argument_group_name = "merge"
-
-    output_dir: str | None = option("Folder for the merged model and its processor.")
-    model: str | None = option(
-        "The base model, a folder or Hub id (default: what the adapter's config names)."
-    )
-
-
-@dataclasses.dataclass
 class ExportLoraOptions(Options):
     """Where an adapter goes, and how its tensors are named."""
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from .data.loading import load_rows as load_rows
     from .data.preference_collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
     from .hub.push_to_hub import push as push
+    from .lora.add import add_expert_lora as add_expert_lora
     from .lora.config import expert_lora_config as expert_lora_config
+    from .lora.merge import merge_expert_lora as merge_expert_lora
     from .lora.wrappers import disable_routed_lora as disable_routed_lora
     from .lora.wrappers import enable_routed_lora as enable_routed_lora
     from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
@@ -59,17 +61,25 @@ _MODULES = {
     "VLMoEPreferenceCollator": "data.preference_collator",
     "VLMoEPromptCollator": "data.collator",
     "VLMoESFTTrainer": "training.trl_trainers",
+    "add_expert_lora": "lora.add",
     "disable_routed_lora": "lora.wrappers",
     "enable_routed_lora": "lora.wrappers",
     "expert_int8_config": "modeling_vlmoe.quantization",
     "expert_lora_config": "lora.config",
     "hotswap_expert_lora": "lora.wrappers",
     "load_rows": "data.loading",
+    "merge_expert_lora": "lora.merge",
     "push": "hub.push_to_hub",
     "record_routing": "routing.trace",
 }
 # What a module needs beyond the package's own dependencies, as it is imported.
-_NEEDS = {"lora.config": "peft", "lora.wrappers": "peft", "training.trl_trainers": "trl"}
+_NEEDS = {
+    "lora.add": "peft",
+    "lora.config": "peft",
+    "lora.merge": "peft",
+    "lora.wrappers": "peft",
+    "training.trl_trainers": "trl",
+}
 
 
 # A star import asks for every name here, so those of a missing extra are left out.

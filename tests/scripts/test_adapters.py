@@ -163,7 +163,7 @@ def test_int8_experts_are_trained_on_but_their_adapter_is_merged_into_plain_ones
     capsys.readouterr()
     assert main.main(["merge", str(folder), "--output_dir", str(output)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"experts of {int8} are quantised" in error and "by --model" in error
+    assert f"experts of {int8} are quantized" in error and "--model" in error
     assert not output.exists()
     plain = ["--model", str(saved_model)]
     assert main.main(["merge", str(folder), "--output_dir", str(output), *plain]) == 0
@@ -257,8 +257,6 @@ def test_training_with_lora_saves_an_adapter_that_resumes_and_merges(
     command += ["--output_dir", str(output), "--learning_rate", "1e-2", "--logging_steps", "1"]
     steps = ["--save_strategy", "steps", "--save_steps", "2", "--eval_split", "test"]
     assert main.main([*command, *steps, "--max_steps", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "mlp.experts.gate_up_proj: 3 matched, r=2" in printed and "router: frozen" in printed
     assert {f.name for f in output.glob("*.safetensors")} == {WEIGHTS}
     for folder in (output, output / "checkpoint-2"):
         assert str(saved_model) not in (folder / "README.md").read_text()

@@ -149,7 +149,7 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
         (
             ["merge", "{adapter}", "--model", "{model}"],
             "model",
-            "is {model}, the base model itself",
+            "{model} is the base model itself",
         ),
     ],
 )

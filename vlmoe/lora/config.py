@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from ..modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel
+logger = logging.get_logger(__name__)
 
 _LINEAR_PARTS = ("attention", "shared_experts", "connector")
 _CONNECTORS = ("connector", "multi_modal_projector", "merger")
@@ -29,7 +30,7 @@ _ALLOWED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "lora_dropout": (
         (0, 0.0),
-        "PEFT has no dropout on 3-D parameters; use `vlmoe.enable_routed_lora(model, dropout=...)`",
+        "PEFT has no dropout on 3-D parameters; give `vlmoe.add_expert_lora(model, dropout=...)`",
     ),
 }
 IN_MEMORY = (
@@ -59,12 +60,12 @@ def expert_lora_config(
     rank_scaling: str | None = None,
     **options: Any,
 ) -> LoraConfig:
-    """The `LoraConfig` that adapts a model's experts, and more on request; prints what it matched.
+    """Make the `LoraConfig` that adapts a model's experts, and of other parts on request.
 
-    Unless `router` is adapted too it is frozen. While no router trains VLMoE has no router losses,
-    which would reach nothing but the adapters below the routers; the model's config is left as it
-    is. Other models have a balance loss wherever `output_router_logits` is set: TRL sets it unless
-    its argument `router_aux_loss_coef` is 0.
+    The matched parameters are logged; the model is not changed. Unless `router` is adapted too, it
+    is frozen. While no router trains, VLMoE computes no router losses, which would reach only the
+    adapters below the routers. Other models add a balance loss wherever `output_router_logits` is
+    set: TRL sets it unless its argument `router_aux_loss_coef` is 0.
 
     Args:
         model: one with fused experts (VLMoE, Qwen3-VL-MoE, Qwen3-MoE, OLMoE, Mixtral, ...).
@@ -94,11 +95,8 @@ def expert_lora_config(
         matches += _router_matches(model, banks)
     ranks = _ranks(model, r, experts, rank_scaling, {match.part for match in matches})
     alpha = 2 * r if lora_alpha is None else lora_alpha
-    config = _config(model, matches, ranks, r, alpha, options)
-    print(_report(matches, ranks, alpha / r))
-    if not router:
-        print(f"  router: frozen; {_balance_losses(model)}")
-    return config
+    logger.info(_report(matches, ranks, alpha / r))
+    return _config(model, matches, ranks, r, alpha, options)
 
 
 def _config(
@@ -264,14 +262,6 @@ def _pattern(matches: Iterable[_Match], part: str) -> str:
         return "|".join(_suffixes(names)).replace(".", r"\.")
     escaped = (match.name.replace(".", r"\.") for match in names)
     return "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", name) for name in escaped}))
-
-
-def _balance_losses(model: PreTrainedModel) -> str:
-    if isinstance(model, VLMoEPreTrainedModel):
-        return "balance losses off while it is"
-    return (
-        "keep `output_router_logits` False (in TRL router_aux_loss_coef=0), or balance losses stay"
-    )
 
 
 def _number(value: float) -> float | int:
