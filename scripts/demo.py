@@ -20,11 +20,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .command_line import run_command
-from .option_parser import command_options
+import typer
+
+from .commands import run as run_command
+from .config_file import ConfigFile
 from .options import DemoOptions
+from .shared_options import Seed, place
 
 if TYPE_CHECKING:
     from .train import TrainResult
@@ -32,26 +35,35 @@ if TYPE_CHECKING:
 CAPTIONS, QUESTIONS, QUESTION_ONLY = "easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"
 EVALUATION_BATCH = 256
 SHOWN_ANSWERS = 16
-EPILOG = """\
-examples:
-  vlmoe demo --output_dir outputs/demo
-  vlmoe demo --seed 1 --output_dir outputs/demo_seed_1
-  vlmoe demo --max_train_rows 64 --max_test_rows 20 --output_dir outputs/try"""
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe demo`."""
-    parsed = command_options(
-        argv,
-        [DemoOptions],
-        usage="vlmoe demo [options]",
-        description="Train, evaluate and ask the tiny model on easy-VQA, start to end.",
-        epilog=EPILOG,
-    )
-    if parsed is None:
-        return
-    options, _ = parsed
-    run(options)
+def main(
+    output_dir: Annotated[
+        str,
+        typer.Option(
+            parser=place, metavar="FOLDER", help="Folder for the model, metrics.json and figures."
+        ),
+    ] = "outputs/demo",
+    seed: Seed = 0,
+    max_train_rows: Annotated[
+        int | None, typer.Option(min=1, help="Train on only the first N images, to try it out.")
+    ] = None,
+    max_test_rows: Annotated[
+        int | None, typer.Option(min=1, help="Test on only the first N images, to try it out.")
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Train, evaluate and ask the tiny model on real data, start to end.
+
+    The data are easy-VQA. The stages' options are in the recipes (configuration/recipes/*.yaml),
+    which `vlmoe train --config` takes too.
+
+    examples:
+      vlmoe demo --output_dir outputs/demo
+      vlmoe demo --seed 1 --output_dir outputs/demo_seed_1
+      vlmoe demo --max_train_rows 64 --max_test_rows 20 --output_dir outputs/try
+    """
+    run(DemoOptions(output_dir, seed, max_train_rows, max_test_rows))
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
@@ -296,4 +308,4 @@ def _say(stage: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe demo", main))
+    sys.exit(run_command("demo", main))

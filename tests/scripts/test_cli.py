@@ -23,7 +23,7 @@ from vlmoe_cli.options import (
 )
 from vlmoe_cli.training_arguments import parse_training, training_arguments
 
-OLD = {"train", "demo"}
+OLD = {"train"}
 
 
 def command_of(name: str) -> Any:
