@@ -3,6 +3,7 @@
 #   make test         all tests but the slow ones
 #   make test-all     all tests; some with real weights, a package of 93 MB
 #   make conformance  transformers' own common tests on our classes (about three minutes)
+#   make docs         build the documentation into build/site; any warning is an error
 #   make lint         ruff, and mypy on the package as installed
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: venv demo test test-all conformance lint clean
+.PHONY: venv demo test test-all conformance docs lint clean
 
 venv: $(STAMP)
 
@@ -36,6 +37,12 @@ test-all: venv
 
 conformance: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py
+
+docs: venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	rm -rf build/documented
+	$(BIN)/python -m pip install --quiet --no-deps --target build/documented .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: venv
 	$(BIN)/ruff check .
