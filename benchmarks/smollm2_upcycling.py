@@ -234,8 +234,8 @@ def learn_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def question_sample(split: str, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` easy-VQA questions, each with its picture, a third of each kind, in random order."""
-    from vlmoe.data.conversation_rows import ConversationRows
     from vlmoe.data.loading import load_rows
+    from vlmoe.data.rows import ConversationRows
 
     rows = ConversationRows(load_rows("easy_vqa", split))
     kinds: dict[str, list[int]] = {}

@@ -10,8 +10,8 @@ from composition import composition_rows
 from datasets import DatasetDict
 
 from vlmoe import VLMoEConfig
-from vlmoe.data.conversation_rows import ConversationRows
 from vlmoe.data.loading import load_rows
+from vlmoe.data.rows import ConversationRows
 from vlmoe.data.tokenizer import train_tokenizer
 from vlmoe.hub.atomic_files import write_json
 from vlmoe_cli.training_data import texts_of

@@ -205,8 +205,8 @@ def draw_figures(
     metrics: dict[str, Any],
 ) -> None:
     """answers.png, training.png and expert_load.png."""
-    from vlmoe.data.conversation_rows import ConversationRows
     from vlmoe.data.images import open_image
+    from vlmoe.data.rows import ConversationRows
     from vlmoe.figures.plots import (
         AnsweredQuestion,
         plot_answers,
@@ -245,8 +245,8 @@ def save_example(
 
     Returns its question and the model's answer, or None where there is none.
     """
-    from vlmoe.data.conversation_rows import ConversationRows
     from vlmoe.data.images import open_image
+    from vlmoe.data.rows import ConversationRows
     from vlmoe.hub.atomic_files import atomic_path
     from vlmoe.hub.model_card import EXAMPLE_FILE
 

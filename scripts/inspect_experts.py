@@ -295,8 +295,8 @@ def _from_rows(
 
 def _chosen_questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first questions, each of another row and, where the data have types, of another type."""
-    from vlmoe.data.conversation_rows import ConversationRows
     from vlmoe.data.conversations import parse_row
+    from vlmoe.data.rows import ConversationRows
 
     chosen: list[dict[str, Any]] = []
     types: set[str] = set()

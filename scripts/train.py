@@ -271,7 +271,7 @@ def build_trainer(
     from transformers import IntervalStrategy
     from transformers.trainer_callback import ProgressCallback
 
-    from vlmoe.data.conversation_rows import ConversationRows
+    from vlmoe.data.rows import ConversationRows
     from vlmoe.routing.balancing import RouterBiasCallback
     from vlmoe.routing.expert_load import has_experts
     from vlmoe.routing.finite_checks import StopOnNonFiniteRouting

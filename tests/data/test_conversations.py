@@ -62,7 +62,7 @@ def test_turn_goes_back_to_a_message() -> None:
 
 
 BAD_ROWS = [
-    ({"prompt": "a"}, "`messages` must be a list"),
+    ({"prompt": "a"}, r"has no `messages`; its columns are \['prompt'\]"),
     ({"messages": []}, "`messages` must be a list"),
     ({"messages": "hello"}, "`messages` must be a list"),
     ({"messages": [[], []]}, "a conversation must be a list of messages"),
@@ -145,7 +145,7 @@ def test_image_parts_are_found_at_any_nesting() -> None:
     [
         ({"mesages": [USER, ANSWER]}, "column 'mesages' is not read .did you mean 'messages'"),
         ({"imagse": ["a.png"]}, "column 'imagse' is not read .did you mean 'images'"),
-        ({"image": "a.png"}, "column 'image' is not read .did you mean 'images'"),
+        ({"imags": "a.png"}, "column 'imags' is not read .did you mean 'images'"),
         ({"question_typ": "count"}, "column 'question_typ' is not read .* 'question_type'"),
         ({"messages": [{"rol": "user", "content": "a"}, ANSWER]}, r"\(did you mean 'role'\?\)"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "key 'weight', which is not read"),

@@ -10,10 +10,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from vlmoe.data.conversation_rows import ConversationRows
 from vlmoe.data.conversations import IMAGE, parse_row
 from vlmoe.data.images import open_image
 from vlmoe.data.loading import load_rows
+from vlmoe.data.rows import ConversationRows
 
 RED, BLUE = "red.png", "blue.png"
 
@@ -187,8 +187,11 @@ def test_every_form_becomes_the_conversations_it_means(form: str, folder: Path) 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_that_are_passed_as_objects_are_read_alike(form: str, folder: Path) -> None:
+def test_rows_that_are_passed_as_objects_are_read_alike(
+    form: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, expected = FORMS[form]
+    monkeypatch.chdir(folder)
     for position, (row, (conversations, colors)) in enumerate(zip(rows, expected, strict=True)):
         parsed = parse_row(row, position)
         assert [[tuple(turn) for turn in each] for each in parsed.conversations] == conversations

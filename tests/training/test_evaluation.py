@@ -13,8 +13,8 @@ from PIL import Image
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.data.collator import VLMoECollator
-from vlmoe.data.conversation_rows import ConversationRows
 from vlmoe.data.loading import load_rows
+from vlmoe.data.rows import ConversationRows
 from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
 from vlmoe.training.evaluation import evaluate_model, results_table, score
 
@@ -169,7 +169,7 @@ def test_conversation_rows_hold_each_conversation_once(
     assert len(flat) == 8
     assert [row["messages"][0] for row in flat][:3] == [m[0] for m in rows[0]["messages"]]
     assert flat[1]["question_type"] == "yes/no" and flat[6]["question_type"] == "color"
-    assert flat[1]["images"] is rows[0]["images"]
+    assert flat[1]["images"][0] is rows[0]["images"][0]
     loaded = load_rows(str(data_folder), "test")
     flat = ConversationRows(loaded)
     assert len(flat) == 6 and flat[5]["id"] == loaded[2]["id"]

@@ -125,6 +125,8 @@ class RowCollator:
 
     def _pad(self, rows: list[TokenRow], side: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Text inputs (batch, length), and the assistant mask (batch, length)."""
+        if not rows:
+            raise ValueError("the batch has no rows.")
         lengths = np.array([row.length for row in rows])
         width = int(lengths.max())
         if self.pad_to_multiple_of is not None:

@@ -12,9 +12,10 @@ in messages.
 Here each conversation becomes a tuple of `Turn`s: hashable, so that it can be a cache key.
 """
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 from ..processing.text_checks import require_characters
 from .field_names import did_you_mean, misspelled
@@ -27,6 +28,64 @@ MESSAGE_KEYS = ("role", "content")
 LOSS_KEYS = ("weight", "loss", "train")
 LEARNED_ROLES = ("assistant", "gpt", "chatgpt", "model")
 PART_KEYS = {"text": ("type", "text"), "image": ("type",)}
+IMAGE_COLUMNS = ("images", "image", "file_name")
+CAPTION_COLUMNS = ("text", "caption")
+OTHER_COLUMNS = ("conversations", "prompt", "completion", "question", "answer")
+NEEDED = (
+    "Needed are `messages` (conversations) and, for images, `images` (a list of images per row), "
+    "or `question` and `answer`, `conversations` (LLaVA, ShareGPT), `prompt` and `completion`, or "
+    "`text` beside an image."
+)
+REMOVED = (
+    "If the dataset has these columns, Trainer removed them: set remove_unused_columns=False in "
+    "TrainingArguments."
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    RowImage = (
+        str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any]
+    )
+
+AnyRow = Mapping[str, Any]
+"""A row of any form, as a dict; `Row` and `QuestionRow` are the two common ones."""
+
+
+class Part(TypedDict):
+    """A piece of a message: a text, or the place of the row's next image."""
+
+    type: Literal["text", "image"]
+    text: NotRequired[str | None]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Sequence[Part]
+
+
+class Row(TypedDict):
+    """Conversations about the same images."""
+
+    messages: Sequence[Message] | Sequence[Sequence[Message]]
+    images: NotRequired["Sequence[RowImage]"]
+    id: NotRequired[str]
+    question_type: NotRequired[str | Sequence[str]]
+
+
+class QuestionRow(TypedDict):
+    """One question, about an image, several (`images`) or none, and its answer."""
+
+    question: str
+    answer: str
+    image: NotRequired["RowImage | None"]
+    images: NotRequired["Sequence[RowImage]"]
+    id: NotRequired[str]
+    question_type: NotRequired[str]
 
 
 class Turn(NamedTuple):
@@ -103,13 +162,8 @@ def _conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
     """The checked conversations of `messages`."""
-    require_known_columns(row.keys(), name)
-    messages = row.get("messages")
-    if not row:
-        raise ValueError(
-            f"{name} has no columns; Trainer takes off those that the model does not know, such as "
-            "`messages`: set remove_unused_columns=False in TrainingArguments."
-        )
+    require_messages(row, name)
+    messages = row["messages"]
     if not _is_list(messages) or not messages:
         raise ValueError(
             f"{name}: `messages` must be a list of messages or of conversations, got "
@@ -118,9 +172,21 @@ def _parse_messages(row: Mapping[str, Any], name: str) -> list[Conversation]:
     return [_parse_conversation(each, name) for each in split_conversations(messages)]
 
 
-def require_known_columns(columns: Collection[str], name: str) -> None:
-    """Raise `ValueError` for a column that is a misspelled one of `COLUMNS`."""
-    wrong = misspelled(tuple(columns), COLUMNS)
+def require_messages(row: AnyRow, name: str) -> None:
+    """Raise `ValueError` for a row without `messages`, and for a misspelled column."""
+    require_known_columns(row.keys(), name)
+    if "messages" not in row:
+        raise ValueError(
+            f"{name} has no `messages`; its columns are {sorted(map(str, row))}. {NEEDED} {REMOVED}"
+        )
+
+
+def require_known_columns(columns: Collection[str], name: str, also: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` for a column that is almost a known one, or one of `also`."""
+    known = COLUMNS
+    if "messages" not in columns:
+        known = (*COLUMNS, *OTHER_COLUMNS, *IMAGE_COLUMNS, *CAPTION_COLUMNS)
+    wrong = misspelled(tuple(columns), (*also, *known))
     if wrong is not None:
         raise ValueError(
             f"{name}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename or "
@@ -147,8 +213,8 @@ def require_known_keys(given: Mapping[str, Any], known: Sequence[str], what: str
 def row_name(row: Mapping[str, Any], position: int) -> str:
     """How errors call a row: its `id` or its position in the batch, and its first question."""
     name = f"row {row['id']!r}" if row.get("id") is not None else f"row {position} of the batch"
-    question = next(_user_texts(row.get("messages")), None)
-    return name if question is None else f"{name} ({question[:60]!r})"
+    question = next(_user_texts(row.get("messages")), row.get("question"))
+    return f"{name} ({question[:60]!r})" if isinstance(question, str) else name
 
 
 def split_conversations(messages: Sequence[Any]) -> Sequence[Any]:

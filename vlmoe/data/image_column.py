@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..processing.image_sources import decode_text, has_image_header, is_url, require_web_url
-from .row_formats import IMAGE_COLUMNS
+from .conversations import IMAGE_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,10 +53,10 @@ class ImageSources:
             FileNotFoundError: a file that does not exist.
         """
         entries = value if isinstance(value, list) else [] if value is None else [value]
-        return [self._checked(entry, f"{name}, image {i}") for i, entry in enumerate(entries)]
+        return [self.entry(entry, f"{name}, image {i}") for i, entry in enumerate(entries)]
 
-    def _checked(self, value: Any, name: str) -> dict[str, Any]:
-        """One picture, its fault kept where there is a list of them."""
+    def entry(self, value: Any, name: str) -> dict[str, Any]:
+        """Return one picture as `entries` does; its fault is kept where there is a list of them."""
         try:
             return self._entry(value, name)
         except (ValueError, OSError) as error:
@@ -71,6 +71,8 @@ class ImageSources:
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
             return {"bytes": value, "path": None}
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not isinstance(value, str):
             raise ValueError(f"{name}: expected a file path, got {value!r:.60}.")
         if is_url(value):

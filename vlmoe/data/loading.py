@@ -13,7 +13,6 @@
 - `question_type`, if the source has it: a string or one per conversation, for tables by type.
 """
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +20,14 @@ from typing import TYPE_CHECKING, Any
 from ..hub.input_errors import reading
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits, is_url
 from .content_digest import content_digest
-from .conversations import COLUMNS, has_image_parts, without_image_parts
-from .field_names import misspelled
+from .conversations import without_image_parts
 from .image_column import ImageSources, image_files, with_image_column
 from .images import altered_image
 from .local_files import FORMATS, local_splits, read_local
-from .row_datasets import as_conversations
-from .row_formats import IMAGE_COLUMNS, OTHER_COLUMNS, READ_AS_WELL
+from .row_datasets import as_conversations, standard_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
-
-ROWS_CHECKED_FOR_IMAGES = 100
 
 
 def load_rows(
@@ -88,7 +81,7 @@ def load_rows(
         "faults": faults,
     }
     with reading(source, keep=(ValueError, OSError, ImportError)):
-        rows = _standard_columns(_read(source, split, config_name, allowed), source, split)
+        rows = standard_columns(_read(source, split, config_name, allowed), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:
@@ -179,46 +172,6 @@ def _hub_image_sources(source: str, allowed: dict[str, Any]) -> ImageSources:
         "FOLDER) and give its folder.",
         **allowed,
     )
-
-
-def _standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
-    """The columns that this module promises, in their order."""
-    from datasets import Image, List, Value
-
-    if len(rows) == 0:
-        raise ValueError(f"empty dataset: split {split!r} of {source} has no rows.")
-    columns = rows.column_names
-    known = COLUMNS if "messages" in columns else (*COLUMNS, *OTHER_COLUMNS)
-    wrong = misspelled(tuple(columns), ("id", *known))
-    if wrong is not None:
-        raise ValueError(
-            f"{source}: the column {wrong[0]!r} is not read (did you mean {wrong[1]!r}?); rename "
-            "or remove it."
-        )
-    if "messages" not in columns:
-        raise ValueError(
-            f"{source} lacks the column `messages`; it has: {', '.join(columns)}. Needed are "
-            "`messages` (conversations) and, for images, `images` (a list of images per row), or "
-            f"{READ_AS_WELL}."
-        )
-    unread = [name for name in columns if name not in ("id", *COLUMNS)]
-    if unread:
-        logger.warning("%s: these columns are not read: %s.", source, ", ".join(unread))
-    if "images" not in rows.column_names:
-        first = rows.select(range(min(ROWS_CHECKED_FOR_IMAGES, len(rows))))["messages"]
-        if any(has_image_parts(messages) for messages in first):
-            raise ValueError(
-                f"the messages of {source} have image parts, but there is no image column "
-                f"({' or '.join(IMAGE_COLUMNS)}); it has: {', '.join(rows.column_names)}."
-            )
-        nothing: list[list[Any]] = [[] for _ in range(len(rows))]
-        rows = rows.add_column("images", nothing, feature=List(Image(decode=False)))
-    given = list(rows["id"]) if "id" in rows.column_names else [None] * len(rows)
-    ids = [f"{split}[{i}]" if value is None else str(value) for i, value in enumerate(given)]
-    rows = rows.remove_columns("id") if "id" in rows.column_names else rows
-    rows = rows.add_column("id", ids, feature=Value("string"))
-    optional = ["question_type"] if "question_type" in rows.column_names else []
-    return rows.select_columns(["id", "messages", "images", *optional])
 
 
 def _without_images(rows: "Dataset") -> "Dataset":

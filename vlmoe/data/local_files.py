@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from ..hub.input_errors import reading
 from .caption_folders import caption_rows, captioned_pictures
 from .content_digest import content_digest
+from .conversations import IMAGE_COLUMNS
 from .image_column import ImageSources, with_image_column
 from .json_rows import require_shallow, require_utf8
 from .row_datasets import as_conversations
-from .row_formats import IMAGE_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset

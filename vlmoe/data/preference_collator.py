@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .collator import TokenRow, VLMoECollator
-from .conversations import parse_row
+from .conversations import REMOVED, parse_row
 
 
 class VLMoEPreferenceCollator(VLMoECollator):
@@ -52,7 +52,7 @@ class VLMoEPreferenceCollator(VLMoECollator):
             raise ValueError(
                 f"row {position} of the batch: `prompt`, `chosen` and `rejected` must be lists of "
                 f"messages, got the columns {sorted(row)}, `prompt` {prompt!r:.60} and `{side}` "
-                f"{answer!r:.60}."
+                f"{answer!r:.60}. {REMOVED}"
             )
         parsed = parse_row({**row, "messages": [*prompt, *answer]}, position)
         images = self._images(parsed.images, parsed.name)

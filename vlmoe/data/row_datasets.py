@@ -10,8 +10,9 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .conversations import COLUMNS, IMAGE_COLUMNS, NEEDED, has_image_parts, require_known_columns
+from .image_column import ImageSources, with_image_column
 from .row_formats import (
-    IMAGE_COLUMNS,
     INSIDE,
     MARKED,
     PICTURE_KEYS,
@@ -29,6 +30,7 @@ PICTURE = r'"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
 """Found in JSON that holds a picture."""
 NO_PARTS = r'^\s*([^\["\s]|\[\s*[^{\s])'
 """Found in a content's JSON that is neither a string's nor that of a list of objects."""
+ROWS_CHECKED_FOR_IMAGES = 100
 TEXT_FIELDS = ("content", "value", "question", "answer", "prompt", "completion", "text", "caption")
 """Fields that hold a text, or a list of parts or messages."""
 
@@ -75,6 +77,58 @@ def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = No
         logger.warning("%s: read as %s (%s).", source, form.name, ", ".join(form.columns))
     others = rows.remove_columns(list(form.columns))
     return concatenate_datasets([others, converted], axis=1) if others.column_names else converted
+
+
+def standard_dataset(rows: "Dataset", sources: ImageSources, name: str) -> "Dataset":
+    """Convert a dataset of any form to one with the columns of `load_rows`.
+
+    What has them already, and a dataset that makes its rows by a format or transform, comes back as
+    it is.
+    """
+    from datasets import Image, List, Value
+
+    standard = {"id": Value("string"), "images": List(Image(decode=False))}
+    others = {each for each in rows.column_names if each not in standard}
+    is_standard = "messages" in others and others <= set(COLUMNS)
+    is_standard = is_standard and all(
+        rows.features.get(each) == standard[each] for each in standard
+    )
+    if is_standard or rows.format["type"] is not None:
+        return rows
+    rows = with_image_column(as_conversations(rows, name, sources.faults), sources, name)
+    return standard_columns(rows, name, name)
+
+
+def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
+    """The columns that this module promises, in their order."""
+    from datasets import Image, List, Value
+
+    if len(rows) == 0:
+        raise ValueError(f"empty dataset: split {split!r} of {source} has no rows.")
+    columns = rows.column_names
+    require_known_columns(columns, source, also=("id",))
+    if "messages" not in columns:
+        raise ValueError(
+            f"{source} lacks the column `messages`; it has: {', '.join(columns)}. {NEEDED}"
+        )
+    unread = [name for name in columns if name not in ("id", *COLUMNS)]
+    if unread:
+        logger.warning("%s: these columns are not read: %s.", source, ", ".join(unread))
+    if "images" not in rows.column_names:
+        first = rows.select(range(min(ROWS_CHECKED_FOR_IMAGES, len(rows))))["messages"]
+        if any(has_image_parts(messages) for messages in first):
+            raise ValueError(
+                f"the messages of {source} have image parts, but there is no image column "
+                f"({' or '.join(IMAGE_COLUMNS)}); it has: {', '.join(rows.column_names)}."
+            )
+        nothing: list[list[Any]] = [[] for _ in range(len(rows))]
+        rows = rows.add_column("images", nothing, feature=List(Image(decode=False)))
+    given = list(rows["id"]) if "id" in rows.column_names else [None] * len(rows)
+    ids = [f"{split}[{i}]" if value is None else str(value) for i, value in enumerate(given)]
+    rows = rows.remove_columns("id") if "id" in rows.column_names else rows
+    rows = rows.add_column("id", ids, feature=Value("string"))
+    optional = ["question_type"] if "question_type" in rows.column_names else []
+    return rows.select_columns(["id", "messages", "images", *optional])
 
 
 def _converted(

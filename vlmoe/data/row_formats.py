@@ -27,15 +27,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .conversations import MESSAGE_KEYS, has_image_parts, require_known_keys
-
-IMAGE_COLUMNS = ("images", "image", "file_name")
-READ_AS_WELL = (
-    "`conversations` (LLaVA, ShareGPT), `question` and `answer`, `prompt` and `completion`, or "
-    "`text` beside an image"
+from .conversations import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    MESSAGE_KEYS,
+    has_image_parts,
+    require_known_keys,
 )
-OTHER_COLUMNS = ("conversations", "prompt", "completion", "question", "answer")
-CAPTION_COLUMNS = ("text", "caption")
+
 PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
@@ -78,16 +77,18 @@ def conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     Raises `ValueError` that starts with `name` for a key that nobody reads, and for pictures both
     inside the content and in a column.
     """
+    column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
     form = format_of(row.keys())
     if form is None and has_pictures(row.get("messages")):
         form = INSIDE
-    if form is None and row.get("images") and are_plain(row.get("messages")):
+    if form is None and column and are_plain(row.get("messages")):
         form = MARKED
-    if form is None:
+    if form is None and column in (None, "images"):
         return row
-    column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
     images = row[column] if column else []
     images = list(images) if isinstance(images, list | tuple) else [images]
+    if form is None:
+        return {**{each: row[each] for each in row if each != column}, "images": images}
     messages, pictures = form.convert({each: row[each] for each in form.columns}, len(images), name)
     if pictures and images:
         raise ValueError(f"{name}: {two_places(column)}")

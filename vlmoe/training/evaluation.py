@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..data.answers import greedy_answers
 from ..data.collator import PromptBatch, VLMoEPromptCollator
-from ..data.conversation_rows import ConversationRows
 from ..data.conversations import parse_row
 from ..data.long_rows import prompt_limit
+from ..data.rows import ConversationRows
 
 
 def evaluate_model(

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from ..data.conversation_rows import ConversationRows
+from ..data.rows import ConversationRows
 from ..hub.atomic_files import publish_folder, staging_folder
 from ..hub.input_errors import writing
 from ..hub.whole_model import require_finite_files

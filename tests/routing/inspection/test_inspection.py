@@ -11,8 +11,8 @@ import torch
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.data.collator import VLMoECollator
-from vlmoe.data.conversation_rows import ConversationRows
 from vlmoe.data.loading import load_rows
+from vlmoe.data.rows import ConversationRows
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 from vlmoe.routing.inspection.analysis import (
     DatasetRouting,

@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from ...configuration.configuration_vlmoe_text import MODALITIES, Modality
 from ...data.collator import VLMoECollator
-from ...data.conversation_rows import ConversationRows
 from ...data.conversations import parse_row
 from ...data.long_rows import length_limit
+from ...data.rows import ConversationRows
 from ...hub.finite_outputs import require_finite_logits
 from ..expert_load import PADDING, record_expert_load
 from ..trace import ForwardRouting, record_routing
