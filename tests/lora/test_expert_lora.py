@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from lora_runs import BOTH, INPUT_IDS, LAYERS, MODELS, Tensors, assert_close, lora, randomize, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file, save_file
@@ -32,65 +33,6 @@ from vlmoe import (
 from vlmoe.lora import wrappers as expert_lora
 
 Model = Callable[..., PreTrainedModel]
-Tensors = dict[str, torch.Tensor]
-
-MODELS = [
-    "VLMoEForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3MoeForCausalLM",
-    "OlmoeForCausalLM",
-    "MixtralForCausalLM",
-    "GptOssForCausalLM",
-]
-BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-LAYERS = 3  # sparse layers of a tiny model
-RELATIVE = 1e-5
-INPUT_IDS = torch.tensor([[7, 8, 9, 10, 11, 12, 13], [14, 15, 7, 16, 17, 18, 19]])
-
-
-def lora(targets: list[str] = BOTH, **fields: Any) -> LoraConfig:
-    return LoraConfig(
-        target_modules=[], target_parameters=targets, task_type="CAUSAL_LM", **{"r": 3} | fields
-    )
-
-
-def randomize(model: torch.nn.Module, adapter: str = "default", seed: int = 1) -> None:
-    """B starts at zero, and would hide everything."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if f"lora_B.{adapter}." in name:
-            parameter.data.normal_(std=0.5, generator=generator)
-
-
-def run(model: torch.nn.Module) -> Tensors:
-    """Logits, and the gradients of what is trained."""
-    model.zero_grad()
-    logits = model(input_ids=INPUT_IDS).logits
-    if logits.requires_grad:
-        (logits.float() * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach()} | grads
-
-
-def assert_close(ours: Tensors, reference: Tensors, relative: float = RELATIVE) -> None:
-    assert ours.keys() == reference.keys()
-    for name, tensor in reference.items():
-        assert tensor.norm() > 0 or "lora_" in name
-        assert (ours[name] - tensor).norm() <= relative * tensor.norm(), name
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """One entry for each call of the routed path: the class of the bank."""
-    calls: list[type] = []
-    routed = expert_lora.routed_lora_forward
-
-    def counted(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(type(experts))
-        return routed(experts, *args, **kwargs)
-
-    monkeypatch.setattr(expert_lora, "routed_lora_forward", counted)
-    return calls
 
 
 @pytest.fixture

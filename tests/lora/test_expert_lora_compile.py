@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from lora_runs import MODELS, assert_close, lora, randomize, run
 from peft import get_peft_model
-from test_expert_lora import MODELS, assert_close, lora, randomize
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
@@ -39,21 +39,12 @@ def test_two_lengths_take_at_most_one_recompilation(
     graphs: list[int] = []
     for length in (7, 12, 9):
         ids = torch.arange(2 * length).view(2, length) + 6
-        expected = step(model, model, ids)
+        expected = run(model, ids)
         if length == 7:
             compiled = torch.compile(model, fullgraph=True, backend=backend)
-        assert_close(step(model, compiled, ids), expected, 5e-5 if backend == "inductor" else 1e-5)
+        assert_close(run(model, ids, compiled), expected, 5e-5 if backend == "inductor" else 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] >= 1 and graphs[-1] == graphs[1] <= graphs[0] + 1
-
-
-def step(model: torch.nn.Module, forward: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits and gradients."""
-    model.zero_grad()
-    logits = forward(input_ids=ids, use_cache=False).logits
-    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach()} | grads
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_runs import MODELS
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
@@ -15,15 +16,7 @@ from vlmoe import disable_routed_lora, enable_routed_lora, expert_lora_config
 
 Model = Callable[..., PreTrainedModel]
 
-OURS = "VLMoEForConditionalGeneration"
-MODELS = [
-    OURS,
-    "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3MoeForCausalLM",
-    "OlmoeForCausalLM",
-    "MixtralForCausalLM",
-    "GptOssForCausalLM",
-]
+OURS = MODELS[0]
 
 
 def adapted(model: torch.nn.Module) -> dict[str, tuple[int, float]]:

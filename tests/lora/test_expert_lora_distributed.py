@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lora_runs import INPUT_IDS, LAYERS, assert_close, lora, randomize
 from peft import get_peft_model
 from ranks import WORLD_SIZE, on_ranks
-from test_expert_lora import INPUT_IDS, LAYERS, assert_close, lora, randomize
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

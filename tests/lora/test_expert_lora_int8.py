@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from builders import stored_bytes
+from lora_runs import INPUT_IDS, LAYERS, MODELS, assert_close, lora, randomize, run, train
 from peft import PeftModel, get_peft_model
-from test_expert_lora import INPUT_IDS, LAYERS, MODELS, assert_close, calls, lora, randomize, run
-from test_expert_lora_compile import step
-from test_expert_lora_training import sentences, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
@@ -30,8 +28,6 @@ from vlmoe.modeling_vlmoe.quantization import EXPERT_PARAMETERS
 
 Model = Callable[..., PreTrainedModel]
 Twins = tuple[PreTrainedModel, PreTrainedModel]
-
-__all__ = ["calls", "sentences"]  # fixtures
 
 WAYS = ["cpu kernel", "grouped"]
 OURS, QWEN, GPT_OSS = MODELS[0], "Qwen3MoeForCausalLM", "GptOssForCausalLM"
@@ -264,7 +260,7 @@ def test_compiled_it_is_one_graph(twins: Callable[..., Twins], way: str) -> None
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for length in (7, 12):
         ids = torch.arange(2 * length).view(2, length) + 6
-        assert_close(step(model, compiled, ids), step(model, model, ids))
+        assert_close(run(model, ids, compiled), run(model, ids))
 
 
 @pytest.mark.parametrize("name", [OURS, QWEN])

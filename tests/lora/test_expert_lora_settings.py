@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from lora_runs import BOTH, INPUT_IDS, MODELS, assert_close, lora, randomize, run
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_expert_lora import BOTH, INPUT_IDS, MODELS, assert_close, lora, randomize, run
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 

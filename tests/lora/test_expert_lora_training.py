@@ -2,20 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from lora_runs import LAYERS, MODELS, assert_close, lora, randomize, run, train
 from peft import get_peft_model
-from test_expert_lora import LAYERS, MODELS, assert_close, calls, lora, randomize, run
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmoe import disable_routed_lora, enable_routed_lora
 
 Model = Callable[..., PreTrainedModel]
-
-__all__ = ["calls"]  # a fixture
 
 
 def adapted(model: PreTrainedModel) -> torch.nn.Module:
@@ -92,46 +89,6 @@ def test_accelerates_hooks_on_the_bank_run_in_pefts_own_path(
     switch(model)
     assert_close(run(model), reference)
     assert not calls
-
-
-@pytest.fixture
-def sentences(tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    rows = [tokenizer(f"what color is it? blue {i}")["input_ids"][:12] for i in range(8)]
-    return Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
-
-
-def train(
-    model: torch.nn.Module, kind: str, sentences: Dataset, folder: Path, tokenizer: Any
-) -> list[float]:
-    """Losses of three optimizer steps."""
-    common: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    if kind == "TRL":
-        from trl import SFTConfig, SFTTrainer
-
-        rows = sentences.remove_columns("labels")
-        trainer: Trainer = SFTTrainer(
-            model=model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer
-        )
-    else:
-        from transformers import DataCollatorForSeq2Seq
-
-        collate = DataCollatorForSeq2Seq(tokenizer)
-        args = TrainingArguments(**common)
-        trainer = Trainer(model=model, args=args, train_dataset=sentences, data_collator=collate)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("kind", ["Trainer", "TRL"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_experts_auto import make_bank
+from expert_banks import make_bank
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 

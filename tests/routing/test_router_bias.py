@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from router_bias_runs import LENGTHS, batch, biases, plain_loop, text_rows
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -18,38 +19,14 @@ from vlmoe_cli.options import DataOptions, ModelOptions
 from vlmoe_cli.train import train
 from vlmoe_cli.training_arguments import training_arguments
 
-Inputs = dict[str, torch.Tensor]
 Model = Callable[..., VLMoEForConditionalGeneration]
 
 RATE = 0.05
 TEXT = {"router_bias_update_rate": RATE, "mlp_only_layers": [1]}
-LENGTHS = [9, 4, 7, 2, 8, 8, 3, 5]  # tokens of each row
 CHECKPOINTING = {"none": None, "re-entrant": True, "not re-entrant": False}
 SAVED_NAMES = [
     f"model.language_model.layers.{i}.mlp.router.e_score_correction_bias" for i in (0, 2)
 ]
-
-
-def text_rows(lengths: list[int] = LENGTHS, side: str = "left") -> list[Inputs]:
-    """Rows of random text tokens, padded on one side to the same length."""
-    generator, rows = torch.Generator().manual_seed(0), []
-    for length in lengths:
-        tokens = torch.randint(6, 99, (length,), generator=generator)
-        pad = (max(lengths) - length, 0) if side == "left" else (0, max(lengths) - length)
-        row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        row = {name: torch.nn.functional.pad(values, pad) for name, values in row.items()}
-        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
-        rows.append(row)
-    return rows
-
-
-def batch(rows: list[Inputs]) -> Inputs:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def biases(model: torch.nn.Module) -> torch.Tensor:
-    """(layers, experts)."""
-    return torch.stack([b for n, b in model.named_buffers() if n.endswith("correction_bias")])
 
 
 @contextmanager
@@ -205,16 +182,6 @@ def test_counting_compiles_into_one_graph(tiny_model: Model) -> None:
         loads.append([layer.expert_load.tolist() for layer in sparse_layers(model).values()])
     for first, second, third in zip(*loads, strict=True):  # the counts add up
         assert [2 * n for n in first] == second and [3 * n for n in first] == third
-
-
-def plain_loop(model: VLMoEForConditionalGeneration, rows: list[Inputs], steps: int) -> None:
-    """One batch of all rows in every step."""
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
-    for _ in range(steps):
-        model(**batch(rows)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_router_bias(model)
 
 
 def trainer(model: VLMoEForConditionalGeneration, output: Path, **more: Any) -> Trainer:

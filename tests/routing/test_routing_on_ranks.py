@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from test_router_bias import batch, biases, plain_loop, text_rows
+from router_bias_runs import batch, biases, plain_loop, text_rows
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmoe import VLMoEForConditionalGeneration
