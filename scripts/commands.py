@@ -23,6 +23,7 @@ from .config_file import PATH
 from .json_options import merged, split_dotted
 
 OTHER_NAMES = "names of options that the command does not declare"
+Context = Any  # the class that typer passes is private
 _METAVARS = {int: "N", float: "X", bool: "true|false"}
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
@@ -32,7 +33,8 @@ class Command(TyperCommand):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        for param in self.params:
+        params: list[Any] = self.params  # options or arguments of typer, which have more attributes
+        for param in params:
             param.opts = [_underscored(name) for name in param.opts]
             param.secondary_opts = [_underscored(name) for name in param.secondary_opts]
             kind = param.type_descriptor.annotation
@@ -41,7 +43,7 @@ class Command(TyperCommand):
             if not (param.metavar or param.type_descriptor.is_choice):
                 param.metavar = _METAVARS.get(kind, param.name.upper())
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Parse the arguments, with `--flag true` and dotted fields in the forms of typer."""
         json_options = {
             param.name.removesuffix("_overrides"): param.name
@@ -54,16 +56,17 @@ class Command(TyperCommand):
             ctx.params[name] = merged(ctx.params[name] or {}, values)
         return rest
 
-    def format_help_text(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help_text(self, ctx: Context, formatter: Any) -> None:
         """Write the docstring with its own line breaks."""
         formatter.write(f"\n{self.help}\n")
 
-    def format_options(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_options(self, ctx: Context, formatter: Any) -> None:
         """Write the options in groups."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if record := param.get_help_record(ctx):
-                title = param.rich_help_panel or f"{param.param_type_name.capitalize()}s"
+                panel = getattr(param, "rich_help_panel", None)
+                title = panel or f"{param.param_type_name.capitalize()}s"
                 name = record[0].partition(" / --no_")[0]
                 groups.setdefault(title, []).append((name, record[1]))
         for title, records in groups.items():
@@ -104,7 +107,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def command(function: Callable[..., None]) -> TyperCommand:
+def command(function: Callable[..., None]) -> Command:
     """Return the command that calls an annotated function; its docstring is the help text.
 
     A function that takes `ctx: typer.Context` finds options that it does not declare in `ctx.args`.
@@ -113,10 +116,12 @@ def command(function: Callable[..., None]) -> TyperCommand:
     more = {"allow_extra_args": takes_more, "ignore_unknown_options": takes_more}
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(cls=Command, context_settings=SETTINGS | more)(function)
-    return typer.main.get_command(app)
+    made = typer.main.get_command(app)
+    assert isinstance(made, Command)
+    return made
 
 
-def call(made: TyperCommand, name: str, argv: list[str]) -> None:
+def call(made: Command, name: str, argv: list[str]) -> None:
     """Parse the arguments and run the command, or print its help.
 
     Raises:
@@ -150,10 +155,10 @@ def _explained(error: typer.TyperException) -> str:
         .replace("Input should be", "must be")
         .rstrip(".")
     )
-    ctx: typer.Context | None = getattr(error, "ctx", None)
+    ctx: Context = getattr(error, "ctx", None)
     if ctx is None:
         return message
-    details = getattr(error.__cause__, "errors", list)()
+    details: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     given = f", got {details[0]['input']!r}" if details else ""
     param = getattr(error, "param", None)
     source = ctx.get_parameter_source(param.name) if param else None
@@ -161,7 +166,7 @@ def _explained(error: typer.TyperException) -> str:
     return f"{file}{message}{given}. See `{ctx.command_path} --help`."
 
 
-def _spelled(message: str, ctx: typer.Context) -> str:
+def _spelled(message: str, ctx: Context) -> str:
     """Return the message with arguments of functions (`dtype`) spelled as options (--dtype)."""
     names = {param.name for param in ctx.command.params} | set(ctx.meta.get(OTHER_NAMES, ()))
     return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], message)
