@@ -23,10 +23,10 @@ class Range:
     def __str__(self) -> str:
         """The range in words: `above 0 and at most 1`."""
         bounds = {
-            "{:g} or more": self.least,
-            "above {:g}": self.above,
-            "at most {:g}": self.most,
-            "below {:g}": self.below,
+            "{:.10g} or more": self.least,
+            "above {:.10g}": self.above,
+            "at most {:.10g}": self.most,
+            "below {:.10g}": self.below,
         }
         words = [text.format(bound) for text, bound in bounds.items() if math.isfinite(bound)]
         return " and ".join(words) or "finite"

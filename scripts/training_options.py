@@ -37,12 +37,12 @@ def given_arguments(ctx: typer.Context) -> dict[str, Any]:
             in_file[name] = "no"  # YAML reads a bare `no` as false
         elif type(value) in (int, float):
             in_file[name] = str(value)  # which the parser converts and checks
-    parser.set_defaults(**(dict.fromkeys(names, argparse.SUPPRESS) | in_file))
+    parser.set_defaults(**(dict.fromkeys(names) | in_file))
     namespace, unknown = parser.parse_known_args(ctx.args)
     if unknown:
         raise ValueError(_unknown(unknown[0], known))
     values = vars(namespace).items()
-    given = {name: value for name, value in values if value is not argparse.SUPPRESS}
+    given = {name: value for name, value in values if value is not None or name in in_file}
     for name, value in given.items():
         require_in_range(name, value)
     return given
