@@ -1,10 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What generation does with images: a look at the prompt before, and none at each token.
+"""Generation with images: the prompt is checked once, generated tokens are not.
 
-Image tokens are not generated: they are suppressed, in models that are loaded as in new ones.
-
-In a chat a cache may be kept from turn to turn. Its tokens have seen their images; of the images
-that come with the whole chat, those of new tokens count.
+Image tokens are suppressed, so that none is generated. In a chat a cache may be kept from turn to
+turn: its tokens have seen their images, so of a whole chat's images only those of new tokens count.
 
 Shapes: batch, length, hidden.
 """
@@ -27,7 +25,7 @@ class ImageGenerationMixin(GenerationMixin):
     model: Any
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; with a kept cache the chat may come whole, with all of its images.
+        """Generate as transformers does; with a kept cache the chat may come with all its images.
 
         Raises:
             ValueError: the images are not those of the prompt's image tokens.
@@ -38,7 +36,7 @@ class ImageGenerationMixin(GenerationMixin):
     def _images_of_new_tokens(
         self, inputs: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """`kwargs` of `generate`, where a cache is kept with the images of new tokens only."""
+        """Return `kwargs` of `generate`, with a kept cache reduced to images of new tokens."""
         embeds = kwargs.get("inputs_embeds")
         ids = None if embeds is not None else kwargs.get("input_ids", inputs)
         if ids is None and embeds is None:
@@ -47,11 +45,10 @@ class ImageGenerationMixin(GenerationMixin):
         is_image = self.model.is_image_token(ids, embeds, types)  # (batch, length)
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        # A longer mask says that the tokens given are the new ones.
+        # A longer mask means that only the new tokens are given.
         mask = kwargs.get("attention_mask")
-        is_whole = past and (mask is None or mask.shape[-1] == is_image.shape[1])
         new = is_image.clone()
-        if is_whole:
+        if past and (mask is None or mask.shape[-1] == is_image.shape[1]):
             new[:, :past] = False
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None and kwargs.get("pixel_values") is None:
@@ -69,18 +66,17 @@ class ImageGenerationMixin(GenerationMixin):
         check_image_tokens(new, len(features), cache)
         encoded = copy.copy(encoded)
         encoded.pooler_output = features.unsqueeze(0)
-        kwargs["mm_encoder_outputs"] = {"image": encoded}
-        return kwargs
+        return kwargs | {"mm_encoder_outputs": {"image": encoded}}
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, after which a loaded generation config suppresses image tokens."""
+        """Load the generation config as transformers does, and suppress image tokens in it."""
         super().adjust_generation_fn(*args, **kwargs)
         self.suppress_image_tokens()
 
     def suppress_image_tokens(self) -> None:
-        """Never generate an image token, which no image would follow, unless the config chooses.
+        """Never generate an image token, unless the generation config chooses what to suppress.
 
-        Sampled, it would make every later call on the text fail.
+        No image would follow, and every later call on the text would fail.
         """
         generation = self.generation_config
         if generation is not None and generation.suppress_tokens is None:
@@ -93,16 +89,13 @@ class ImageGenerationMixin(GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; tokens that were generated are not searched for image tokens.
+        """Prepare as transformers does; generated tokens are not searched for image tokens.
 
-        Token ids go without token types, which follow from them: an assistant model gets those of
-        the prompt for the prompt and what came after it.
+        Token types are dropped where there are ids: an assistant model gets those of the prompt for
+        the prompt and the tokens after it.
         """
         prepared = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if prepared.get("input_ids") is not None:
             prepared.pop("mm_token_type_ids", None)
@@ -111,7 +104,7 @@ class ImageGenerationMixin(GenerationMixin):
         return prepared
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching as in transformers, which hands on token ids and no images.
+        """Generate by continuous batching, which passes on token ids and no images.
 
         Raises:
             ValueError: a prompt holds image tokens, or images are given.
@@ -123,6 +116,3 @@ class ImageGenerationMixin(GenerationMixin):
                 f"({with_images}) would be answered without looking at them. Use generate()."
             )
         return super().generate_batch(inputs, *args, **kwargs)
-
-
-__all__ = ["ImageGenerationMixin"]

@@ -1,10 +1,10 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Where the image tokens of a batch are, and whether the images given are theirs.
 
-- From `input_ids`, which cannot be wrong; without them found by the image token's embedding, and by
+- They are found in `input_ids`; without ids by the image token's embedding, and by
   `mm_token_type_ids` where noise (NEFTune) hides it.
-- Image tokens without images are refused as images without image tokens are: the decoder would go
-  on over the embedding of a placeholder. One token decoded with a cache is text, and not looked at.
+- Image tokens without images are refused, as images without image tokens are: the decoder would
+  silently read the placeholder's embedding. A token decoded with a cache is text.
 
 Shapes: batch, length, hidden.
 """
@@ -21,14 +21,15 @@ from ..configuration.configuration_vlmoe_text import Modality
 
 
 class ImageTokensMixin:
-    """What `VLMoEModel` knows of image tokens."""
+    """The methods of `VLMoEModel` that look for image tokens."""
 
     config: Any
+    get_input_embeddings: Any
 
     def is_image_token(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: Any,  # a tensor where there are no ids
+        inputs_embeds: torch.Tensor | None,
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(batch, length): True for image tokens.
@@ -37,11 +38,11 @@ class ImageTokensMixin:
         """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
         # A row of one token: hooks, such as NEFTune's, expect rows. Not `weight[...]`, which may be
         # sharded or offloaded.
-        embedding = self.get_input_embeddings()  # type: ignore[attr-defined]
         token = torch.full((1, 1), self.config.image_token_id, device=inputs_embeds.device)
-        found = (inputs_embeds == embedding(token)).all(-1)
+        found = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         if mm_token_type_ids is None:
             return found
         missing = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
@@ -50,13 +51,10 @@ class ImageTokensMixin:
     def token_types(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: Any,  # a tensor where there are no ids
+        inputs_embeds: torch.Tensor | None,
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it.
-
-        A token decoded with a cache is text.
-        """
+        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it."""
         if not self.config.text_config.needs_token_types:
             return None
         return self.is_image_token(input_ids, inputs_embeds, mm_token_type_ids).long()
@@ -72,8 +70,8 @@ class ImageTokensMixin:
         """(batch, length, 1): True where an image token goes.
 
         Raises:
-            ValueError: the number of placeholders is not the number of image features (image
-                tokens, hidden).
+            ValueError: there are more or fewer placeholders than `image_features`, (image tokens,
+                hidden).
         """
         mask = self.is_image_token(input_ids, inputs_embeds, mm_token_type_ids)
         # While compiling, padding tiles are still among the features.
@@ -85,13 +83,10 @@ class ImageTokensMixin:
     def check_no_image_tokens(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
     ) -> None:
-        """Refuse image tokens where no images are given.
+        """Refuse image tokens where no images are given (`ValueError`).
 
-        Token types count for nothing here: embeddings may hold the images already. A batch of text
-        then waits for its device once, as a batch with images does.
-
-        Raises:
-            ValueError: naming both counts.
+        Token types do not count here: embeddings may hold the images already. A batch of text then
+        waits for its device once, as a batch with images does.
         """
         has_values = not (inputs_embeds.is_meta or is_torchdynamo_compiling())
         if inputs_embeds.shape[1] > 1 and has_values:
@@ -101,12 +96,12 @@ class ImageTokensMixin:
 def check_image_tokens(
     is_image: torch.Tensor, features: int, cache: Cache | None = None, by_embedding: bool = False
 ) -> None:
-    """Check that there are as many image features as image tokens, (batch, length).
+    """Check that there are as many image features as image tokens.
 
     Args:
-        is_image: True for the image tokens of this call.
-        features: how many image features are given.
-        cache: what earlier calls left.
+        is_image: (batch, length): True for the image tokens of this call.
+        features: number of image features given.
+        cache: the cache that earlier calls left.
         by_embedding: whether image tokens were found by comparing embeddings.
 
     Raises:

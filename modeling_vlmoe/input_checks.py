@@ -1,42 +1,29 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What the models refuse at their door: inputs whose shapes do not fit each other.
+"""Refuse inputs whose shapes do not fit each other.
 
 Shapes are compared as Python integers, without a look at any value: that costs microseconds and no
-synchronisation with a device. A compiled, exported or traced program, whose sizes may be symbols,
+synchronization with a device. A compiled, exported or traced program, whose sizes may be symbols,
 goes without.
 
 Shapes: batch, length (of this call), past (tokens that the cache holds), tiles.
 """
 
-from typing import Any
-
 import torch
 from transformers.cache_utils import Cache
 
+Pattern = tuple[int | str | tuple[int, ...], ...]  # of each size: one, a name for any, or several
+
 
 def check_token_inputs(
-    input_ids: Any,
-    inputs_embeds: Any,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    past_key_values: Cache | None = None,
-    mm_token_type_ids: Any = None,
-    hidden_size: int | None = None,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+    mm_token_type_ids: torch.Tensor | None,
+    hidden_size: int,
 ) -> int:
-    """Check the inputs with an entry for each token.
-
-    Args:
-        input_ids: (batch, length), or None.
-        inputs_embeds: (batch, length, hidden), or None.
-        attention_mask: (batch, past + length), or (batch or 1, heads or 1, length, past + length);
-            another object than a tensor, such as a dict of masks, is not looked at.
-        position_ids: (batch or 1, length).
-        past_key_values: the cache, for `past`.
-        mm_token_type_ids: (batch, length); with `inputs_embeds` also fewer, see
-            `is_behind_virtual_tokens`.
-        hidden_size: width of `inputs_embeds`.
-
-    Returns: batch.
+    """Check the inputs that have an entry for each token, and return the batch size.
 
     Raises:
         ValueError: naming both inputs and their shapes, or none or both of ids and embeddings.
@@ -46,39 +33,48 @@ def check_token_inputs(
     if _shapes_are_symbols():
         return (inputs_embeds if input_ids is None else input_ids).shape[0]
     if input_ids is not None:
-        name, given, wanted = "input_ids", input_ids, "(batch, length)"
+        name, given = "input_ids", input_ids
+        _require(name, given, ("batch", "length"))
     else:
-        name, given, wanted = "inputs_embeds", inputs_embeds, f"(batch, length, {hidden_size})"
-    of_embeds = inputs_embeds is not None and hidden_size is not None
-    if given.dim() != wanted.count(",") + 1 or (of_embeds and given.shape[-1] != hidden_size):
-        raise ValueError(f"`{name}` is {_shape(given)}; expected: {wanted}.")
+        name, given = "inputs_embeds", inputs_embeds
+        _require(name, given, ("batch", "length", hidden_size))
     batch, length = given.shape[:2]
-    reference = f"`{name}` is {_shape(given)}"
+    beside = f"`{name}` is {tuple(given.shape)}; "
     if isinstance(attention_mask, torch.Tensor):
-        _check_mask(attention_mask, batch, length, past_key_values, reference)
-    if position_ids is not None:
-        fits = position_ids.dim() == 2 and tuple(position_ids.shape) in _rows(batch, length)
-        _require(fits, "position_ids", position_ids, f"({batch} or 1, {length})", reference)
-    if mm_token_type_ids is not None:
-        fits = tuple(mm_token_type_ids.shape) == (batch, length)
-        behind = is_behind_virtual_tokens(inputs_embeds, mm_token_type_ids, attention_mask)
-        allowed = f"({batch}, {length})"
-        _require(fits or behind, "mm_token_type_ids", mm_token_type_ids, allowed, reference)
+        _check_mask(attention_mask, batch, length, past_key_values, beside)
+    _require("position_ids", position_ids, ((batch, 1), length), beside=beside)
+    if not _follow_virtual_tokens(mm_token_type_ids, inputs_embeds, attention_mask):
+        _require("mm_token_type_ids", mm_token_type_ids, (batch, length), beside=beside)
     return batch
 
 
-def is_behind_virtual_tokens(inputs_embeds: Any, types: Any, attention_mask: Any) -> bool:
+def _check_mask(
+    mask: torch.Tensor, batch: int, length: int, cache: Cache | None, beside: str
+) -> None:
+    past = 0 if cache is None else cache.get_seq_length()
+    keys = length
+    if isinstance(past, int):  # a static cache counts on its device
+        keys += past
+    if cache is not None:
+        beside += f"the cache holds {past if isinstance(past, int) else 'some'} tokens; "
+    # A cache may have been cropped, or see a window only.
+    if (cache is not None or mask.dim() == 4) and mask.shape[-1] > keys:
+        keys = mask.shape[-1]
+    patterns: tuple[Pattern, ...] = (batch, keys), ((batch, 1), "heads or 1", length, keys)
+    _require("attention_mask", mask, *patterns, beside=beside)
+
+
+def _follow_virtual_tokens(
+    types: torch.Tensor | None, embeds: torch.Tensor | None, mask: torch.Tensor | dict | None
+) -> bool:
     """Whether embeddings start with virtual tokens that the token types do not know.
 
     PEFT's prompt tuning puts them before each row, and lengthens the mask but not the types.
     """
-    return (
-        inputs_embeds is not None
-        and isinstance(attention_mask, torch.Tensor)
-        and types.dim() == attention_mask.dim() == 2
-        and types.shape[0] == inputs_embeds.shape[0]
-        and types.shape[1] < inputs_embeds.shape[1] == attention_mask.shape[1]
-    )
+    if types is None or embeds is None or not isinstance(mask, torch.Tensor):
+        return False
+    fits = types.dim() == mask.dim() == 2 and types.shape[0] == embeds.shape[0]
+    return fits and types.shape[1] < embeds.shape[1] == mask.shape[1]
 
 
 def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
@@ -89,8 +85,9 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     """
     if not _shapes_are_symbols() and labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"`labels` is {_shape(labels)}; expected: {_shape(logits[..., 0])}, a label for each "
-            f"position of the logits {_shape(logits)}. With `logits_to_keep` shorten them too."
+            f"`labels` is {tuple(labels.shape)}; expected: {tuple(logits.shape[:2])}, a label for "
+            f"each position of the logits {tuple(logits.shape)}. With `logits_to_keep` shorten "
+            "them too."
         )
 
 
@@ -104,47 +101,41 @@ def check_pixels(
 
     Args:
         pixel_values, pixel_attention_mask, image_index: as there.
-        expected: channels, height, width of a tile; None for a size that is open.
+        expected: channels, height, width of a tile; None for an open size.
 
     Raises:
         ValueError: naming both inputs and their shapes, or the index that is out of range.
     """
     if _shapes_are_symbols():
         return
-    fits = pixel_values.dim() in (4, 5) and all(
-        wanted in (None, given)
-        for wanted, given in zip(expected, pixel_values.shape[-3:], strict=True)
-    )
-    if not fits:
-        tile = ", ".join(
-            str(wanted or name)
-            for wanted, name in zip(expected, ("", "height", "width"), strict=True)
-        )
-        raise ValueError(
-            f"`pixel_values` is {_shape(pixel_values)}; expected: (batch, tiles, {tile}) or "
-            f"(tiles, {tile})."
-        )
-    reference = f"`pixel_values` is {_shape(pixel_values)}"
-    padded = pixel_values.dim() == 5
-    if pixel_attention_mask is not None:
-        fitting = (*pixel_values.shape[:2], *pixel_values.shape[3:])
-        fits = padded and tuple(pixel_attention_mask.shape) == fitting
-        allowed = str(fitting) if padded else "None for `pixel_values` without a batch dimension"
-        _require(fits, "pixel_attention_mask", pixel_attention_mask, allowed, reference)
+    channels, height, width = expected
+    tile = channels, height or "height", width or "width"
+    _require("pixel_values", pixel_values, ("batch", "tiles", *tile), ("tiles", *tile))
+    shape = tuple(pixel_values.shape)
+    beside, padded = f"`pixel_values` is {shape}; ", len(shape) == 5
+    if padded:
+        mask_shape = (*shape[:2], *shape[3:])
+        _require("pixel_attention_mask", pixel_attention_mask, mask_shape, beside=beside)
+    elif pixel_attention_mask is not None:
+        given = f"`pixel_attention_mask` is {tuple(pixel_attention_mask.shape)}; {beside}"
+        raise ValueError(f"{given}expected: None for `pixel_values` without a batch dimension.")
     if image_index is None:
         return
-    fits = image_index.dim() == 2 and not padded
-    allowed = "(batch, tiles of a row), with `pixel_values` (tiles, channels, height, width)"
-    _require(fits, "image_index", image_index, allowed, reference)
+    if padded:
+        given = f"`image_index` is {tuple(image_index.shape)}; {beside}"
+        raise ValueError(f"{given}expected: `pixel_values` (tiles, channels, height, width).")
+    _require("image_index", image_index, ("batch", "tiles of a row"), beside=beside)
     # On another device a look at the values would wait for it; there the indexing itself stops.
     if image_index.device.type == "cpu" and (image_index >= len(pixel_values)).any():
         raise ValueError(
-            f"`image_index` {_shape(image_index)} holds {int(image_index.max())}; {reference}: "
-            f"allowed: -1 (none) to {len(pixel_values) - 1}."
+            f"`image_index` {tuple(image_index.shape)} holds {int(image_index.max())}; "
+            f"`pixel_values` is {shape}: allowed: -1 (none) to {len(pixel_values) - 1}."
         )
 
 
-def check_rows_of_images(pixel_values: Any, image_index: Any, batch: int) -> None:
+def check_rows_of_images(
+    pixel_values: torch.Tensor | None, image_index: torch.Tensor | None, batch: int
+) -> None:
     """Check that the images have as many rows as the tokens.
 
     Raises:
@@ -154,46 +145,27 @@ def check_rows_of_images(pixel_values: Any, image_index: Any, batch: int) -> Non
         return
     for name, given, ranks in (("pixel_values", pixel_values, 5), ("image_index", image_index, 2)):
         if given is not None and given.dim() == ranks and given.shape[0] != batch:
-            raise ValueError(
-                f"`{name}` is {_shape(given)}, with {given.shape[0]} rows; the tokens have {batch}."
-            )
+            shape = tuple(given.shape)
+            raise ValueError(f"`{name}` is {shape}, with {shape[0]} rows; the tokens have {batch}.")
 
 
-def _check_mask(
-    mask: torch.Tensor, batch: int, length: int, cache: Cache | None, reference: str
-) -> None:
-    past = 0 if cache is None else cache.get_seq_length()
-    known = isinstance(past, int)  # a static cache counts on its device
-    keys = past + length if known else length
-    if mask.dim() == 2:
-        fits = mask.shape[0] == batch and _is_long_enough(mask.shape[1], keys, cache)
-        allowed = f"({batch}, {keys})"
-    else:
-        shape = mask.shape
-        fits = mask.dim() == 4 and shape[0] in (1, batch) and shape[2] == length
-        fits = fits and shape[3] >= keys
-        allowed = f"({batch}, {keys}), or ({batch} or 1, heads or 1, {length}, {keys} or more)"
-    if cache is not None:
-        reference += f", the cache holds {past if known else 'some'} tokens"
-    _require(fits, "attention_mask", mask, allowed, reference)
+def _require(name: str, given: torch.Tensor | None, *patterns: Pattern, beside: str = "") -> None:
+    """Refuse a tensor whose shape is that of no pattern; `beside` names what it has to fit."""
+    if given is not None and not any(_fits(tuple(given.shape), pattern) for pattern in patterns):
+        allowed = " or ".join(map(_text, patterns))
+        raise ValueError(f"`{name}` is {tuple(given.shape)}; {beside}expected: {allowed}.")
 
 
-def _is_long_enough(given: int, keys: int, cache: Cache | None) -> bool:
-    """A cache may be cropped, or be one that sees a window only: then a mask may be longer."""
-    return given == keys or (cache is not None and given > keys)
+def _fits(shape: tuple[int, ...], pattern: Pattern) -> bool:
+    return len(shape) == len(pattern) and all(
+        size in wanted if isinstance(wanted, tuple) else isinstance(wanted, str) or size == wanted
+        for size, wanted in zip(shape, pattern, strict=True)
+    )
 
 
-def _rows(batch: int, length: int) -> tuple[tuple[int, int], ...]:
-    return (batch, length), (1, length)
-
-
-def _require(fits: bool, name: str, given: torch.Tensor, allowed: str, reference: str) -> None:
-    if not fits:
-        raise ValueError(f"`{name}` is {_shape(given)}; {reference}; expected: {allowed}.")
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return str(tuple(tensor.shape))
+def _text(pattern: Pattern) -> str:
+    sizes = [" or ".join(map(str, s)) if isinstance(s, tuple) else str(s) for s in pattern]
+    return f"({', '.join(sizes)})"
 
 
 def _shapes_are_symbols() -> bool:

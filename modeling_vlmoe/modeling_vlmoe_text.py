@@ -4,18 +4,17 @@
 - Llama's blocks, plus what Mistral, Qwen2, Qwen3, SmolLM3, Granite and Phi-3 differ by, each behind
   one config field.
 - Every layer that `config.is_sparse_layer` names holds experts in place of the dense MLP.
-- Experts dispatch through `@use_experts_implementation` (transformers looks for these words in this
+- Experts run through `@use_experts_implementation` (transformers looks for these words in this
   file).
 
 Shapes: batch, length, hidden, heads, head_dim.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -50,7 +49,7 @@ from .quantization import (
 from .router import VLMoERouter
 from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock, sparse_layers
 from .vision_experts import VLMoEBiasedExperts, init_biased_experts
-from .whole_weights import caller_judges, require_whole_weights
+from .whole_weights import caller_judges, damaged_file, require_whole_weights
 
 logger = logging.get_logger(__name__)
 
@@ -80,26 +79,19 @@ class VLMoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.o_bias)
-        self.q_norm = (
-            VLMoERMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            if config.qk_norm
-            else nn.Identity()
-        )
-        self.k_norm = (
-            VLMoERMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            if config.qk_norm
-            else nn.Identity()
-        )
+        norm = VLMoERMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, eps=config.rms_norm_eps)
 
     @property
     def scaling(self) -> float:
-        """What scores are multiplied by before the softmax."""
+        """Factor of the scores before the softmax."""
         multiplier = self.config.attention_multiplier
         return self.head_dim**-0.5 if multiplier is None else multiplier
 
     @property
     def sliding_window(self) -> int | None:
-        """How many tokens back this layer sees; None for all."""
+        """Number of tokens that this layer looks back; None for all."""
         slides = self.config.layer_types[self.layer_idx] == "sliding_attention"
         return self.config.sliding_window if slides else None
 
@@ -114,19 +106,15 @@ class VLMoEAttention(nn.Module):
         """(batch, length, hidden) -> the same, and (batch, heads, length, keys) or None."""
         batch_and_length = hidden_states.shape[:-1]
         per_head = (*batch_and_length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(
-            1, 2
-        )  # (batch, heads, length, head_dim)
+        # (batch, heads, length, head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
 
         if self.config.no_rope_layers[self.layer_idx]:
             cos, sin = position_embeddings  # (batch, length, rotary_dim)
-            rotate = (
-                apply_rotary_pos_emb
-                if cos.shape[-1] == self.head_dim
-                else apply_partial_rotary_pos_emb
-            )
+            is_partial = cos.shape[-1] < self.head_dim
+            rotate = apply_partial_rotary_pos_emb if is_partial else apply_rotary_pos_emb
             query, key = rotate(query, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -149,7 +137,7 @@ class VLMoEAttention(nn.Module):
 
 
 class VLMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then experts or a dense MLP, each on a normalised input and added to it."""
+    """Attention, then experts or a dense MLP, each on a normalized input and added to it."""
 
     def __init__(self, config: VLMoETextConfig, layer_idx: int):
         super().__init__()
@@ -166,21 +154,20 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(batch, length, hidden) -> the same, router logits (batch * length, experts) or None, and
-        the chosen experts (batch * length, k) or None.
+        """(batch, length, hidden) -> the same, router logits and chosen experts, or None for both.
 
-        The logits are returned, as only what a layer returns has a gradient under re-entrant
-        checkpointing. `mm_token_type_ids` (batch, length) is for the router.
+        Logits are (batch * length, experts), the choice (batch * length, k). They are returned,
+        because under re-entrant checkpointing only a layer's output has a gradient.
+        `mm_token_type_ids` (batch, length) is for the router.
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self._scaled(attended)
-        normalised = self.post_attention_layernorm(hidden_states)
-        router_logits = top_k_index = None
+        normalized = self.post_attention_layernorm(hidden_states)
         if self.is_sparse:
-            output, router_logits, top_k_index = self.mlp(normalised, mm_token_type_ids)
+            output, *routing = self.mlp(normalized, mm_token_type_ids)
         else:
-            output = self.mlp(normalised)
-        return hidden_states + self._scaled(output), router_logits, top_k_index
+            output, routing = self.mlp(normalized), (None, None)
+        return hidden_states + self._scaled(output), *routing
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
         multiplier = self.config.residual_multiplier
@@ -188,7 +175,7 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class VLMoEPreTrainedModel(PreTrainedModel):
-    """What all VLMoE models declare to transformers, and how their weights are initialised."""
+    """Declarations to transformers, loading and initialization of all VLMoE models."""
 
     config: VLMoEConfig
     base_model_prefix = "model"
@@ -215,14 +202,13 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but loading does not make the unused vision parameters trainable.
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # Self, or a pair with loading info
+        """Load as transformers does, but keep unused vision parameters frozen.
 
         Raises:
             OSError: a weights file is missing or damaged; the message names it.
-            ValueError: the weights are not those of the model (see whole_weights.py for what is
-                allowed), a quantisation leaves the experts as they are, or an experts
-                implementation cannot multiply quantised ones.
+            ValueError: the weights do not fit the model (see whole_weights.py), a quantization
+                skips the experts, or an experts implementation cannot multiply quantized ones.
         """
         check_quantization_config(kwargs.get("quantization_config"))
         try:
@@ -231,46 +217,42 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise OSError(damaged_file(source, error)) from error
-        model = (
-            loaded[0] if isinstance(loaded, tuple) else loaded
-        )  # a tuple with `output_loading_info`
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
             if hasattr(module, "freeze_unused_vision_parameters"):
                 module.freeze_unused_vision_parameters()
         if getattr(model, "hf_quantizer", None) is not None:
             check_quantized_experts(model)
         if quantized_experts(model):
-            # The Auto classes hand on in the config what they were given.
-            chosen = getattr(kwargs.get("config"), "_experts_implementation", None)
-            model.set_experts_implementation(
-                kwargs.get("experts_implementation") or chosen or "eager"
-            )
+            # The Auto classes pass theirs on in the config.
+            of_config = getattr(kwargs.get("config"), "_experts_implementation", None)
+            chosen = kwargs.get("experts_implementation") or of_config or "eager"
+            model.set_experts_implementation(chosen)
         return loaded
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As in transformers, but what is missing is refused in place of being made up."""
+        """Refuse missing weights, which transformers would initialize at random."""
         require_whole_weights(model, load_config, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
-        """As in transformers; quantised experts take `eager` and `auto` only (`ValueError`)."""
+        """Set it as transformers does; quantized experts take only `eager` and `auto`."""
         check_experts_implementation(self, experts_implementation)
         super().set_experts_implementation(experts_implementation)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but always under the in-memory names.
+        """Save as transformers does, but always under the in-memory names.
 
-        transformers would save the parameters of some towers (DINOv2, ViT) under the names of their
-        first release; Trainer resumes without translating names, and would silently leave such a
-        tower as it was.
+        transformers would save some towers (DINOv2, ViT) under the names of their first release.
+        Trainer resumes without translating names and would silently skip such a tower.
         """
         layers = sparse_layers(self).values()
         if any(layer.expert_load is not None and layer.expert_load.any() for layer in layers):
             logger.warning_once(
-                "Saving a model whose router bias waits for an update: tokens were routed in "
-                "training after the last one, or there never was one. With Trainer add "
-                "vlmoe.routing.balancing.RouterBiasCallback; in a loop of your own call "
+                "The saved router bias is out of date: tokens were routed in training since its "
+                "last update, or it never had one. VLMoETrainer updates it; with another Trainer "
+                "add vlmoe.routing.balancing.RouterBiasCallback, in a custom loop call "
                 "update_router_bias(model) after each optimizer step."
             )
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
@@ -291,17 +273,6 @@ class VLMoEPreTrainedModel(PreTrainedModel):
                 init.copy_(module.allowed_experts, module.modality_mask())
         elif isinstance(module, VLMoEBiasedExperts):
             init_biased_experts(module)
-
-
-def damaged_file(source: Any, error: Exception) -> str:
-    """Which weights file of a folder cannot be read."""
-    for file in sorted(Path(str(source)).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as reason:
-            return f"{file} is damaged ({reason}); copy or download it again."
-    return f"A weights file of {source} is damaged ({error}); download it again."
 
 
 def _token_mask(
@@ -352,11 +323,9 @@ class VLMoETextModel(VLMoEPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """(batch, length) ids or (batch, length, hidden) embeddings -> (batch, length, hidden).
 
-        `mm_token_type_ids` (batch, length): 1 for image tokens, for routers that tell modalities
-        apart; without it all tokens are text.
-
-        With `output_router_logits`, also `router_logits`: one (batch * length, experts) fp32 tensor
-            per sparse layer.
+        `mm_token_type_ids` (batch, length): 1 for image tokens, for routers that distinguish
+        modalities; without it all tokens are text. With `output_router_logits` also return one
+        (batch * length, experts) fp32 tensor per sparse layer.
         """
         tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
         check_token_inputs(*tokens, mm_token_type_ids, self.config.hidden_size)
@@ -366,10 +335,8 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (
-                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-            ).unsqueeze(0)
-
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (position_ids + seen).unsqueeze(0)
         if not is_torchdynamo_compiling():
             self.config.check_routing()
         hidden_states = inputs_embeds
@@ -389,7 +356,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
                 mm_token_type_ids=mm_token_type_ids,
                 **kwargs,
             )
-            # A layer that a pipeline stage left to another stage passes its input on.
+            # A layer that belongs to another pipeline stage passes its input on.
             hidden_states = output[0] if isinstance(output, tuple) else output
             if learns and isinstance(output, tuple) and output[1] is not None:
                 layer.mlp.update_stats(*output[1:], token_mask)
@@ -405,7 +372,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
     ) -> dict[str, Any]:
-        """One mask per attention type in use; `generate` may have made them already."""
+        """Make one mask per attention type in use, unless `generate` has made them already."""
         if isinstance(attention_mask, dict):
             return attention_mask
         make = {

@@ -11,8 +11,8 @@ import torch
 from tampering import BANK, TAMPERED, Tensors, change_json, drop, rename, tamper
 
 from vlmoe import VLMoEForConditionalGeneration, expert_int8_config
+from vlmoe.hub.finite_weights import require_finite
 from vlmoe.hub.whole_model import require_finite_files, weights_problems
-from vlmoe.modeling_vlmoe.whole_weights import require_finite
 
 load = VLMoEForConditionalGeneration.from_pretrained
 NORM = "model.language_model.norm.weight"

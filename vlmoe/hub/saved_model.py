@@ -8,8 +8,8 @@ import torch
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
-from ..modeling_vlmoe.whole_weights import require_finite
 from ..processing.processing_vlmoe import VLMoEProcessor
+from .finite_weights import require_finite
 from .input_errors import reading
 from .template_trial import try_templates
 from .whole_model import model_problems

@@ -16,16 +16,13 @@ from safetensors import safe_open
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
-from ..modeling_vlmoe.whole_weights import (
-    NotWholeError,
-    meta_device_map,
-    quietly,
-    require_finite,
-)
+from ..modeling_vlmoe.whole_weights import NotWholeError
 from .file_checks import content_problems, tensor_headers
+from .finite_weights import require_finite
 from .input_errors import InputError, reading
 from .json_files import read_json
 from .json_kinds import json_problem
+from .meta_loading import meta_device_map, quietly
 
 CONFIG_FILE, WEIGHTS = "config.json", "model.safetensors"
 WEIGHT_FILES = (

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..hub.atomic_files import atomic_path, write_json
 from ..hub.file_checks import content_problems
+from ..hub.finite_weights import require_finite
 from ..hub.input_errors import reading
 from ..hub.json_files import read_json
-from ..modeling_vlmoe.whole_weights import require_finite
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _BANK_KEY = re.compile(r"^(.*\.experts)((?:\.base_layer)*)\.lora_([AB])\.weight$")

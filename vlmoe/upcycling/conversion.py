@@ -27,14 +27,13 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..hub.finite_weights import require_finite
+from ..hub.meta_loading import meta_device_map, quietly
 from ..modeling_vlmoe.active_parameters import active_parameters
-from ..modeling_vlmoe.modeling_vlmoe_text import damaged_file
 from ..modeling_vlmoe.vision_tower import unused_vision_parameters
 from ..modeling_vlmoe.whole_weights import (
     NotWholeError,
-    meta_device_map,
-    quietly,
-    require_finite,
+    damaged_file,
     untied,
     weight_problems,
 )
