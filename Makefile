@@ -4,7 +4,8 @@
 #   make test-all     all tests; some with real weights, a package of 93 MB
 #   make conformance  transformers' own common tests on our classes (about three minutes)
 #   make docs         build the documentation into build/site; any warning is an error
-#   make lint         ruff, and mypy on the package as installed
+#   make lint         ruff and mypy
+#   make venv         the environment, and links under build/typed for mypy and editors
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +15,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 .PHONY: venv demo test test-all conformance docs lint clean
 
 venv: $(STAMP)
+	$(BIN)/python .ci/links.py
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,9 +49,7 @@ docs: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed
-	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
-	MYPYPATH=build/typed $(BIN)/mypy
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs
