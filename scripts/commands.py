@@ -132,7 +132,7 @@ def call(made: Command, name: str, argv: list[str]) -> None:
             try:
                 made.invoke(ctx)
             except ValueError as error:
-                raise ValueError(_spelled(str(error), ctx)) from error
+                raise ValueError(as_options(str(error), ctx)) from error
     except typer.Exit:
         pass  # after --help
     except typer.TyperException as error:
@@ -166,7 +166,7 @@ def _explained(error: typer.TyperException) -> str:
     return f"{file}{message}{given}. See `{ctx.command_path} --help`."
 
 
-def _spelled(message: str, ctx: Context) -> str:
+def as_options(message: str, ctx: Context) -> str:
     """Return the message with arguments of functions (`dtype`) spelled as options (--dtype)."""
     names = {param.name for param in ctx.command.params} | set(ctx.meta.get(OTHER_NAMES, ()))
     return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], message)
