@@ -152,21 +152,20 @@ def train_captions(folder: Path) -> dict[str, Any]:
 
 def upcycle_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The sparse model and what its report says."""
+    from vlmoe import upcycle
     from vlmoe.upcycling.report import UpcyclingReport
-    from vlmoe_cli.options import UpcycleOptions
-    from vlmoe_cli.upcycle import upcycle
 
-    asked = UpcycleOptions(
-        output_dir=str(folder / "sparse"),
-        vision=str(folder / "vision"),
-        connector=json.dumps(CONNECTOR),
-        chat_template=str(CHAT_TEMPLATE),
-        max_shard_size="500MB",
-    )
     if (folder / "sparse").is_dir():  # whole, since it is put there by one rename
         report = UpcyclingReport.load(folder / "sparse")
     else:
-        report = upcycle(str(folder / "dense"), asked)
+        report = upcycle(
+            folder / "dense",
+            folder / "sparse",
+            vision=folder / "vision",
+            connector=CONNECTOR,
+            chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
+            max_shard_size="500MB",
+        ).report
     names = ("error", "same_argmax", "loss", "parameters")
     return {name: getattr(report, name) for name in names}
 

@@ -308,53 +308,6 @@ class ExportLoraOptions(Options):
 
 
 @dataclasses.dataclass
-class UpcycleOptions(Options):
-    """What becomes sparse, and how."""
-
-    _argument_group_name = "upcycling"
-
-    output_dir: str | None = option("Folder for the sparse model, its processor and the report.")
-    vision: str | None = option(
-        "A vision encoder, folder or Hub id; MODEL is then a language model, and the connector new."
-    )
-    num_experts: int = option("Copies of the dense MLP in each sparse layer.", 8)
-    num_experts_per_tok: int = option("Copies that each token is sent to.", 2)
-    expert_split: int = option("Cut each copy into so many experts (fine-grained experts).", 1)
-    expert_init: str = option(
-        "copy, shared (the dense MLP becomes a shared expert), drop or noise; the last two change "
-        "what the model computes.",
-        "copy",
-    )
-    sparse_layers: str = option(
-        "Decoder layers that get experts: all, second_half, a number n for every n-th, or their "
-        "indices, such as 0,2,5.",
-        "all",
-    )
-    drop_ratio: float = option("With drop: the share of inner units drawn anew.", 0.5)
-    noise_ratio: float = option("With noise: its deviation in those of the weights.", 0.05)
-    router_std: float | None = option("Deviation of the routers' weights (default: the model's).")
-    seed: int = option("Seed of what is drawn at random.", 0)
-    fields: Any = option(  # noqa: RUF009
-        """Further fields of the configuration as JSON, such as '{"router_aux_loss_coef": 0.01}'."""
-    )
-    connector: Any = option(  # noqa: RUF009
-        """With --vision: the connector's fields as JSON, such as '{"pixel_shuffle_factor": 2}'."""
-    )
-    chat_template: str | None = option(
-        "A Jinja file in place of the source's chat template. To train, the assistant's turns must "
-        "stand between {% generation %} and {% endgeneration %}."
-    )
-    max_shard_size: str = option("Of a weights file.", "5GB")
-
-    def __post_init__(self) -> None:
-        """Raise `ValueError` also for an option that nothing would read."""
-        super().__post_init__()
-        for name in ("drop", "noise"):
-            if self.expert_init != name:
-                refuse_unread(self, (f"{name}_ratio",), f"give --expert_init {name}")
-
-
-@dataclasses.dataclass
 class DemoOptions(Options):
     """How to run the demo."""
 

@@ -19,7 +19,6 @@ import typer
 from .commands import run
 from .config_file import ConfigFile
 from .json_options import json_object
-from .options import UpcycleOptions
 from .shared_options import Seed, finite, place, refuse_unread
 
 
@@ -146,131 +145,34 @@ def main(
         refuse_unread("give --expert_init drop", drop_ratio=drop_ratio is not None)
     if expert_init != "noise":
         refuse_unread("give --expert_init noise", noise_ratio=noise_ratio is not None)
-    options = UpcycleOptions(
-        output_dir=output_dir,
+    given = {
+        "expert_split": expert_split,
+        "expert_init": expert_init,
+        "sparse_layers": _layers(sparse_layers),
+        "drop_ratio": drop_ratio,
+        "noise_ratio": noise_ratio,
+        "router_std": router_std,
+        "seed": seed,
+        "fields": fields,
+    }
+    import vlmoe
+
+    upcycled = vlmoe.upcycle(
+        model,
+        output_dir,
         vision=vision,
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
-        expert_split=expert_split,
-        expert_init=expert_init,
-        sparse_layers=sparse_layers,
-        drop_ratio=0.5 if drop_ratio is None else drop_ratio,
-        noise_ratio=0.05 if noise_ratio is None else noise_ratio,
-        router_std=router_std,
-        seed=seed,
-        fields=fields,
         connector=connector,
-        chat_template=chat_template,
+        chat_template=_text_of(chat_template, "chat_template"),
         max_shard_size=max_shard_size,
+        **{name: value for name, value in given.items() if value is not None},
     )
-    rows = upcycle(model, options).rows()
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"Saved to {output_dir}.")
-
-
-def upcycle(model: str, options: UpcycleOptions) -> Any:
-    """Convert model and processor; returns the `UpcyclingReport`.
-
-    Raises:
-        ValueError: the model does not fit exactly, an option has a wrong value, or the sparse model
-            does not compute what the dense one does.
-        OSError: a file is missing or damaged, or the disk is full.
-    """
-    from vlmoe.hub.input_errors import reading
-    from vlmoe.hub.provenance import saved_model
-    from vlmoe.upcycling.folder import source_fingerprint, upcycle_folder
-    from vlmoe.upcycling.sample import prepared_sample
-
-    output = str(options.output_dir)
-    template = _text_of(options.chat_template, "chat_template")
-    sources = [source for source in (model, options.vision) if source]
-
-    def read(function: Any, *arguments: Any) -> Any:
-        with reading(" and ".join(sources), keep=(ValueError, OSError, ImportError)):
-            return function(*arguments)
-
-    make = _vision_and_text if options.vision else _whole
-    begin, processor_for = read(make, model, options, template)
-    request = vars(options) | {"model": model, "chat_template": template}
-    return upcycle_folder(
-        lambda sample_for: read(begin, sample_for),
-        Path(output),
-        request | {"files": [source_fingerprint(source) for source in sources]},
-        processor_for=lambda config: read(processor_for, config),
-        sample_for=lambda processor: prepared_sample(processor, with_images=not options.vision),
-        bases=[saved_model(source) for source in sources],
-        max_shard_size=options.max_shard_size,
-    )
-
-
-def _asked(options: UpcycleOptions) -> Any:
-    """The options as an `Upcycling`."""
-    from vlmoe.upcycling.options import Upcycling
-
-    return Upcycling(
-        num_experts=options.num_experts,
-        num_experts_per_tok=options.num_experts_per_tok,
-        expert_split=options.expert_split,
-        expert_init=options.expert_init,
-        sparse_layers=_layers(options.sparse_layers),
-        drop_ratio=options.drop_ratio,
-        noise_ratio=options.noise_ratio,
-        router_std=options.router_std,
-        seed=options.seed,
-        fields=options.fields or {},
-    )
-
-
-def _whole(model: str, options: UpcycleOptions, template: str | None) -> tuple[Any, Any]:
-    """For a vision-language model: what begins the conversion, and what makes the processor."""
-    from transformers import AutoConfig
-
-    from vlmoe import VLMoEProcessor
-    from vlmoe.hub.template_trial import try_templates
-    from vlmoe.upcycling.conversion import Conversion
-
-    if options.connector:
-        raise ValueError("--connector is for --vision: a whole model keeps its connector.")
-    asked = _asked(options)
-
-    def processor_for(config: Any) -> Any:
-        if AutoConfig.from_pretrained(model).model_type == config.model_type:
-            processor = VLMoEProcessor.from_pretrained(model)  # of a VLMoE without experts
-        else:
-            processor = VLMoEProcessor.from_dense(model, config)
-        processor.chat_template = template or processor.chat_template
-        try_templates(processor.chat_template, options.chat_template or model)
-        return processor
-
-    return lambda sample_for: Conversion.begin(model, asked, sample_for), processor_for
-
-
-def _vision_and_text(model: str, options: UpcycleOptions, template: str | None) -> tuple[Any, Any]:
-    """The same for a language model and a vision encoder."""
-    from transformers import AutoTokenizer
-
-    from vlmoe import VLMoEProcessor
-    from vlmoe.hub.template_trial import try_templates
-    from vlmoe.processing.chat_template import with_image_parts
-    from vlmoe.upcycling.conversion import Conversion
-    from vlmoe.upcycling.dense_processor import add_image_token
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    connector = options.connector or {}
-    parts = options.vision, model, _asked(options), add_image_token(tokenizer), connector
-
-    def processor_for(config: Any) -> Any:
-        given = template or tokenizer.chat_template
-        given = with_image_parts(given) if isinstance(given, str) else given
-        try_templates(given, options.chat_template or model)
-        return VLMoEProcessor.for_config(config, tokenizer, chat_template=given)
-
-    return lambda sample_for: Conversion.begin_vision_text(*parts, sample_for), processor_for
+    print(f"{upcycled.report.table()}\nSaved to {output_dir}.")
 
 
 def _layers(text: str) -> str | int | list[int]:
-    """`--sparse_layers` as `Upcycling` takes it."""
+    """Parse `--sparse_layers`."""
     if text in ("all", "second_half"):
         return text
     try:
@@ -284,7 +186,7 @@ def _layers(text: str) -> str | int | list[int]:
 
 
 def _text_of(path: str | None, option: str) -> str | None:
-    """What the file of an option holds."""
+    """Read the file of an option."""
     if path is None:
         return None
     try:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .routing.trace import record_routing as record_routing
     from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
     from .training.trl_trainers import VLMoESFTTrainer as VLMoESFTTrainer
+    from .upcycling.dense_to_sparse import upcycle as upcycle
 
     __version__: str
 
@@ -71,6 +72,7 @@ _MODULES = {
     "merge_expert_lora": "lora.merge",
     "push": "hub.push_to_hub",
     "record_routing": "routing.trace",
+    "upcycle": "upcycling.dense_to_sparse",
 }
 # What a module needs beyond the package's own dependencies, as it is imported.
 _NEEDS = {

@@ -23,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from vlmoe import VLMoEProcessor
+from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor, upcycle
 from vlmoe.upcycling.report import UpcyclingReport
 from vlmoe_cli import main
 
@@ -188,3 +188,25 @@ def test_a_model_that_is_not_whole_is_not_converted(
     assert "9 missing (model.text_model.layers.0.mlp.down_proj.bias" in capsys.readouterr().err
     assert main.main(["upcycle", str(tmp_path / "nothing"), *command[2:]]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_from_python_the_folder_holds_what_from_dense_makes(
+    dense_folder: Path, tmp_path: Path
+) -> None:
+    options = {"num_experts": 4, "expert_split": 2, "sparse_layers": range(1), "router_std": 1.0}
+    result = upcycle(dense_folder, tmp_path / "sparse", **options, router_aux_loss_coef=0.25)
+    assert result.folder == tmp_path / "sparse" and result.report.error <= 1e-5
+    assert result.report == UpcyclingReport.load(result.folder)
+    model = VLMoEForConditionalGeneration.from_pretrained(result.folder)
+    assert model.config.text_config.router_aux_loss_coef == 0.25
+    VLMoEProcessor.from_pretrained(result.folder)
+    expected = VLMoEForConditionalGeneration.from_dense(dense_folder, **options).state_dict()
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in model.state_dict().items())
+    for target, wrong, message in (
+        (result.folder, {}, "is not an empty folder"),
+        (tmp_path / "other", {"connector": {"pixel_shuffle_factor": 2}}, "is for `vision`"),
+        (tmp_path / "other", {"expert_init": "copies"}, "expert_init is 'copies'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            upcycle(dense_folder, target, **wrong)
+        assert not (tmp_path / "other").exists()

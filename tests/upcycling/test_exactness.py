@@ -10,12 +10,9 @@ from transformers import AutoModelForImageTextToText
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.upcycling import weight_plan
-from vlmoe.upcycling.exactness import (
-    UpcyclingError,
-    drawn_sample,
-    outputs_of,
-)
+from vlmoe.upcycling.exactness import UpcyclingError, outputs_of
 from vlmoe.upcycling.report import UpcyclingReport
+from vlmoe.upcycling.sample import drawn_sample
 
 FAMILIES = ("llava", "llava_siglip", "internvl", "idefics3", "smolvlm")
 
@@ -44,7 +41,8 @@ def test_the_report_says_what_was_done(dense_model: Callable[..., Any], tmp_path
     assert tensors["model.language_model.layers.0.mlp.up_proj.weight"]["kind"] == "copied"
     model.save_pretrained(tmp_path)
     assert UpcyclingReport.load(tmp_path) == report
-    rows = dict(report.rows())
+    rows = dict(line.split("  ", 1) for line in report.table().splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
     assert rows["error in fp32"] == f"{report.error:.1e}, same next token 100.00%"
     assert rows["tensors"] == f"{len(tensors) - 3} copied, 1 new, 2 repeated"
 

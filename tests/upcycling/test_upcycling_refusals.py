@@ -112,7 +112,7 @@ def test_options_that_would_change_the_function_are_refused(
     assert message in str(caught.value)
 
 
-def test_a_quantised_or_rounded_source_is_refused(
+def test_a_quantized_or_rounded_source_is_refused(
     dense_model: Callable[..., Any], tmp_path: Any
 ) -> None:
     dense = dense_model()
@@ -121,10 +121,10 @@ def test_a_quantised_or_rounded_source_is_refused(
         config = AutoConfig.from_pretrained(tmp_path)
         config.quantization_config = {"quant_method": method}
         config.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=rf"quantised \({method}\).*unquantised"):
+        with pytest.raises(ValueError, match=rf"quantized \({method}\).*unquantized"):
             VLMoEForConditionalGeneration.from_dense(tmp_path, 4, 2)
     dense.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantized"):
         VLMoEForConditionalGeneration.from_dense(dense, 4, 2)
     with pytest.raises(ValueError, match=r"rotary table .*from_pretrained\(\.\.\., dtype="):
         VLMoEForConditionalGeneration.from_dense(dense_model().to(torch.bfloat16), 4, 2)

@@ -67,7 +67,7 @@ def _base_of(adapter: PeftModel | Source, given: Source | None) -> Source:
         return adapter.get_base_model().name_or_path
     source = given or adapter_config(adapter).get("base_model_name_or_path")
     if not source:
-        raise ValueError(f"{adapter} does not name its base model: give it (--model).")
+        raise ValueError(f"{adapter} does not name its base model: give `base_model` (--model).")
     require_model_source(source)
     return source
 
@@ -78,7 +78,7 @@ def _merged(adapter: PeftModel | Source, source: Source) -> PreTrainedModel:
     if quantized_experts(base):
         raise ValueError(
             f"The experts of {source} are quantized, and LoRA cannot be merged into them: give the "
-            "model as it was before quantization (--model)."
+            "model as it was before quantization as `base_model` (--model)."
         )
     adapted = adapter if is_loaded else load_adapter(base, adapter)
     return adapted.merge_and_unload(safe_merge=True)

@@ -1,9 +1,9 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""From a dense vision-language model, or an encoder and a language model, to a sparse one.
+"""Convert a dense vision-language model, or an encoder and a language model, to a sparse one.
 
-`Conversion` goes through three states, so that the two models need not be in memory together: with
-the dense model at hand it computes what that says of a sample; then each tensor of the sparse
-model can be made; then the sparse model is checked against the sample and the report is written.
+`Conversion` goes through three states, so that the two models need not be in memory together: the
+dense model answers a sample; then each tensor of the sparse model can be made; then the sparse
+model answers the sample too, and the report is written.
 """
 
 import copy
@@ -11,188 +11,111 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..hub.finite_weights import require_finite
-from ..hub.meta_loading import meta_device_map, quietly
 from ..modeling_vlmoe.active_parameters import active_parameters
+from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.vision_tower import unused_vision_parameters
-from ..modeling_vlmoe.whole_weights import (
-    NotWholeError,
-    damaged_file,
-    untied,
-    weight_problems,
-)
+from ..modeling_vlmoe.whole_weights import NotWholeError, weight_problems
+from ..processing.processing_vlmoe import VLMoEProcessor
 from .dense_configs import text_fields, vision_fields, vlmoe_fields
-from .exactness import TOLERANCE, Outputs, UpcyclingError, drawn_sample, outputs_of
+from .dense_models import Dense, is_tied, load_dense
+from .exactness import TOLERANCE, Outputs, UpcyclingError, outputs_of
 from .options import Upcycling
 from .report import UpcyclingReport
+from .sample import drawn_sample, prepared_sample
 from .weight_plan import DECODER, EMBEDDING, HEAD, Origin, dense_pieces, plan_weights
 
 Tensor = torch.Tensor
-SampleFor = Callable[[VLMoEConfig], Mapping[str, Tensor] | None]
+Sample = Mapping[str, Tensor]
+ProcessorFor = Callable[[VLMoEConfig], VLMoEProcessor]
 CONNECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 CONNECTOR_FIELDS = (
-    *("vision_feature_layer", "vision_use_last_hidden_state", "vision_feature_select_strategy"),
-    *("pixel_shuffle_factor", "projector_layer_norm", "projector_num_layers"),
-    *("projector_hidden_act", "multimodal_projector_bias"),
+    "vision_feature_layer",
+    "vision_use_last_hidden_state",
+    "vision_feature_select_strategy",
+    "pixel_shuffle_factor",
+    "projector_layer_norm",
+    "projector_num_layers",
+    "projector_hidden_act",
+    "multimodal_projector_bias",
 )
-MODEL_CLASSES = {
-    "image-text": AutoModelForImageTextToText,
-    "text": AutoModelForCausalLM,
-    "vision": AutoModel,
-}
-
-
-def load_dense(source: Any, kind: str = "image-text") -> tuple[Any, str, set[str]]:
-    """A dense model in evaluation mode, what to call it, and the tensors that were made up for it.
-
-    The last are of vision encoders alone, which are often saved without their pooling head.
-
-    Args:
-        source: a loaded model, a folder or a Hub id.
-        kind: "image-text", "text" or "vision".
-
-    Raises:
-        ValueError: the model is quantised, an adapter sits on it, its weights are not those that
-            its config describes, or not finite.
-        OSError: a file is missing or damaged.
-    """
-    if isinstance(source, (str, Path)):
-        model, missing = _loaded(source, kind)
-        require_finite(model.state_dict().items(), str(source))
-        return model.eval(), str(source), missing
-    name = type(source).__name__
-    if not isinstance(source, PreTrainedModel):
-        raise ValueError(
-            f"`dense` is a {name}; allowed: a model of transformers, a folder or a Hub id. "
-            "Merge an adapter first (merge_and_unload)."
-        )
-    _refuse_quantized(source.config, name)
-    if not all(p.is_floating_point() and p.dtype.itemsize > 1 for p in source.parameters()):
-        raise ValueError(f"{name} has weights of less than 16 bits; load it without quantisation.")
-    for buffer_name, buffer in source.named_buffers():
-        if buffer_name.endswith("inv_freq") and buffer.dtype != torch.float32:
-            raise ValueError(
-                f"{name}'s rotary table {buffer_name} was rounded to {buffer.dtype}, by `.to` or "
-                "`.half`; load the model with from_pretrained(..., dtype=...), which keeps it."
-            )
-    require_finite(source.state_dict().items(), name)
-    return source, name, set()
-
-
-def _loaded(source: str | Path, kind: str) -> tuple[Any, set[str]]:
-    """The model, and what was missing of a vision encoder; its folder may hold a whole model."""
-    _refuse_quantized(AutoConfig.from_pretrained(source), str(source))
-    load = MODEL_CLASSES[kind].from_pretrained
-    judged = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        with quietly():
-            model, info = load(source, dtype="auto", device_map=meta_device_map(), **judged)
-        missing, is_part = untied(model, info["missing_keys"]), kind == "vision"
-        problems = weight_problems(
-            () if is_part else missing,
-            () if is_part else info["unexpected_keys"],
-            info["mismatched_keys"],
-        )
-        if problems:
-            raise NotWholeError(str(source), type(model).__name__, problems)
-        return load(source, dtype="auto"), missing
-    except SafetensorError as error:
-        raise OSError(damaged_file(source, error)) from error
-
-
-def _refuse_quantized(config: Any, name: str) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    method = getattr(method, "quant_method", method)
-    raise ValueError(
-        f"{name} is quantised ({getattr(method, 'value', method)}): its weights cannot be copied "
-        "into experts exactly. Start from the unquantised model."
-    )
-
-
-def _is_tied(model: Any) -> bool:
-    """Whether the language modelling head is the token embedding."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @dataclass
 class Conversion:
-    """A conversion on its way; see `begin`.
+    """A conversion in progress; see `begin`.
 
     Attributes:
         source, model_type: as in the report.
         config: of the sparse model.
         generation_config: for the sparse model.
-        options: what was asked for.
+        options: of the conversion.
         dtype: of the dense weights.
-        weights: the dense model's tensors, under its own names; gone when the sparse model comes.
-        sample: inputs that both models are asked.
-        reference: what the dense model says of them, in fp32 and, if that is another, in its dtype.
+        weights: the dense model's tensors, under its own names; released before the sparse model
+            is loaded.
+        sample: the inputs on which both models are compared.
+        reference: the dense model's outputs in fp32 and, if that is another, in its own dtype.
         parameters: of the dense model.
+        processor: for the sparse model, if one was asked for.
         new_parts: as in `plan_weights`.
     """
 
     source: str
     model_type: str
     config: VLMoEConfig
-    generation_config: Any
+    generation_config: GenerationConfig | None
     options: Upcycling
     dtype: torch.dtype
     weights: dict[str, Tensor]
-    sample: Mapping[str, Tensor]
+    sample: Sample
     reference: tuple[Outputs, Outputs | None]
     parameters: dict[str, int]
+    processor: VLMoEProcessor | None = None
     new_parts: tuple[str, ...] = ()
 
     @classmethod
     def begin(
         cls,
-        dense: Any,
+        dense: Dense,
         options: Upcycling,
-        sample_for: SampleFor = lambda config: None,
-    ) -> "Conversion":
-        """Read a dense vision-language model and ask it the sample.
+        *,
+        sample: Sample | None = None,
+        processor_for: ProcessorFor | None = None,
+    ) -> Self:
+        """Read a dense vision-language model and run it on a sample.
 
         Args:
             dense: a loaded model, a folder or a Hub id.
-            options: what is asked for.
-            sample_for: from the sparse model's configuration makes inputs, as VLMoE's processor
-                does; for None they are drawn pictures and random words.
+            options: of the conversion.
+            sample: inputs for the comparison, as `VLMoEProcessor` makes them.
+            processor_for: makes the sparse model's processor from its configuration. Without a
+                `sample` the processor encodes drawn pictures and fixed texts; without both, pixels
+                are drawn and tokens are random.
         """
         model, source, _ = load_dense(dense)
-        config = options.sparse_config(vlmoe_fields(model.config, _is_tied(model)))
+        config = options.sparse_config(vlmoe_fields(model.config, is_tied(model)))
         weights = dict(model.state_dict())
-        return cls._of(model, source, config, weights, options, sample_for(config))
+        return cls._of(model, source, config, weights, options, sample, processor_for)
 
     @classmethod
     def begin_vision_text(
         cls,
-        vision: Any,
-        text: Any,
+        vision: Dense,
+        text: Dense,
         options: Upcycling,
+        *,
         image_token_id: int | None = None,
         connector: Mapping[str, Any] | None = None,
-        sample_for: SampleFor = lambda config: None,
-    ) -> "Conversion":
-        """Read a vision encoder and a language model, and ask the latter the sample.
+        sample: Sample | None = None,
+        processor_for: ProcessorFor | None = None,
+    ) -> Self:
+        """Read a vision encoder and a language model, and run the latter on a sample of texts.
 
         For the arguments see `VLMoEForConditionalGeneration.from_vision_text` and `begin`.
         """
@@ -203,7 +126,7 @@ class Conversion:
         model, text_source, _ = load_dense(text, "text")
         old_size = model.get_input_embeddings().weight.shape[0]
         image_token_id = old_size if image_token_id is None else image_token_id
-        text_config = text_fields(model.config, _is_tied(model))
+        text_config = text_fields(model.config, is_tied(model))
         text_config["vocab_size"] = max(old_size, image_token_id + 1)
         for name in connector or {}:
             if name not in CONNECTOR_FIELDS:
@@ -213,7 +136,7 @@ class Conversion:
             "text_config": text_config,
             "vision_config": vision_fields(encoder.config),
             "image_token_id": image_token_id,
-            "tie_word_embeddings": _is_tied(model),
+            "tie_word_embeddings": is_tied(model),
         }
         tower = encoder.state_dict()
         weights = {f"{TOWER}{name}": tensor.to(model.dtype) for name, tensor in tower.items()}
@@ -221,8 +144,16 @@ class Conversion:
         config = options.sparse_config(dense)
         if needed := missing & set(tower) - set(unused_vision_parameters(config)):
             raise NotWholeError(vision_source, type(encoder).__name__, weight_problems(needed, ()))
-        sample, source = sample_for(config), f"{vision_source} + {text_source}"
-        begun = cls._of(model, source, config, weights, options, sample, (CONNECTOR,))
+        begun = cls._of(
+            model,
+            f"{vision_source} + {text_source}",
+            config,
+            weights,
+            options,
+            sample,
+            processor_for,
+            new_parts=(CONNECTOR,),
+        )
         generation = copy.deepcopy(begun.generation_config) or GenerationConfig()
         new = range(old_size, text_config["vocab_size"])
         generation.suppress_tokens = sorted({image_token_id, *new})
@@ -232,17 +163,21 @@ class Conversion:
     @classmethod
     def _of(
         cls,
-        model: Any,
+        model: PreTrainedModel,
         source: str,
         config: VLMoEConfig,
         weights: dict[str, Tensor],
         options: Upcycling,
-        sample: Mapping[str, Tensor] | None,
+        sample: Sample | None,
+        processor_for: ProcessorFor | None,
         new_parts: tuple[str, ...] = (),
-    ) -> "Conversion":
+    ) -> Self:
         was_training = model.training
         model.eval()
-        if sample is None:
+        processor = None if processor_for is None else processor_for(config)
+        if sample is None and processor is not None:
+            sample = prepared_sample(processor, with_images=not new_parts)
+        elif sample is None:
             sample = drawn_sample(model, config, with_images=not new_parts)
         in_fp32 = outputs_of(model, sample, in_fp32=True)
         stored = None
@@ -261,26 +196,29 @@ class Conversion:
             sample=sample,
             reference=(in_fp32, stored),
             parameters=_count_dense(weights, config),
+            processor=processor,
             new_parts=new_parts,
         )
 
     def plan(self, target: Mapping[str, Tensor]) -> dict[str, Origin]:
-        """The origin of each of the sparse model's tensors; see `plan_weights`."""
+        """Find the origin of each of the sparse model's tensors; see `plan_weights`."""
         return plan_weights(
             target, self.weights, self.config, self.options, self.dtype, self.new_parts
         )
 
     @torch.no_grad()
-    def fill(self, model: Any) -> dict[str, Origin]:
-        """Give a sparse model its weights, and return where they come from."""
+    def fill(self, model: VLMoEForConditionalGeneration) -> dict[str, Origin]:
+        """Copy the weights into a sparse model, and return their origins."""
         target = model.state_dict()
         plan = self.plan(target)
         for name, origin in plan.items():
             target[name].copy_(origin.tensor(self.weights))
         return plan
 
-    def check(self, model: Any, tensors: list[dict[str, Any]]) -> UpcyclingReport:
-        """Ask the sparse model the sample and report.
+    def check(
+        self, model: VLMoEForConditionalGeneration, plan: Mapping[str, Origin]
+    ) -> UpcyclingReport:
+        """Run the sparse model on the sample and report.
 
         Raises:
             UpcyclingError: the options promise the dense function, and the logits differ by more
@@ -300,7 +238,7 @@ class Conversion:
                 "dense_rounding": dense_stored.error(dense),
             }
             if not all(map(math.isfinite, stored.values())):
-                stored = None  # their dtype is too small for what the model computes
+                stored = None  # the activations overflow in that dtype
         model.set_experts_implementation(implementation)
         model.train(was_training)
         error = sparse.error(dense)
@@ -312,7 +250,7 @@ class Conversion:
             )
         tiles = self.sample.get("pixel_attention_mask")
         shown = 0 if tiles is None else int(tiles.flatten(0, 1).flatten(1).any(-1).sum())
-        real = self.sample["attention_mask"]
+        real, target = self.sample["attention_mask"], model.state_dict()
         return UpcyclingReport(
             source=self.source,
             model_type=self.model_type,
@@ -326,13 +264,21 @@ class Conversion:
             sample={"rows": len(real), "images": shown, "tokens": int(real.sum())},
             parameters={"dense": self.parameters, "sparse": active_parameters(model)},
             frozen=list(model.model.unused_vision_parameters),
-            tensors=tensors,
+            tensors=[
+                {
+                    "name": name,
+                    "shape": list(target[name].shape),
+                    "kind": origin.kind,
+                    "sources": [piece.name for piece in origin.sources],
+                }
+                for name, origin in plan.items()
+            ],
             versions={name: version(name) for name in ("torch", "transformers")},
         )
 
 
 def _count_dense(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str, int]:
-    """Parameters of the dense model, counted as `active_parameters` does."""
+    """Count the parameters of the dense model, as `active_parameters` does."""
     pieces = dense_pieces(weights, config)
     sizes = {name: piece.of(weights).numel() for name, piece in pieces.items()}
     if config.tie_word_embeddings:
@@ -349,21 +295,10 @@ def _count_dense(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str
     }
 
 
-def described(plan: Mapping[str, Origin], target: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """The tensors of a report."""
-    return [
-        {
-            "name": name,
-            "shape": list(target[name].shape),
-            "kind": origin.kind,
-            "sources": [piece.name for piece in origin.sources],
-        }
-        for name, origin in plan.items()
-    ]
-
-
-def converted(model_class: Any, conversion: Conversion) -> Any:
-    """The sparse model in memory, checked; its report is its `upcycling_report`."""
+def converted(
+    model_class: type[VLMoEForConditionalGeneration], conversion: Conversion
+) -> VLMoEForConditionalGeneration:
+    """Make the sparse model in memory and check it; its report is its `upcycling_report`."""
     with no_init_weights():
         model = model_class._from_config(conversion.config, dtype=conversion.dtype)
     model.tie_weights()
@@ -373,35 +308,37 @@ def converted(model_class: Any, conversion: Conversion) -> Any:
         model.generation_config = copy.deepcopy(conversion.generation_config)
         model.suppress_image_tokens()
     model.eval()
-    model.upcycling_report = conversion.check(model, described(plan, model.state_dict()))
+    model.upcycling_report = conversion.check(model, plan)
     return model
 
 
 def from_dense(
-    model_class: Any,
-    dense: Any,
+    model_class: type[VLMoEForConditionalGeneration],
+    dense: Dense,
     num_experts: int,
     num_experts_per_tok: int,
-    sample: Mapping[str, Tensor] | None = None,
+    sample: Sample | None = None,
     **options: Any,
-) -> Any:
-    """See `VLMoEForConditionalGeneration.from_dense`."""
+) -> VLMoEForConditionalGeneration:
+    """Convert in memory; see `VLMoEForConditionalGeneration.from_dense`."""
     asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
-    return converted(model_class, Conversion.begin(dense, asked, lambda config: sample))
+    return converted(model_class, Conversion.begin(dense, asked, sample=sample))
 
 
 def from_vision_text(
-    model_class: Any,
-    vision: Any,
-    text: Any,
+    model_class: type[VLMoEForConditionalGeneration],
+    vision: Dense,
+    text: Dense,
     num_experts: int,
     num_experts_per_tok: int,
     image_token_id: int | None = None,
     connector: Mapping[str, Any] | None = None,
-    sample: Mapping[str, Tensor] | None = None,
+    sample: Sample | None = None,
     **options: Any,
-) -> Any:
-    """See `VLMoEForConditionalGeneration.from_vision_text`."""
+) -> VLMoEForConditionalGeneration:
+    """Convert in memory; see `VLMoEForConditionalGeneration.from_vision_text`."""
     asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
-    parts = vision, text, asked, image_token_id, connector
-    return converted(model_class, Conversion.begin_vision_text(*parts, lambda config: sample))
+    begun = Conversion.begin_vision_text(
+        vision, text, asked, image_token_id=image_token_id, connector=connector, sample=sample
+    )
+    return converted(model_class, begun)

@@ -1,10 +1,10 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A dense model's folder becomes a sparse one's, tensor by tensor.
+"""Write a conversion into a folder, shard by shard.
 
-The two models are never in memory together: the dense one answers the sample, its tensors are
-written shard by shard into a hidden folder beside the target, and the sparse one is loaded from
-there, checked, and put in its place by one rename. A run that was killed goes on with the shards
-that are missing; what it writes is the same to the byte.
+The two models are never in memory together. The dense one answers the sample. Its tensors are
+written, shard by shard, into a hidden folder beside the target. The sparse one is loaded from
+there, checked, and moved to the target by one rename. A run that was killed continues with the
+missing shards, and its files are the same to the byte.
 """
 
 import errno
@@ -22,12 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import cached_file, logging
 
-from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..hub.atomic_files import atomic_path, write_json
 from ..hub.folder_lock import folder_lock, refuse_dangling
 from ..hub.model_card import write_model_card
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
-from .conversion import Conversion, SampleFor, described
+from .conversion import Conversion
 from .report import UpcyclingReport
 from .weight_plan import Origin
 
@@ -37,26 +36,21 @@ Tensor = torch.Tensor
 
 
 def upcycle_folder(
-    begin: Callable[[SampleFor], Conversion],
-    target: str | Path,
+    begin: Callable[[], Conversion],
+    target: str | os.PathLike[str],
     request: Mapping[str, Any],
     *,
-    processor_for: Callable[[VLMoEConfig], Any] | None = None,
-    sample_for: Callable[[Any], Mapping[str, Tensor]] | None = None,
     bases: Sequence[dict[str, Any]] = (),
     max_shard_size: str = "5GB",
 ) -> UpcyclingReport:
-    """Convert dense models into a folder with weights, configuration, code and report.
+    """Convert dense models into a folder with weights, configuration, code, processor and report.
 
     Args:
-        begin: starts the conversion; what it is given makes the sample.
-        target: the folder to make; it must not hold anything.
-        request: what is asked for, as JSON can hold it; a conversion that was killed goes on if
-            it is the same.
-        processor_for: makes the processor to save beside the model, from its configuration.
-        sample_for: makes the inputs that dense and sparse model are compared on, from that
-            processor; by default drawn pictures and random words.
-        bases: what the dense models' cards say, for the new one's; see `saved_model`.
+        begin: starts the conversion.
+        target: the folder to make; it must be empty or absent.
+        request: the options of the conversion, as JSON can hold them; one that was killed continues
+            if they are the same.
+        bases: facts from the dense models' cards, for the new card; see `saved_model`.
         max_shard_size: of a weights file.
 
     Raises:
@@ -69,51 +63,28 @@ def upcycle_folder(
     refuse_dangling(target)
     target = target.resolve()
     with folder_lock(target, beside=True):
-        return _upcycle_folder(
-            begin, target, request, processor_for, sample_for, bases, max_shard_size
-        )
-
-
-def _upcycle_folder(
-    begin: Callable[[SampleFor], Conversion],
-    target: Path,
-    request: Mapping[str, Any],
-    processor_for: Callable[[VLMoEConfig], Any] | None,
-    sample_for: Callable[[Any], Mapping[str, Tensor]] | None,
-    bases: Sequence[dict[str, Any]],
-    max_shard_size: str,
-) -> UpcyclingReport:
-    """`upcycle_folder`, while nobody else makes that folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
-    processors: list[Any] = []
-
-    def sample(config: VLMoEConfig) -> Mapping[str, Tensor] | None:
-        if processor_for is None:
-            return None
-        processors.append(processor_for(config))
-        return None if sample_for is None else sample_for(processors[0])
-
-    conversion = begin(sample)
-    staging = _staging(target, dict(request) | {"max_shard_size": max_shard_size})
-    tensors = _write_weights(conversion, staging, max_shard_size)
-    conversion.config.architectures = [VLMoEForConditionalGeneration.__name__]
-    conversion.config.save_pretrained(staging)
-    for part in (conversion.generation_config, *processors):
-        if part is not None:
-            part.save_pretrained(staging)
-    conversion.weights = {}  # the dense model goes before the sparse one comes
-    model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
-    report = replace(conversion.check(model, tensors), bases=list(bases))
-    report.save(staging)
-    write_model_card(staging, metadata={"model_name": target.name})
-    os.replace(staging, target)
-    _request_file(target).unlink()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
+        conversion = begin()
+        staging = _staging(target, dict(request) | {"max_shard_size": max_shard_size})
+        plan = _write_weights(conversion, staging, max_shard_size)
+        conversion.config.architectures = [VLMoEForConditionalGeneration.__name__]
+        conversion.config.save_pretrained(staging)
+        for part in (conversion.generation_config, conversion.processor):
+            if part is not None:
+                part.save_pretrained(staging)
+        conversion.weights = {}  # release the dense model before the sparse one is loaded
+        model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
+        report = replace(conversion.check(model, plan), bases=list(bases))
+        report.save(staging)
+        write_model_card(staging, metadata={"model_name": target.name})
+        os.replace(staging, target)
+        _request_file(target).unlink()
     return report
 
 
-def source_fingerprint(source: str) -> dict[str, Any]:
-    """Size and time of each file of a folder, the commit of a Hub id: a changed source is seen."""
+def source_fingerprint(source: str) -> dict[str, str | list[int] | None]:
+    """Return size and time of each file of a folder, or the commit of a Hub id."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return {"config.json": cached_file(source, "config.json")}  # with the commit in its path
@@ -122,16 +93,16 @@ def source_fingerprint(source: str) -> dict[str, Any]:
 
 
 def _staging(target: Path, request: dict[str, Any]) -> Path:
-    """The hidden folder beside the target; one of another request is begun anew."""
+    """Return the hidden folder beside the target; one of another request is emptied."""
     staging, asked = target.with_name(f".{target.name}.upcycling"), _request_file(target)
     given = json.loads(json.dumps(request))  # as it is read back
     if staging.is_dir():
         if asked.is_file() and json.loads(asked.read_text(encoding="utf-8")) == given:
-            logger.warning(f"Going on with the conversion in {staging}.")
+            logger.warning(f"Continuing the conversion in {staging}.")
             for half_written in staging.glob(".*.tmp*"):
                 half_written.unlink()
             return staging
-        logger.warning(f"{staging} holds another conversion; it is begun anew.")
+        logger.warning(f"{staging} holds another conversion, which is discarded.")
         shutil.rmtree(staging)
     write_json(asked, given)
     staging.mkdir()
@@ -142,8 +113,8 @@ def _request_file(target: Path) -> Path:
     return target.with_name(f".{target.name}.upcycling.json")
 
 
-def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) -> list[dict]:
-    """Write the shards that are missing, and the index; returns the report's tensors."""
+def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) -> dict[str, Origin]:
+    """Write the missing shards and the index; return the origin of each tensor."""
     with torch.device("meta"):
         skeleton = VLMoEForConditionalGeneration(conversion.config)
     tied = set(skeleton.all_tied_weights_keys)
@@ -169,7 +140,7 @@ def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) ->
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    return described(plan, target)
+    return plan
 
 
 @torch.no_grad()
@@ -194,7 +165,7 @@ def _write_shard(
 
 def _disk_full(folder: Path, needed: int, free: int) -> str:
     return (
-        f"no space for the sparse model's weights: {needed / 1e9:.1f} GB are still to be written, "
-        f"{free / 1e9:.1f} GB are free beside {folder}. Free some and run the command again: "
-        "finished files are kept"
+        f"no space for the sparse model's weights: {needed / 1e9:.1f} GB remain to be written, "
+        f"{free / 1e9:.1f} GB are free beside {folder}. Free some space and start again: finished "
+        "files are kept"
     )

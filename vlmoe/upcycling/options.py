@@ -67,14 +67,17 @@ class Upcycling:
 
     @classmethod
     def of(cls, num_experts: int, num_experts_per_tok: int, **options: Any) -> "Upcycling":
-        """From keyword arguments, in which fields of the configuration stand among the options."""
-        own = {option.name for option in dataclasses.fields(cls)} - {"fields"}
+        """Make it from keyword arguments; those that are no option are fields of the config."""
+        own = {option.name for option in dataclasses.fields(cls)}
         given = {name: value for name, value in options.items() if name in own}
         rest = {name: value for name, value in options.items() if name not in own}
-        return cls(num_experts, num_experts_per_tok, **given, fields=rest)
+        fields = {**given.pop("fields", {}), **rest}
+        return cls(num_experts, num_experts_per_tok, **given, fields=fields)
 
     def __post_init__(self) -> None:
-        """Check the options by themselves; the configuration checks the rest."""
+        """Check the options without the model's config, which checks the rest."""
+        if not isinstance(self.sparse_layers, str | int):
+            object.__setattr__(self, "sparse_layers", list(self.sparse_layers))  # for JSON
         _require("expert_init", self.expert_init, EXPERT_INITS)
         if self.expert_split < 1:
             raise ValueError(f"`expert_split` is {self.expert_split}; allowed: 1 or more.")

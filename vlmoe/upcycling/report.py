@@ -1,13 +1,22 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What a conversion did, and how far the sparse model computes what the dense one does."""
+"""The report of a conversion: measured error, parameters, and the origin of each tensor."""
 
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..hub.provenance import REPORT_NAME
+
+
+class TensorReport(TypedDict):
+    """A tensor of the sparse model and the dense tensors that it is made of."""
+
+    name: str
+    shape: list[int]
+    kind: str
+    sources: list[str]
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class UpcyclingReport:
         source: the dense model's folder or Hub id, or its class where it was given in memory.
         model_type: the dense model's.
         exactness: exact, exact at step 0 only, or not exact.
-        options: what was asked for.
+        options: of the conversion.
         dtype: of the weights.
         error: max|sparse - dense| / max|dense| of logits, computed in fp32.
         same_argmax: share of tokens with the same most likely next token.
@@ -32,7 +41,7 @@ class UpcyclingReport:
         tensors: for each tensor of the sparse model its name, shape, kind (copied, repeated, split,
             perturbed, extended, new) and the dense tensors that it is made of.
         versions: of the libraries.
-        bases: what the dense models' cards say, if somebody has read them: `name`, `license`, ...
+        bases: facts from the dense models' cards, if they were read: `name`, `license`, ...
     """
 
     source: str
@@ -47,7 +56,7 @@ class UpcyclingReport:
     sample: dict[str, int]
     parameters: dict[str, dict[str, int]]
     frozen: list[str]
-    tensors: list[dict[str, Any]] = field(repr=False)
+    tensors: list[TensorReport] = field(repr=False)
     versions: dict[str, str] = field(default_factory=dict)
     bases: list[dict[str, Any]] = field(default_factory=list)
 
@@ -64,8 +73,8 @@ class UpcyclingReport:
         """Read the report of a folder."""
         return cls(**json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8")))
 
-    def rows(self) -> list[tuple[str, str]]:
-        """The report in short, as rows of a table."""
+    def table(self) -> str:
+        """Format the report in short, one line for each fact."""
         dense, sparse = self.parameters["dense"], self.parameters["sparse"]
         kinds = Counter(tensor["kind"] for tensor in self.tensors)
         rows = [
@@ -84,4 +93,5 @@ class UpcyclingReport:
             ("active per image token", f"{dense['image_token']:,}, {sparse['image_token']:,}"),
             ("tensors", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))),
         ]
-        return rows
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
