@@ -14,7 +14,6 @@ from vlmoe_cli.options import (
     LoraOptions,
     ModelOptions,
     Options,
-    UpcycleOptions,
 )
 from vlmoe_cli.training_arguments import training_arguments
 from vlmoe_cli.training_checks import check_arguments, require_evaluation
@@ -77,7 +76,7 @@ def test_an_option_out_of_range_or_unread_is_one_line(
     "options",
     [
         *(DataOptions, EvaluateOptions, GenerateOptions, InspectOptions, LoraOptions),
-        *(ModelOptions, UpcycleOptions),
+        *(ModelOptions,),
     ],
 )
 def test_the_defaults_are_allowed(options: type[Options]) -> None:
