@@ -65,13 +65,13 @@ def _select_real(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return rows[real]
 
 
-def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures) -> torch.Tensor:
-    """Add zero times the features of a blank image.
+def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures | None) -> torch.Tensor:
+    """Add zero times the features of a blank image, if there is one.
 
     So every vision parameter gets a zero gradient, and no rank of DistributedDataParallel or FSDP
     waits for one.
     """
-    return embeds + (blank.pooler_output.mean() * 0.0).to(embeds)
+    return embeds if blank is None else embeds + (blank.pooler_output.mean() * 0.0).to(embeds)
 
 
 class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
@@ -232,16 +232,16 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         token_types = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
         features = is_image = None
-        if are_real:
+        if images is not None and are_real:
             features = images.pooler_output.flatten(0, 1).to(inputs_embeds)
             is_image = self.get_placeholder_mask(
                 input_ids, inputs_embeds, features, mm_token_type_ids, past_key_values
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image, features)
-        elif mm_encoder_outputs is None and "attention_instances" not in kwargs:
+        else:
             # `generate` has looked at the prompt; vLLM, whose attention this is, merges by itself.
-            self.check_no_image_tokens(input_ids, inputs_embeds)
-        if images is not None and not are_real:
+            if mm_encoder_outputs is None and "attention_instances" not in kwargs:
+                self.check_no_image_tokens(input_ids, inputs_embeds)
             inputs_embeds = keep_vision_in_graph(inputs_embeds, images)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -257,7 +257,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         return VLMoEModelOutputWithPast(
             **outputs,
             image_hidden_states=features,
-            vision_router_logits=None if shown is None else images.router_logits,
+            vision_router_logits=None if shown is None else getattr(images, "router_logits", None),
             shown_tiles=shown,
             mm_token_type_ids=token_types,
         )
@@ -281,13 +281,14 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     def _end_training_pass(
         self,
         outputs: MoeModelOutputWithPast,
-        images: VLMoEImageFeatures,
+        images: VLMoEImageFeatures | None,
         shown: torch.Tensor | None,
     ) -> None:
         """Update the statistics of vision routers, and watch for losses without router losses."""
-        if shown is not None:
+        if images is not None and shown is not None:
+            routing = images.router_logits or (), images.chosen_experts or ()
             blocks = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
-            update_vision_stats(blocks, images.router_logits, images.chosen_experts, shown)
+            update_vision_stats(blocks, *routing, shown)
         if outputs.router_logits and not self.wants_router_losses():
             # TRL adds a balance loss to all that it finds; through frozen ones it would train
             # only what lies below them.
@@ -453,7 +454,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             vision_router_logits=routed.vision_router_logits,
             shown_tiles=routed.shown_tiles,
         )
-        return loss if losses.total is None else loss + losses.total.to(loss.device), losses
+        return losses.added_to(loss), losses
 
     def router_losses(
         self,

@@ -196,9 +196,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False: for custom code transformers skips `_init_weights` on modules without
-        parameters of their own.
-        """
+        """Return False, or transformers skips `_init_weights` on modules without parameters."""
         return False
 
     @classmethod
