@@ -319,6 +319,7 @@ def parsed(argv: list[str]) -> dict[str, Any]:
         (["--lora=yes"], {"lora": True}),
         (["--lora", "--no-lora"], {"lora": False}),
         (["--", "--lora"], {"lora": False, "word": "--lora"}),
+        (["--", "--model.a"], {"model_overrides": None, "word": "--model.a"}),
         (["--name", "a-b=c"], {"name": "a-b=c"}),
         (["--model_overrides", '{"a": {"b": 1}}'], {"model_overrides": {"a": {"b": 1}}}),
         (["--model.a.b", "0", "--model.a.c=x"], {"model_overrides": {"a": {"b": 0, "c": "x"}}}),
