@@ -215,13 +215,10 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         For the image inputs see `get_image_features`, for `mm_token_type_ids` (batch, length)
         `token_types`. `mm_encoder_outputs={"image": ...}` holds image features that were computed
         before; if it is given, even empty, tokens without images are not searched for image tokens.
-
-        Raises:
-            ValueError: shapes do not fit each other, or images and image tokens do not match.
+        Raise `ValueError` if shapes do not fit, or images and image tokens do not match.
         """
         tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
-        hidden_size = self.config.text_config.hidden_size
-        batch = check_token_inputs(*tokens, mm_token_type_ids, hidden_size)
+        batch = check_token_inputs(*tokens, mm_token_type_ids, self.config.text_config.hidden_size)
         check_rows_of_images(pixel_values, image_index, batch)
 
         # Before the embedding, so that all ranks of FSDP gather parameters in one order.
@@ -304,8 +301,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         """
         if not self.config.text_config.has_router_losses:
             return False
-        decoder: Any = self.language_model.layers
-        blocks = [layer.mlp for layer in decoder if hasattr(layer, "mlp")]
+        layers: Any = self.language_model.layers
+        blocks = [layer.mlp for layer in layers if hasattr(layer, "mlp")]
         blocks += sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
         routers = [block.router for block in blocks if hasattr(block, "router")]
         trains = [weight.requires_grad for router in routers for weight in router.parameters()]

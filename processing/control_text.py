@@ -20,11 +20,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 
 from .text_checks import require_characters
 
+Value = TypeVar("Value")
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TILE_MARKER = re.compile(r"<row_\d+_col_\d+>")
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -36,7 +39,7 @@ ALIASES, FILLER = range(0x100000, 0x10FFFD), "\U0010fffd"
 class ControlStrings:
     """The control strings of a tokenizer: the names of its special tokens and of `markers`."""
 
-    def __init__(self, tokenizer: Any, markers: Iterable[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: Iterable[str]) -> None:
         """Read the added tokens; a token of white space only is no control token."""
         added = tokenizer.added_tokens_decoder
         named = {*markers, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
@@ -122,7 +125,7 @@ class ControlStrings:
                 )
         return backend
 
-    def _is_of_control(self, merge: Any) -> bool:
+    def _is_of_control(self, merge: str | list[str]) -> bool:
         """Return whether a merge of BPE takes or makes a control token."""
         pair = merge.split(" ") if isinstance(merge, str) else merge
         return not self.ids.keys().isdisjoint((*pair, "".join(pair)))
@@ -134,7 +137,9 @@ class GuardedTokenizer:
     Texts and offsets are those of the rendered chat with stand-ins, ids those of the real text.
     """
 
-    def __init__(self, tokenizer: Any, control: ControlStrings, characters: set[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, control: ControlStrings, characters: set[str]
+    ) -> None:
         """Choose stand-ins that are not among the `characters` of the chat and the template."""
         if not tokenizer.is_fast:
             raise ValueError(
@@ -149,7 +154,7 @@ class GuardedTokenizer:
             raise ValueError(f"The chat holds {len(characters)} distinct characters, too many.")
         self._signs = {ord(stand_in): chr(sign) for sign, stand_in in self._stand_ins.items()}
 
-    def mark(self, value: Any) -> Any:
+    def mark(self, value: Value) -> Value:
         """Put stand-ins into the strings of a chat's value."""
         change = partial(self._control.marked, stand_ins=self._stand_ins)
         return _each_string(value, change)
@@ -162,7 +167,7 @@ class GuardedTokenizer:
         """Render marked messages as the tokenizer does."""
         return type(self._tokenizer).apply_chat_template(self, *args, **kwargs)
 
-    def __call__(self, text: Any, **kwargs: Any) -> Any:
+    def __call__(self, text: str | Iterable[str], **kwargs: Any) -> BatchEncoding:
         """Tokenize a text or texts rendered from marked values.
 
         Raises:
@@ -189,7 +194,7 @@ class GuardedTokenizer:
         """Return the tokenizer's own attribute."""
         return getattr(self._tokenizer, name)
 
-    def _renamed(self) -> Any:
+    def _renamed(self) -> PreTrainedTokenizerBase:
         """Copy the tokenizer, with aliases as names of the control tokens."""
         tokenizer = copy.copy(self._tokenizer)
         tokenizer._tokenizer = self._control.renamed
@@ -215,12 +220,14 @@ class GuardedTokenizer:
                 end = start + len(name)
         return self.unmark("".join((*pieces, text[end:])))
 
-    def _control_ids(self, output: Any) -> list[list[int]]:
+    def _control_ids(self, output: BatchEncoding) -> list[list[int]]:
         ids = {*self._control.ids.values()} - {self._tokenizer.unk_token_id}
         return [[token for token in row if token in ids] for row in output["input_ids"]]
 
 
-def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedTokenizer | None:
+def guarded_tokenizer(
+    processor: ProcessorMixin, values: object, template: str
+) -> GuardedTokenizer | None:
     """Make the tokenizer for a chat whose values hold control strings; None if they hold none.
 
     Args:
@@ -248,7 +255,7 @@ def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedToke
     return GuardedTokenizer(processor.tokenizer, control, set("".join((*texts, template))))
 
 
-def _control_strings(processor: Any) -> ControlStrings:
+def _control_strings(processor: ProcessorMixin) -> ControlStrings:
     """Return those of a processor's tokenizer, remembered until tokens are added to it."""
     tokenizer, image_token = processor.tokenizer, processor.image_token
     around = processor.image_start_token, processor.image_end_token, processor.global_image_token
@@ -260,10 +267,14 @@ def _control_strings(processor: Any) -> ControlStrings:
     return known[1]
 
 
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, ControlStrings]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, ControlStrings]] = (
+    WeakKeyDictionary()
+)
 
 
-def _each_string(value: Any, change: Callable[[str, str | None], str], key: Any = None) -> Any:
+def _each_string(
+    value: Any, change: Callable[[str, str | None], str], key: str | None = None
+) -> Any:
     """Change the strings of a value, also inside lists, mappings and objects.
 
     `change` gets a string and its key. Pictures of image parts are left unchanged.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,7 +106,9 @@ def encoded_image(
             not answer, or a string that is none of these.
     """
     if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        held = source.get("path") if source.get("bytes") is None else source["bytes"]
+        options: Any = {"limits": limits, "allow_urls": allow_urls}
+        return None if held is None else encoded_image(held, where, **options)
     if isinstance(source, bytes | bytearray | memoryview):
         encoded = ImageContent(bytes(source), f"the image of {len(source)} bytes")
     elif isinstance(source, str | Path) and os.path.isfile(source):

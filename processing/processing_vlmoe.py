@@ -14,11 +14,11 @@ from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import (
     ImagesKwargs,
@@ -34,6 +34,7 @@ from .chat_template import DEFAULT_CHAT_TEMPLATE
 from .control_text import guarded_tokenizer
 from .image_checks import load_rgb_image
 from .image_layout import (
+    Images,
     TiledImage,
     batch_tiles,
     encode_images,
@@ -45,6 +46,7 @@ from .image_sources import DEFAULT_LIMITS, ImageLimits, ImageSource
 from .text_checks import check_text_options, require_characters
 from .tower_layout import image_processor_for, image_seq_length
 
+Texts = str | Sequence[str]
 TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
 _BLANK = Image.new("L", (1, 1))
 
@@ -69,7 +71,7 @@ class VLMoEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-
 class HubProcessorMixin(HubCodeMixin, ProcessorMixin):
     """A processor that saves its code; one class, as conformance tests look at the first base."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> list[str] | None:
         """Save as `HubCodeMixin` does; afterwards the processor equals a loaded one."""
         files = super().save_pretrained(*args, **kwargs)
         self.__dict__.pop("auto_map", None)  # loading drops it too
@@ -253,7 +255,10 @@ class VLMoEProcessor(HubProcessorMixin):
         return ["rows", "cols", "token_type_ids"]
 
     def __call__(
-        self, images: Any = None, text: Any = None, **kwargs: Unpack[VLMoEProcessorKwargs]
+        self,
+        images: Images | None = None,
+        text: Texts | None = None,
+        **kwargs: Unpack[VLMoEProcessorKwargs],
     ) -> BatchFeature:
         """Images and text in, model inputs out; see the class."""
         check_text_options(kwargs)
@@ -261,12 +266,12 @@ class VLMoEProcessor(HubProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: Any,
+        conversation: Sequence[Mapping | Sequence[Mapping]],
         chat_template: str | None = None,
-        tools: Any = None,
-        documents: Any = None,
+        tools: list | None = None,
+        documents: list[dict[str, str]] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> str | list[str] | list[int] | list[list[int]] | BatchFeature:
         """Apply it as transformers does, but tokenize control strings of the caller as text.
 
         A user's `<|end|>` or `<image>` is encoded letter by letter: it neither ends a turn nor
@@ -300,12 +305,12 @@ class VLMoEProcessor(HubProcessorMixin):
 
     def prepare_inputs_layout(
         self,
-        images: Any = None,
+        images: Images | None = None,
         text: Any = None,
-        videos: Any = None,
-        audio: Any = None,
+        videos: object = None,
+        audio: object = None,
         **kwargs: Any,
-    ) -> tuple[list[list[Any]] | None, Any, None, None]:
+    ) -> tuple[list[list[ImageSource]] | None, Any, None, None]:
         """Distribute the unopened images: `(images of each row, texts, None, None)`."""
         if videos is not None or audio is not None:
             raise ValueError(
@@ -332,7 +337,12 @@ class VLMoEProcessor(HubProcessorMixin):
             )
         return rows if any(rows) else None, text, None, None
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(
+        self,
+        images: list[list[ImageSource]] | None = None,
+        text: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Check that each text has as many placeholders as images."""
         if _are_texts(text):
             for sample, row in enumerate(text):
@@ -356,7 +366,7 @@ class VLMoEProcessor(HubProcessorMixin):
         cols = [cols for row in image_inputs["cols"] for cols in row][image_idx]
         return self._image_text(rows, cols)
 
-    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
+    def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Return 1 for each image token, 0 for each other token."""
         return [(np.asarray(row) == self.image_token_id).astype(int).tolist() for row in input_ids]
 
@@ -419,7 +429,7 @@ class VLMoEProcessor(HubProcessorMixin):
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _check_special_mm_tokens(
-        self, text: list[str], text_inputs: Any, modalities: list[str]
+        self, text: list[str], text_inputs: BatchEncoding, modalities: list[str]
     ) -> None:
         """Refuse a truncation that cuts an image, its markers included."""
         for sample, expanded in enumerate(text):
@@ -438,7 +448,7 @@ class VLMoEProcessor(HubProcessorMixin):
                 "or leave the sample out."
             ) from cause
 
-    def _cuts_a_marker(self, text: str, text_inputs: Any, sample: int) -> bool:
+    def _cuts_a_marker(self, text: str, text_inputs: BatchEncoding, sample: int) -> bool:
         """Return whether truncation kept all image tokens but lost a marker around them."""
         encodings = getattr(text_inputs, "encodings", None)
         if encodings is None or not encodings[sample].overflowing or self.image_token not in text:
@@ -452,7 +462,9 @@ class VLMoEProcessor(HubProcessorMixin):
             first_image is not None and kept[0][0] > first_image.start()
         )
 
-    def _adjust_assistant_masks_indices(self, processed_dict: Any, generation_indices: Any) -> Any:
+    def _adjust_assistant_masks_indices(
+        self, processed_dict: BatchFeature, generation_indices: list
+    ) -> list:
         """Adjust them as transformers does, but on lists: its loop is far slower on tensors."""
         offsets = processed_dict["offset_mapping"]
         if hasattr(offsets, "tolist"):
@@ -473,7 +485,7 @@ def _dense_processor() -> ModuleType:
         raise ImportError("A dense processor needs the package: pip install vlmoe") from error
 
 
-def _are_texts(text: Any) -> bool:
+def _are_texts(text: object) -> TypeGuard[list[str]]:
     return isinstance(text, list) and all(isinstance(sample, str) for sample in text)
 
 
