@@ -41,7 +41,7 @@ from .model_outputs import (
     VLMoEImageFeatures,
     VLMoEModelOutputWithPast,
 )
-from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
+from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel, real_tokens
 from .router_losses import RouterLosses, decoder_router_losses, sum_of_losses
 from .vision_experts import sparse_vision_blocks
 from .vision_router_losses import shown_tiles, update_vision_stats, vision_router_losses
@@ -75,7 +75,7 @@ def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures | None)
 
 
 class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
-    """Vision tower, connector and decoder, without the language modelling head."""
+    """Vision tower, connector and decoder, without the language modeling head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - of the whole model
 
@@ -174,7 +174,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         mm_encoder_outputs: dict[str, VLMoEImageFeatures] | None,
         output_router_logits: bool,
     ) -> tuple[VLMoEImageFeatures | None, bool]:
-        """Encode the batch's images, or take the given features; also tell whether there are any.
+        """Encode the batch's images, or take the given features; also return whether there are any.
 
         In training a batch without images gets a blank one, so that all ranks do the same work.
         """
@@ -236,7 +236,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image, features)
         else:
-            # `generate` has looked at the prompt; vLLM, whose attention this is, merges by itself.
+            # `generate` has checked the prompt; vLLM, whose attention this is, merges by itself.
             if mm_encoder_outputs is None and "attention_instances" not in kwargs:
                 self.check_no_image_tokens(input_ids, inputs_embeds)
             inputs_embeds = keep_vision_in_graph(inputs_embeds, images)
@@ -322,7 +322,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
 
 
 class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageGenerationMixin):
-    """The whole model, with language modelling head and losses."""
+    """The whole model, with language modeling head and losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -439,13 +439,10 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         )
         if routed is None:
             return loss, RouterLosses()
-        token_mask = torch.ones_like(labels, dtype=torch.bool)
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -labels.shape[1] :].bool()
         row_weights = labels_per_row.to(num_items.device) / num_items
         losses = self.router_losses(
             routed.router_logits,
-            token_mask,
+            real_tokens(attention_mask, labels),
             row_weights,
             mm_token_type_ids=routed.mm_token_type_ids,
             vision_router_logits=routed.vision_router_logits,

@@ -282,17 +282,15 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             init_biased_experts(module)
 
 
-def _token_mask(
-    attention_mask: torch.Tensor | dict | None, inputs_embeds: torch.Tensor
-) -> torch.Tensor:
-    """(batch * length,): True for real tokens; without a 2-D mask all are."""
+def real_tokens(attention_mask: torch.Tensor | dict | None, tokens: torch.Tensor) -> torch.Tensor:
+    """(batch, length): True for real tokens, not padding; without a 2-D mask all are real."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -inputs_embeds.shape[1] :].flatten().bool()
-    return torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool).flatten()
+        return attention_mask[:, -tokens.shape[1] :].bool()
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 class VLMoETextModel(VLMoEPreTrainedModel):
-    """The decoder without a language modelling head."""
+    """The decoder without a language modeling head."""
 
     config: VLMoETextConfig
     input_modalities = ("text",)
@@ -352,7 +350,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         learns = self.learns
-        token_mask = _token_mask(attention_mask, inputs_embeds) if learns else None
+        token_mask = real_tokens(attention_mask, inputs_embeds).flatten() if learns else None
         for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
             output = layer(
                 hidden_states,

@@ -10,14 +10,14 @@ Shapes: layers, batch, length, experts. Every function takes
 and returns the mean over layers: layers are never pooled, since two layers collapsed onto different
 experts would then look balanced.
 
-What is balanced together (`router_aux_loss_scope`):
+Tokens that are balanced together (`router_aux_loss_scope`):
 - `"sequence"`: statistics row by row, as in DeepSeek-V3's sequence-wise loss
   (https://arxiv.org/abs/2412.19437, eq. 17-20). A row's loss does not depend on the rows beside
   it, and with each row weighted by its share of label tokens (as cross-entropy weights it) one
   optimizer step gets the same gradient however its rows are split over micro-batches and ranks.
 - `"batch"`: the rows of a micro-batch are one long row with the sum of their weights, as in
   transformers, but per layer. Tokens of one row may all go to the same experts if those of other
-  rows go elsewhere; the update depends on what is a micro-batch.
+  rows go elsewhere; the update depends on the micro-batches.
 - `"global"`: the same over the micro-batches of all ranks (https://arxiv.org/abs/2501.11873), with
   one all-reduce of counts per forward pass of training. Each rank's loss is the part of its own
   tokens: their sum is the loss of one process with all rows. All ranks must take part.
@@ -126,7 +126,7 @@ def load_balancing_loss(
         router_logits, token_mask, row_weights: see the module's docstring.
         top_k, scoring_func, n_group, topk_group: as the router chooses.
         banks: for each set of tokens that may use the same experts a mask (batch, length) and the
-            number of those experts. Each is balanced by itself, with the share of its tokens. By
+            number of those experts. Each is balanced alone, with the share of its tokens. By
             default all tokens may use all experts.
         summed: sums a tensor over ranks; for scope `"global"`, where there is one row.
 

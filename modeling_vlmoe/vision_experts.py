@@ -6,7 +6,7 @@ router and a bank of MLPs replace an MLP of two linears with biases. The bank ha
 - `up_proj` (experts, inner, in), `up_proj_bias` (experts, inner)
 - `down_proj` (experts, out, inner), `down_proj_bias` (experts, out)
 
-Routing is softmax, top-k, renormalise: with identical experts the dense model's function.
+Routing is softmax, top-k, renormalize: with identical experts it is the dense model's function.
 
 The sparse towers are transformers' own with some layers replaced. Like those of the decoder these
 return their routing: under re-entrant checkpointing only a layer's output has a gradient, and
@@ -128,7 +128,7 @@ def init_biased_experts(experts: VLMoEBiasedExperts) -> None:
 
 
 class VisionRouting(Routing):
-    """Softmax, top-k, renormalise, with the k that a field of the config holds now."""
+    """Softmax, top-k, renormalize, with the current k of a config field."""
 
     def __init__(self, config: VLMoEConfig, top_k_field: str):
         self.config, self.top_k_field = config, top_k_field

@@ -144,7 +144,7 @@ class GuardedTokenizer:
         if not tokenizer.is_fast:
             raise ValueError(
                 "The chat holds control strings as text, such as an image token; a tokenizer of "
-                f"the class {type(tokenizer).__name__} cannot tell them from those of the chat "
+                f"the class {type(tokenizer).__name__} cannot distinguish them from those of the "
                 "template. Use a fast tokenizer, or leave them out."
             )
         self._tokenizer, self._control = tokenizer, control

@@ -32,7 +32,7 @@ BYTES_PER_PIXEL = 4
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the sample, what was found and what to do."""
+    """An unusable image; the message names the sample, the fault and the remedy."""
 
 
 @dataclass(frozen=True)
