@@ -5,7 +5,7 @@
 #   make conformance  transformers' own common tests on our classes (about three minutes)
 #   make docs         build the documentation into build/site; any warning is an error
 #   make lint         ruff and mypy
-#   make venv         the environment, and links under build/typed for mypy and editors
+#   make venv         the environment, and links under build/typed for mypy, editors and mkdocs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,8 +42,6 @@ conformance: venv
 
 docs: venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
-	rm -rf build/documented
-	$(BIN)/python -m pip install --quiet --no-deps --target build/documented .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: venv

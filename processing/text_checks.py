@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Refuse, by name, texts and text options that the tokenizers library cannot take."""
+"""Texts and text options that the tokenizers library would refuse without naming them."""
 
 from collections.abc import Mapping
 from numbers import Integral
@@ -24,7 +24,11 @@ def require_characters(text: str, where: str) -> None:
 
 
 def check_text_options(options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a wrong number or switch among the options of a processor's call."""
+    """Check the numbers and switches among the options of a processor's call.
+
+    Raises:
+        ValueError: names the option, its value and what is allowed.
+    """
     given = dict(options)
     for group in OPTION_GROUPS:
         of_group = options.get(group)
@@ -42,3 +46,6 @@ def check_text_options(options: Mapping[str, Any]) -> None:
     switch = given.get("add_special_tokens")
     if switch is not None and not isinstance(switch, bool):
         raise ValueError(f"`add_special_tokens` is {switch!r:.80}; allowed: True or False.")
+
+
+__all__ = ["check_text_options", "require_characters"]

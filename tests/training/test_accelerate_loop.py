@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.data.collator import VLMoECollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe_cli import accelerate_loop
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
 ROWS_PER_STEP, LEARNING_RATE = 4, 0.1
 ANSWERS = ["blue", "two", "yes, it is a red circle, and what a shape", "no"]
 
@@ -94,7 +94,9 @@ def test_the_updates_are_those_of_trainer_and_save_state_keeps_them(
         collate_fn=VLMoECollator(processor),
     )
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate_loop.train(model, optimizer, loader, accumulate, str(tmp_path / "state"))
+    runpy.run_path(str(SCRIPT))["train"](
+        model, optimizer, loader, accumulate, str(tmp_path / "state")
+    )
     saved = load_file(tmp_path / "state" / "model.safetensors")
     initial = dict(make_model().named_parameters())
     for name, values in model.named_parameters():
@@ -116,11 +118,10 @@ def test_the_updates_are_those_of_trainer_and_save_state_keeps_them(
 def test_it_runs_as_a_script_of_at_most_forty_lines(
     saved_model: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Path(accelerate_loop.__file__)
-    assert len(source.read_text().splitlines()) <= 40
+    assert len(SCRIPT.read_text().splitlines()) <= 40
     arguments = [str(saved_model), str(data_folder / "train.jsonl"), str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [str(source), *arguments])
-    runpy.run_path(str(source), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     before = VLMoEForConditionalGeneration.from_pretrained(saved_model).state_dict()
     after = load_file(tmp_path / "model.safetensors")
     assert after.keys() <= before.keys()

@@ -1,7 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """An epoch on Accelerate alone, with the gradients of Trainer; steps that are not full are dropped.
 
-accelerate launch -m vlmoe_cli.accelerate_loop MODEL_FOLDER DATASET OUTPUT_FOLDER"""
+accelerate launch examples/accelerate_loop.py MODEL_FOLDER DATASET OUTPUT_FOLDER
+"""
 
 import sys
 from typing import Any
@@ -9,9 +10,7 @@ from typing import Any
 import accelerate
 import torch
 
-from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.data.collator import VLMoECollator
-from vlmoe.data.loading import load_rows
+from vlmoe import VLMoECollator, VLMoEForConditionalGeneration, VLMoEProcessor, load_rows
 
 
 def train(model: Any, optimizer: Any, loader: Any, accumulate: int, output_dir: str) -> None:

@@ -1,0 +1,115 @@
+"""Every snippet of README and docs runs, on a CPU and offline, or is listed with a reason."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from builders import picture
+from conftest import TEXT, VISION, VOCABULARY
+from doc_pages import PAGES, blocks, commands, run_page
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+)
+
+import vlmoe
+from vlmoe import VLMoEForConditionalGeneration
+
+INSTALLS = "installs packages"
+EXCEPTIONS = {
+    "pip install -c constraints.txt torch": INSTALLS,
+    "pip install -c constraints.txt -e '.[train]'": INSTALLS,
+    "pip install 'vlmoe[train] @ git+URL'": INSTALLS,
+    "pip install 'vlmoe[train]'": INSTALLS,
+    "make demo": "takes ten minutes; test_demo.py runs the command on a few images",
+    "vlmoe demo --output_dir outputs/demo": "the same",
+    "vlmoe demo --max_train_rows 8 --max_test_rows 2 --output_dir outputs/try": "test_demo.py",
+    "accelerate launch examples/accelerate_loop.py outputs/tiny my_data outputs/accelerate": (
+        "starts a process; test_accelerate_loop.py runs the script"
+    ),
+}
+SLOW = {"docs/start/first_model.md", "docs/how-to/train.md"}
+ON_A_HUB = {"docs/how-to/share.md"}
+RUNNABLE = [
+    pytest.param(page, marks=pytest.mark.slow if page in SLOW else [])
+    for page in PAGES
+    if blocks(page) and page not in ON_A_HUB
+]
+
+
+@pytest.fixture(scope="session")
+def world(
+    saved_model: Path,
+    data_folder: Path,
+    tiny_model: Callable[..., VLMoEForConditionalGeneration],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with all that the pages name."""
+    folder = tmp_path_factory.mktemp("world")
+    for name in ("outputs/tiny", "outputs/demo/model"):
+        shutil.copytree(saved_model, folder / name)
+    dense = tiny_model(text={"mlp_only_layers": [0, 1, 2], "vocab_size": VOCABULARY})
+    dense.save_pretrained(folder / "user" / "dense-vlm")
+    for file in saved_model.iterdir():
+        if not (folder / "user" / "dense-vlm" / file.name).exists():
+            shutil.copy(file, folder / "user" / "dense-vlm")
+    language = LlamaConfig(**TEXT | {"vocab_size": VOCABULARY})
+    AutoModelForCausalLM.from_config(language).save_pretrained(folder / "user/language-model")
+    tokenizer.save_pretrained(folder / "user/language-model")
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    AutoModel.from_config(vision).save_pretrained(folder / "user/vision-encoder")
+    shutil.copytree(data_folder, folder / "my_data")
+    picture(3, (32, 32)).save(folder / "picture.png")
+    picture(3, (32, 32)).save(folder / "my_data" / "picture.png")
+    return folder
+
+
+@pytest.fixture
+def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder as the current one."""
+    shutil.copytree(world, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    monkeypatch.setenv("CI", "1")  # TRL reports each run to the Hub, except on CI
+    return tmp_path / "world"
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_the_snippets_of_a_page_run(page: str, in_world: Path) -> None:
+    used = re.findall(r"vlmoe\.(\w+)\(", "".join(block.code for block in blocks(page)))
+    if missing := set(used) - set(dir(vlmoe)):
+        pytest.skip(f"not there yet: {missing}")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_page(page, EXCEPTIONS, {})
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_in(folder: str, page: str) -> None:
+    """Run a page in a process whose Hub is the test's, under the name of its user."""
+    os.chdir(folder)
+    run_page(page, EXCEPTIONS, {"user/": "tester/"})
+
+
+@pytest.mark.parametrize("page", sorted(ON_A_HUB))
+def test_the_snippets_of_a_page_run_on_a_hub(
+    page: str, in_world: Path, hub: object, hub_process: Callable[..., None]
+) -> None:
+    hub_process(run_in, str(in_world), page)
+
+
+def test_every_exception_is_a_command_of_some_page() -> None:
+    there = {
+        command
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "bash"
+        for command in commands(block)
+    }
+    assert EXCEPTIONS.keys() <= there
