@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModel
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.modeling_vlmoe import modeling_vlmoe
-from vlmoe.modeling_vlmoe.vision_tower import vision_features
+from vlmoe.modeling_vlmoe import modeling_vlmoe, vision_tower
+from vlmoe.modeling_vlmoe.vision_tower import unused_vision_parameters, vision_features
 
 Inputs = dict[str, torch.Tensor]
 Batch = Callable[..., Inputs]
@@ -200,3 +200,19 @@ def test_a_tower_that_needs_more_than_pixels_is_refused_by_name(
     config.vision_config.image_size = 16
     with pytest.raises(ValueError, match="'siglip2_vision_model', whose tower needs more than"):
         VLMoEForConditionalGeneration(config)
+
+
+def test_unused_parameters_are_searched_once_for_each_configuration(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = vision_tower.make_vision_tower
+    monkeypatch.setattr(vision_tower, "_unused_parameters", {})
+    monkeypatch.setattr(vision_tower, "make_vision_tower", lambda c: made.append(1) or make(c))
+    last, before = tiny_config(), tiny_config(**LAYER)
+    first, second = (unused_vision_parameters(last) for _ in range(2))
+    first.append("the caller's own list")
+    assert second == [] == unused_vision_parameters(tiny_config()) and made == [1]
+    assert unused_vision_parameters(before) and made == [1, 1]
+    before.vision_feature_layer = 0
+    assert len(unused_vision_parameters(before)) > 2 and made == [1, 1, 1]

@@ -460,6 +460,22 @@ def test_our_own_losses_are_not_warned_of(
     assert warnings_of_foreign_losses() == 0
 
 
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_only_a_backward_pass_without_router_losses_is_warned_of(
+    own_loop: bool, make_model: Model, warnings_of_foreign_losses: Callable[[], int]
+) -> None:
+    model = make_model().train()
+    ids, weights = torch.tensor([[7, 8, 9]]), torch.ones(1)
+    output = model(ids, output_router_logits=True)
+    loss = output.logits.mean()
+    if own_loop:
+        losses = model.router_losses(output.router_logits, torch.ones_like(ids).bool(), weights)
+        loss = losses.added_to(loss)
+    assert warnings_of_foreign_losses() == 0
+    loss.backward()
+    assert warnings_of_foreign_losses() == (not own_loop)
+
+
 @pytest.mark.slow
 def test_the_warning_does_not_break_the_graph(make_model: Model) -> None:
     model = make_model().train()
