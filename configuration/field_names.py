@@ -1,10 +1,10 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Fields that a config does not have: refused where the name is another's for one of ours.
+"""Refuse fields that a config does not have, if the name is another one for a field of ours.
 
-transformers keeps unknown fields, as a config may have been written by another version of a
-library; a misspelled field would silently do nothing. So a name close to a field of ours, another
-family's name for it, or a field set one level too high is an error that names ours. Names far from
-all of them stay allowed.
+transformers keeps unknown fields, as a config may come from another version of a library; a
+misspelled field would silently do nothing. So a name close to a field of ours, another family's
+name for it, or a field set one level too high is an error that names ours. Other names stay
+allowed.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
@@ -22,54 +22,35 @@ from huggingface_hub.errors import (
 from transformers import GenerationConfig, PreTrainedConfig
 
 CLOSE = 0.85  # of difflib: "n_groups" to "n_group" is 0.93, "sep_token_id" to "pad_token_id" 0.83
-# Of the text config's fields those that nobody writes into a whole config for other reasons, as
-# libraries do with `use_cache` or `pad_token_id`.
+# Fields of the text config that nobody writes into a whole config for other reasons, as libraries
+# do with `use_cache` or `pad_token_id`.
 _ROUTING = re.compile("expert|router|moe|topk|group|scoring|routed|sparse|mlp_only")
-# What other families call it: what it is called here.
-ALIASES = {
-    **dict.fromkeys(
-        ("n_routed_experts", "num_routed_experts", "moe_num_experts", "n_experts"), "num_experts"
-    ),
-    **dict.fromkeys(
-        ("top_k", "topk", "moe_top_k", "moe_topk", "moe_k", "num_selected_experts"),
-        "num_experts_per_tok",
-    ),
-    **dict.fromkeys(
-        (
-            "num_experts_per_token",
-            "experts_per_token",
-            "n_experts_per_tok",
-            "num_activated_experts",
-        ),
-        "num_experts_per_tok",
-    ),
-    **dict.fromkeys(
-        ("expert_intermediate_size", "moe_ffn_hidden_size", "expert_hidden_size", "expert_ffn_dim"),
-        "moe_intermediate_size",
-    ),
-    **dict.fromkeys(
-        ("n_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size"),
-        "num_shared_experts",
-    ),
-    **dict.fromkeys(
-        ("aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coeff", "load_balancing_loss_coef"),
-        "router_aux_loss_coef",
-    ),
-    **dict.fromkeys(("z_loss_coef", "moe_z_loss_coeff"), "router_z_loss_coef"),
-    "moe_layer_freq": "decoder_sparse_step",
-    "image_token_index": "image_token_id",
-    "downsample_ratio": "pixel_shuffle_factor",
-    "scale_factor": "pixel_shuffle_factor",
+_OTHER_NAMES = {  # of a field of ours, in other families
+    "num_experts": "n_routed_experts num_routed_experts moe_num_experts n_experts",
+    "num_experts_per_tok": "top_k topk moe_top_k moe_topk moe_k num_selected_experts "
+    "num_experts_per_token experts_per_token n_experts_per_tok num_activated_experts",
+    "moe_intermediate_size": "expert_intermediate_size moe_ffn_hidden_size expert_hidden_size "
+    "expert_ffn_dim",
+    "num_shared_experts": "n_shared_experts moe_num_shared_experts shared_expert_intermediate_size",
+    "router_aux_loss_coef": "aux_loss_coef aux_loss_alpha moe_aux_loss_coeff "
+    "load_balancing_loss_coef",
+    "router_z_loss_coef": "z_loss_coef moe_z_loss_coeff",
+    "decoder_sparse_step": "moe_layer_freq",
+    "image_token_id": "image_token_index",
+    "pixel_shuffle_factor": "downsample_ratio scale_factor",
 }
+ALIASES = {other: ours for ours, others in _OTHER_NAMES.items() for other in others.split()}
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
-def strict_fields(cls: Any) -> Any:
-    """huggingface_hub's `strict`, whose errors are `ValueError`s that name field and value."""
-    cls = strict(cls)
+def strict_fields(config_class: type[Config]) -> type[Config]:
+    """Apply huggingface_hub's `strict`, with `ValueError`s that name field and value."""
+    cls: Any = strict(config_class)
     set_field, validate = cls.__setattr__, cls.validate
 
     @functools.wraps(set_field)
-    def checked_setattr(self: Any, name: str, value: Any) -> None:
+    def checked_setattr(self: Config, name: str, value: object) -> None:
         name = type(self).attribute_map.get(name, name)
         try:
             set_field(self, name, value)
@@ -81,7 +62,7 @@ def strict_fields(cls: Any) -> Any:
             ) from error
 
     @functools.wraps(validate)
-    def checked_validate(self: Any) -> None:
+    def checked_validate(self: Config) -> None:
         try:
             validate(self)
         except StrictDataclassClassValidationError as error:
@@ -92,11 +73,7 @@ def strict_fields(cls: Any) -> Any:
 
 
 def refuse_unknown(config_class: type[PreTrainedConfig], names: Iterable[str]) -> None:
-    """Refuse names that stand for a field of `config_class`, or of its text config, and are not it.
-
-    Raises:
-        ValueError: naming the field that was meant.
-    """
+    """Refuse other names for a field of `config_class`, or of its text config (`ValueError`)."""
     known, below = _fields(config_class)
     for name in names:
         if name in known or name.startswith("_"):
@@ -120,8 +97,8 @@ def refuse_unknown(config_class: type[PreTrainedConfig], names: Iterable[str]) -
 
 
 @functools.cache
-def _fields(config_class: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """The fields of a config, aliases that it takes among them, and those of its text config."""
+def _fields(config_class: type[PreTrainedConfig]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the fields of a config with their aliases, and those of its text config."""
     fields = {field.name for field in dataclasses.fields(config_class)}
     text = (config_class.sub_configs_defaults or {}).get("text_config")
     below = frozenset() if text is None else _fields(text.config_class)[0]
@@ -131,6 +108,3 @@ def _fields(config_class: Any) -> tuple[frozenset[str], frozenset[str]]:
 @functools.cache
 def _generation_fields() -> frozenset[str]:
     return frozenset(GenerationConfig._get_default_generation_params())
-
-
-__all__ = ["refuse_unknown", "strict_fields"]

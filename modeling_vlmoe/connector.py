@@ -34,28 +34,20 @@ def pixel_shuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
 class VLMoEConnector(nn.Module):
     """Optional pixel shuffle and LayerNorm, then one linear (SmolVLM) or two (LLaVA, InternVL).
 
-    With `projector_num_experts` a router and experts of two linears each take the place of the two
-    (CuMo).
+    With `projector_num_experts` a router and experts of two linears each replace the two (CuMo).
     """
 
     def __init__(self, config: VLMoEConfig):
         super().__init__()
         self.pixel_shuffle_factor = config.pixel_shuffle_factor
         hidden, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        width = (
-            config.vision_config.hidden_size
-            * len(config.vision_feature_layers)
-            * self.pixel_shuffle_factor**2
-        )
+        width = config.vision_config.hidden_size * len(config.vision_feature_layers)
+        width *= self.pixel_shuffle_factor**2
         self.layer_norm = nn.LayerNorm(width) if config.projector_layer_norm else nn.Identity()
         self.mlp = self.linear_2 = None
         if config.projector_num_experts:
-            experts = VLMoEConnectorExperts(
-                config,
-                config.projector_num_experts,
-                (width, hidden, hidden),
-                config.projector_hidden_act,
-            )
+            sizes, act = (width, hidden, hidden), config.projector_hidden_act
+            experts = VLMoEConnectorExperts(config, config.projector_num_experts, sizes, act)
             self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "projector_num_experts_per_tok")
             return
         self.linear_1 = nn.Linear(width, hidden, bias=bias)

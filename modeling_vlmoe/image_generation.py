@@ -12,19 +12,25 @@ from typing import Any
 
 import torch
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.utils import GenerateOutput
 
+from ..configuration.configuration_vlmoe import VLMoEConfig
 from .image_tokens import check_image_tokens
 
+Inputs = dict[str, Any]
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_index")
 
 
 class ImageGenerationMixin(GenerationMixin):
     """`generate` of a model that writes images over placeholders."""
 
-    config: Any
-    model: Any
+    config: VLMoEConfig
+    model: Any  # a VLMoEModel
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> GenerateOutput | torch.LongTensor:
         """Generate as transformers does; with a kept cache the chat may come with all its images.
 
         Raises:
@@ -33,9 +39,7 @@ class ImageGenerationMixin(GenerationMixin):
         return super().generate(inputs, *args, **self._images_of_new_tokens(inputs, kwargs))
 
     @torch.no_grad()
-    def _images_of_new_tokens(
-        self, inputs: torch.Tensor | None, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _images_of_new_tokens(self, inputs: torch.Tensor | None, kwargs: Inputs) -> Inputs:
         """Return `kwargs` of `generate`, with a kept cache reduced to images of new tokens."""
         embeds = kwargs.get("inputs_embeds")
         ids = None if embeds is not None else kwargs.get("input_ids", inputs)
@@ -88,7 +92,7 @@ class ImageGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,  # transformers asks for this name
         is_first_iteration: bool = False,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> Inputs:
         """Prepare as transformers does; generated tokens are not searched for image tokens.
 
         Token types are dropped where there are ids: an assistant model gets those of the prompt for
@@ -103,7 +107,9 @@ class ImageGenerationMixin(GenerationMixin):
             prepared.setdefault("mm_encoder_outputs", {})
         return prepared
 
-    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+    def generate_batch(
+        self, inputs: list[list[int]], *args: Any, **kwargs: Any
+    ) -> dict[str, GenerationOutput]:
         """Generate by continuous batching, which passes on token ids and no images.
 
         Raises:

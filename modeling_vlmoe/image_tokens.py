@@ -9,22 +9,24 @@
 Shapes: batch, length, hidden.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import torch_compilable_check
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import Modality
 
 
 class ImageTokensMixin:
     """The methods of `VLMoEModel` that look for image tokens."""
 
-    config: Any
-    get_input_embeddings: Any
+    config: VLMoEConfig
+    get_input_embeddings: Callable[[], nn.Module]
 
     def is_image_token(
         self,

@@ -28,16 +28,15 @@ def check_token_inputs(
     Raises:
         ValueError: naming both inputs and their shapes, or none or both of ids and embeddings.
     """
-    if (input_ids is None) == (inputs_embeds is None):
+    named = (("input_ids", input_ids), ("inputs_embeds", inputs_embeds))
+    tokens = [(name, given) for name, given in named if given is not None]
+    if len(tokens) != 1:
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    [(name, given)] = tokens
     if _shapes_are_symbols():
-        return (inputs_embeds if input_ids is None else input_ids).shape[0]
-    if input_ids is not None:
-        name, given = "input_ids", input_ids
-        _require(name, given, ("batch", "length"))
-    else:
-        name, given = "inputs_embeds", inputs_embeds
-        _require(name, given, ("batch", "length", hidden_size))
+        return given.shape[0]
+    width = () if name == "input_ids" else (hidden_size,)
+    _require(name, given, ("batch", "length", *width))
     batch, length = given.shape[:2]
     beside = f"`{name}` is {tuple(given.shape)}; "
     if isinstance(attention_mask, torch.Tensor):

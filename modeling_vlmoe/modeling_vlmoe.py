@@ -41,7 +41,7 @@ from .model_outputs import (
     VLMoEImageFeatures,
     VLMoEModelOutputWithPast,
 )
-from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel
+from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel, real_tokens
 from .router_losses import RouterLosses, decoder_router_losses, sum_of_losses
 from .vision_experts import sparse_vision_blocks
 from .vision_router_losses import shown_tiles, update_vision_stats, vision_router_losses
@@ -65,17 +65,17 @@ def _select_real(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return rows[real]
 
 
-def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures) -> torch.Tensor:
-    """Add zero times the features of a blank image.
+def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures | None) -> torch.Tensor:
+    """Add zero times the features of a blank image, if there is one.
 
     So every vision parameter gets a zero gradient, and no rank of DistributedDataParallel or FSDP
     waits for one.
     """
-    return embeds + (blank.pooler_output.mean() * 0.0).to(embeds)
+    return embeds if blank is None else embeds + (blank.pooler_output.mean() * 0.0).to(embeds)
 
 
 class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
-    """Vision tower, connector and decoder, without the language modelling head."""
+    """Vision tower, connector and decoder, without the language modeling head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - of the whole model
 
@@ -174,7 +174,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         mm_encoder_outputs: dict[str, VLMoEImageFeatures] | None,
         output_router_logits: bool,
     ) -> tuple[VLMoEImageFeatures | None, bool]:
-        """Encode the batch's images, or take the given features; also tell whether there are any.
+        """Encode the batch's images, or take the given features; also return whether there are any.
 
         In training a batch without images gets a blank one, so that all ranks do the same work.
         """
@@ -215,13 +215,10 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         For the image inputs see `get_image_features`, for `mm_token_type_ids` (batch, length)
         `token_types`. `mm_encoder_outputs={"image": ...}` holds image features that were computed
         before; if it is given, even empty, tokens without images are not searched for image tokens.
-
-        Raises:
-            ValueError: shapes do not fit each other, or images and image tokens do not match.
+        Raise `ValueError` if shapes do not fit, or images and image tokens do not match.
         """
         tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
-        hidden_size = self.config.text_config.hidden_size
-        batch = check_token_inputs(*tokens, mm_token_type_ids, hidden_size)
+        batch = check_token_inputs(*tokens, mm_token_type_ids, self.config.text_config.hidden_size)
         check_rows_of_images(pixel_values, image_index, batch)
 
         # Before the embedding, so that all ranks of FSDP gather parameters in one order.
@@ -232,16 +229,16 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         token_types = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
         features = is_image = None
-        if are_real:
+        if images is not None and are_real:
             features = images.pooler_output.flatten(0, 1).to(inputs_embeds)
             is_image = self.get_placeholder_mask(
                 input_ids, inputs_embeds, features, mm_token_type_ids, past_key_values
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image, features)
-        elif mm_encoder_outputs is None and "attention_instances" not in kwargs:
-            # `generate` has looked at the prompt; vLLM, whose attention this is, merges by itself.
-            self.check_no_image_tokens(input_ids, inputs_embeds)
-        if images is not None and not are_real:
+        else:
+            # `generate` has checked the prompt; vLLM, whose attention this is, merges by itself.
+            if mm_encoder_outputs is None and "attention_instances" not in kwargs:
+                self.check_no_image_tokens(input_ids, inputs_embeds)
             inputs_embeds = keep_vision_in_graph(inputs_embeds, images)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -257,7 +254,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         return VLMoEModelOutputWithPast(
             **outputs,
             image_hidden_states=features,
-            vision_router_logits=None if shown is None else images.router_logits,
+            vision_router_logits=None if shown is None else getattr(images, "router_logits", None),
             shown_tiles=shown,
             mm_token_type_ids=token_types,
         )
@@ -281,13 +278,14 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     def _end_training_pass(
         self,
         outputs: MoeModelOutputWithPast,
-        images: VLMoEImageFeatures,
+        images: VLMoEImageFeatures | None,
         shown: torch.Tensor | None,
     ) -> None:
         """Update the statistics of vision routers, and watch for losses without router losses."""
-        if shown is not None:
+        if images is not None and shown is not None:
+            routing = images.router_logits or (), images.chosen_experts or ()
             blocks = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
-            update_vision_stats(blocks, images.router_logits, images.chosen_experts, shown)
+            update_vision_stats(blocks, *routing, shown)
         if outputs.router_logits and not self.wants_router_losses():
             # TRL adds a balance loss to all that it finds; through frozen ones it would train
             # only what lies below them.
@@ -303,8 +301,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         """
         if not self.config.text_config.has_router_losses:
             return False
-        decoder: Any = self.language_model.layers
-        blocks = [layer.mlp for layer in decoder if hasattr(layer, "mlp")]
+        layers: Any = self.language_model.layers
+        blocks = [layer.mlp for layer in layers if hasattr(layer, "mlp")]
         blocks += sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
         routers = [block.router for block in blocks if hasattr(block, "router")]
         trains = [weight.requires_grad for router in routers for weight in router.parameters()]
@@ -324,7 +322,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
 
 
 class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageGenerationMixin):
-    """The whole model, with language modelling head and losses."""
+    """The whole model, with language modeling head and losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -441,19 +439,16 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         )
         if routed is None:
             return loss, RouterLosses()
-        token_mask = torch.ones_like(labels, dtype=torch.bool)
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -labels.shape[1] :].bool()
         row_weights = labels_per_row.to(num_items.device) / num_items
         losses = self.router_losses(
             routed.router_logits,
-            token_mask,
+            real_tokens(attention_mask, labels),
             row_weights,
             mm_token_type_ids=routed.mm_token_type_ids,
             vision_router_logits=routed.vision_router_logits,
             shown_tiles=routed.shown_tiles,
         )
-        return loss if losses.total is None else loss + losses.total.to(loss.device), losses
+        return losses.added_to(loss), losses
 
     def router_losses(
         self,

@@ -11,7 +11,7 @@ Shapes: batch, length, hidden, heads, head_dim.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import (
+    ALL_ATTENTION_FUNCTIONS,
+    LoadStateDictConfig,
+    LoadStateDictInfo,
+    PreTrainedModel,
+)
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     apply_rotary_pos_emb,
@@ -196,13 +201,11 @@ class VLMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False: for custom code transformers skips `_init_weights` on modules without
-        parameters of their own.
-        """
+        """Return False, or transformers skips `_init_weights` on modules without parameters."""
         return False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # Self, or a pair with loading info
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """Load as transformers does, but keep unused vision parameters frozen.
 
         Raises:
@@ -231,7 +234,9 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         return loaded
 
     @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+    def _finalize_model_loading(
+        model: PreTrainedModel, load_config: LoadStateDictConfig, loading_info: LoadStateDictInfo
+    ) -> LoadStateDictInfo:
         """Refuse missing weights, which transformers would initialize at random."""
         require_whole_weights(model, load_config, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
@@ -241,7 +246,9 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         check_experts_implementation(self, experts_implementation)
         super().set_experts_implementation(experts_implementation)
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """Save as transformers does, but always under the in-memory names.
 
         transformers would save some towers (DINOv2, ViT) under the names of their first release.
@@ -255,7 +262,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
                 "add vlmoe.routing.balancing.RouterBiasCallback, in a custom loop call "
                 "update_router_bias(model) after each optimizer step."
             )
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -275,17 +282,15 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             init_biased_experts(module)
 
 
-def _token_mask(
-    attention_mask: torch.Tensor | dict | None, inputs_embeds: torch.Tensor
-) -> torch.Tensor:
-    """(batch * length,): True for real tokens; without a 2-D mask all are."""
+def real_tokens(attention_mask: torch.Tensor | dict | None, tokens: torch.Tensor) -> torch.Tensor:
+    """(batch, length): True for real tokens, not padding; without a 2-D mask all are real."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -inputs_embeds.shape[1] :].flatten().bool()
-    return torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool).flatten()
+        return attention_mask[:, -tokens.shape[1] :].bool()
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 class VLMoETextModel(VLMoEPreTrainedModel):
-    """The decoder without a language modelling head."""
+    """The decoder without a language modeling head."""
 
     config: VLMoETextConfig
     input_modalities = ("text",)
@@ -345,7 +350,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         learns = self.learns
-        token_mask = _token_mask(attention_mask, inputs_embeds) if learns else None
+        token_mask = real_tokens(attention_mask, inputs_embeds).flatten() if learns else None
         for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
             output = layer(
                 hidden_states,
@@ -371,7 +376,7 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         inputs_embeds: torch.Tensor,
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
-    ) -> dict[str, Any]:
+    ) -> dict[str, torch.Tensor | None]:
         """Make one mask per attention type in use, unless `generate` has made them already."""
         if isinstance(attention_mask, dict):
             return attention_mask

@@ -1,28 +1,27 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""The router: which k experts each token is sent to, and with what weights.
+"""The router chooses k experts for each token, and their weights.
 
 Its parameters have the model's dtype, its arithmetic is fp32 in bf16 models and under autocast too:
 a rounding error here does not change a value a little, it sends the token to another expert.
 
-There is no router noise (Shazeer et al., https://arxiv.org/abs/1701.06538, section 4). It spreads
-tokens over experts, which the balancing losses and the selection bias do, too; and random numbers
-drawn here would be drawn anew where gradient checkpointing recomputes a layer: unless torch saves
-and restores the generator's state, the backward pass would be that of another routing.
+There is no router noise (Shazeer et al., https://arxiv.org/abs/1701.06538, section 4). Balancing
+losses and the selection bias spread tokens, too, and recomputation under gradient checkpointing
+would draw other random numbers: the backward pass would be that of another routing.
 
 - Selection bias (`router_bias_update_rate`): a number for each expert, added to the scores where
   the experts are chosen, and nowhere else (https://arxiv.org/abs/2408.15664; DeepSeek-V3,
-  https://arxiv.org/abs/2412.19437, section 2.1.2). No gradient moves it: vlmoe/routing/balancing.py
-  does, once per optimizer step. It is a buffer, and DistributedDataParallel writes rank 0's buffers
+  https://arxiv.org/abs/2412.19437, section 2.1.2). It has no gradient: vlmoe/routing/balancing.py
+  updates it once per optimizer step. It is a buffer, and DistributedDataParallel writes rank 0's
   over those of the others: harmless, as all ranks compute the same bias.
-- Groups (`n_group`, `topk_group`): only the best groups of neighbouring experts are chosen from.
-- Modality (`modality_experts`, `router_modality_bias`): what image and text tokens may use is a
-  mask over one bank of experts, never a branch, so that every batch does the same work.
+- Groups (`n_group`, `topk_group`): only the best groups of neighboring experts are chosen from.
+- Modality (`modality_experts`, `router_modality_bias`): a mask over one bank of experts, never a
+  branch, so that every batch does the same work.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +54,7 @@ def choose_experts(
 
 @dataclass
 class Routing:
-    """How a router chooses: the fields of `VLMoETextConfig` that it reads, under their names.
-
-    Where a config has all of them, it takes this one's place.
-    """
+    """The fields of `VLMoETextConfig` that a router reads; such a config may take its place."""
 
     num_experts_per_tok: int
     scoring_func: str = "softmax"
@@ -74,7 +70,7 @@ class VLMoERouter(nn.Module):
 
     Args:
         hidden_size, num_experts: its shape.
-        routing: how it chooses, read at every call: a change in a config counts from the next one.
+        routing: read at every call, so that a change in a config counts from the next one.
         has_selection_bias, has_modality_bias: whether it has such biases; both start at zero.
     """
 
@@ -85,7 +81,7 @@ class VLMoERouter(nn.Module):
         self,
         hidden_size: int,
         num_experts: int,
-        routing: Any,
+        routing: Routing | VLMoETextConfig,
         *,
         has_selection_bias: bool = False,
         has_modality_bias: bool = False,
@@ -103,8 +99,8 @@ class VLMoERouter(nn.Module):
         self.register_buffer("allowed_experts", allowed, persistent=False)
 
     @classmethod
-    def from_config(cls, config: VLMoETextConfig) -> "VLMoERouter":
-        """The router of a decoder layer."""
+    def from_config(cls, config: VLMoETextConfig) -> Self:
+        """Make the router of a decoder layer."""
         return cls(
             config.hidden_size,
             config.num_experts,
@@ -131,7 +127,7 @@ class VLMoERouter(nn.Module):
         return mask
 
     def _follow_modality_experts(self) -> None:
-        """Make the mask anew if the lists of experts have changed."""
+        """Update the mask if the lists of experts have changed."""
         if self.routing.modality_experts == self.masked_by:
             return
         self.masked_by = copy.deepcopy(self.routing.modality_experts)
@@ -139,9 +135,11 @@ class VLMoERouter(nn.Module):
         if self.masked_by is not None:
             self.allowed_experts = self.modality_mask().to(self.weight.device)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Moves the bias with the router, but keeps it in fp32: `.to(torch.bfloat16)` would round
-        away updates of less than 1/256 of it."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move the bias with the router, but keep it in fp32.
+
+        `.to(torch.bfloat16)` would round away updates of less than 1/256 of it.
+        """
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         applied = self.e_score_correction_bias

@@ -10,14 +10,14 @@ Shapes: layers, batch, length, experts. Every function takes
 and returns the mean over layers: layers are never pooled, since two layers collapsed onto different
 experts would then look balanced.
 
-What is balanced together (`router_aux_loss_scope`):
+Tokens that are balanced together (`router_aux_loss_scope`):
 - `"sequence"`: statistics row by row, as in DeepSeek-V3's sequence-wise loss
   (https://arxiv.org/abs/2412.19437, eq. 17-20). A row's loss does not depend on the rows beside
   it, and with each row weighted by its share of label tokens (as cross-entropy weights it) one
   optimizer step gets the same gradient however its rows are split over micro-batches and ranks.
 - `"batch"`: the rows of a micro-batch are one long row with the sum of their weights, as in
   transformers, but per layer. Tokens of one row may all go to the same experts if those of other
-  rows go elsewhere; the update depends on what is a micro-batch.
+  rows go elsewhere; the update depends on the micro-batches.
 - `"global"`: the same over the micro-batches of all ranks (https://arxiv.org/abs/2501.11873), with
   one all-reduce of counts per forward pass of training. Each rank's loss is the part of its own
   tokens: their sum is the loss of one process with all rows. All ranks must take part.
@@ -33,7 +33,6 @@ imbalance that the bias makes up for would be hidden from it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -54,34 +53,37 @@ class RouterLosses:
         entropy_loss: LIMoE's terms, with their coefficients.
     """
 
-    total: Any = None
+    total: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
 
-    def weighed(self, config: VLMoETextConfig, device: torch.device) -> "RouterLosses":
-        """These losses, their `total` set from the coefficients."""
-        self.total = torch.zeros((), device=device)
+    def with_total(self, config: VLMoETextConfig, device: torch.device) -> "RouterLosses":
+        """Return these losses with their `total`, weighted by the coefficients."""
+        total = torch.zeros((), device=device)
         for coefficient, loss in (
             (config.router_z_loss_coef, self.z_loss),
             (config.router_aux_loss_coef, self.aux_loss),
             (1, self.entropy_loss),
         ):
             if loss is not None:
-                self.total = self.total + coefficient * loss
-        return self
+                total = total + coefficient * loss
+        return RouterLosses(total, self.aux_loss, self.z_loss, self.entropy_loss)
+
+    def added_to(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return a loss plus the total, if there are router losses."""
+        return loss if self.total is None else loss + self.total.to(loss.device)
 
 
 def sum_of_losses(places: Sequence[RouterLosses]) -> RouterLosses:
-    """The losses of several places (decoder, tower, connector), added; a loss that is off is 0."""
+    """Add up the losses of several places: decoder, tower, connector; a loss that is off is 0."""
     if len(places) < 2:
         return places[0] if places else RouterLosses()
-    device = places[0].total.device
     sums = RouterLosses()
     for name in vars(sums):
         values = [getattr(each, name) for each in places if getattr(each, name) is not None]
         if values:
-            setattr(sums, name, torch.stack([value.to(device) for value in values]).sum())
+            setattr(sums, name, torch.stack([each.to(values[0].device) for each in values]).sum())
     return sums
 
 
@@ -92,7 +94,7 @@ def _stack(router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor) ->
 
 
 def _probabilities(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
-    """Scores over their sum."""
+    """Divide scores by their sum."""
     if scoring_func == "softmax":
         return logits.softmax(-1)
     scores = logits.sigmoid()
@@ -112,7 +114,7 @@ def load_balancing_loss(
     banks: Sequence[tuple[torch.Tensor, int]] = (),
     summed: Summed | None = None,
 ) -> torch.Tensor:
-    """Load balancing loss per row and layer.
+    """Compute the load balancing loss per row and layer.
 
     From Switch Transformer (https://arxiv.org/abs/2101.03961, eq. 4-6):
 
@@ -124,7 +126,7 @@ def load_balancing_loss(
         router_logits, token_mask, row_weights: see the module's docstring.
         top_k, scoring_func, n_group, topk_group: as the router chooses.
         banks: for each set of tokens that may use the same experts a mask (batch, length) and the
-            number of those experts. Each is balanced by itself, with the share of its tokens. By
+            number of those experts. Each is balanced alone, with the share of its tokens. By
             default all tokens may use all experts.
         summed: sums a tensor over ranks; for scope `"global"`, where there is one row.
 
@@ -142,13 +144,11 @@ def load_balancing_loss(
         loads.append((chosen * mask).sum(2))
         importances.append((probabilities * mask).sum(2))
         counts.append(mask.sum(1))
-    load, importance = (
-        torch.stack(loads),
-        torch.stack(importances),
-    )  # (banks, layers, batch, experts)
+    load, importance = torch.stack(loads), torch.stack(importances)
+    # load, importance (banks, layers, batch, experts)
     tokens = torch.stack(counts)[:, None]  # (banks, 1, batch, 1)
     if summed is not None:
-        load, tokens, row_weights = _each(summed, load, tokens, row_weights)
+        load, tokens, row_weights = all_reduce_together(summed, load, tokens, row_weights)
     fractions = load / tokens.clamp(min=1)
     share = importance / tokens.sum(0).clamp(min=1)
     num_experts = logits.new_tensor([number for _, number in banks])[:, None, None]
@@ -159,7 +159,7 @@ def load_balancing_loss(
 def router_z_loss(
     router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor, row_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Router z-loss: mean squared logsumexp of the logits.
+    """Compute the router z-loss, the mean squared logsumexp of the logits.
 
     From ST-MoE (https://arxiv.org/abs/2202.08906, eq. 5).
 
@@ -175,7 +175,7 @@ def local_entropy_loss(
     row_weights: torch.Tensor,
     scoring_func: str = "softmax",
 ) -> torch.Tensor:
-    """Mean entropy of the tokens' routing distributions: 0 where the router is sure.
+    """Compute the mean entropy of the tokens' routing distributions: 0 where the router is sure.
 
     LIMoE's local loss (https://arxiv.org/abs/2206.02770). With a mask of one modality's
     tokens it is that modality's, and rows without such tokens add nothing.
@@ -195,7 +195,7 @@ def global_entropy_loss(
     spread_over: int,
     summed: Summed | None = None,
 ) -> torch.Tensor:
-    """How far the entropy of a row's mean routing distribution is below log(`spread_over`).
+    """Compute how far the entropy of a row's mean distribution is below log(`spread_over`).
 
     LIMoE's global loss with its threshold (https://arxiv.org/abs/2206.02770), which keeps the
     tokens of one modality from collapsing onto few experts; 0 from the threshold on.
@@ -210,13 +210,11 @@ def global_entropy_loss(
     """
     probabilities = _probabilities(_stack(router_logits, token_mask), scoring_func)
     mask = token_mask.to(probabilities)[..., None]  # (batch, length, 1)
-    own, own_tokens = (
-        (probabilities * mask).sum(2),
-        mask.sum(1),
-    )  # (layers, batch, experts), (batch, 1)
+    # (layers, batch, experts), (batch, 1)
+    own, own_tokens = (probabilities * mask).sum(2), mask.sum(1)
     total, tokens = own.detach(), own_tokens
     if summed is not None:
-        total, tokens, row_weights = _each(summed, total, tokens, row_weights)
+        total, tokens, row_weights = all_reduce_together(summed, total, tokens, row_weights)
     tokens = tokens.clamp(min=1)
     mean = total / tokens
     threshold = math.log(spread_over)
@@ -229,8 +227,8 @@ def global_entropy_loss(
 
 
 @dataclass
-class Tokens:
-    """The tokens that losses compare: one row each, or all in one row.
+class TokenGroups:
+    """The groups of tokens that losses compare: one for each row, or all in one row.
 
     mask, is_image: (rows, length); row_weights: (rows,); summed: over ranks, if they are one row.
     """
@@ -244,15 +242,15 @@ class Tokens:
         """(rows, length): True for real tokens of the modality."""
         return self.mask & (self.is_image if modality == "image" else ~self.is_image)
 
-    def in_scope(self, scope: str, training: bool) -> "Tokens":
-        """The tokens that `router_aux_loss_scope` compares."""
+    def in_scope(self, scope: str, training: bool) -> "TokenGroups":
+        """Return the groups that a `router_aux_loss_scope` compares."""
         if scope == "sequence":
             return self
         summed = None
         if scope == "global" and training and torch.distributed.is_available():
             summed = _sum_over_ranks if torch.distributed.is_initialized() else None
         one_row = self.mask.reshape(1, -1), self.is_image.reshape(1, -1)
-        return Tokens(*one_row, self.row_weights.sum()[None], summed)
+        return TokenGroups(*one_row, self.row_weights.sum()[None], summed)
 
 
 def decoder_router_losses(
@@ -263,7 +261,7 @@ def decoder_router_losses(
     mm_token_type_ids: torch.Tensor | None = None,
     training: bool = False,
 ) -> RouterLosses:
-    """All router losses that the config asks for.
+    """Compute the router losses of the decoder that the config asks for.
 
     Args:
         config: the coefficients, the scope, and how the router chooses.
@@ -277,7 +275,7 @@ def decoder_router_losses(
     is_image = torch.zeros_like(token_mask)
     if mm_token_type_ids is not None:
         is_image = mm_token_type_ids.to(device) == Modality.image.value
-    rows = Tokens(token_mask, is_image, row_weights)
+    rows = TokenGroups(token_mask, is_image, row_weights)
     compared = rows.in_scope(config.router_aux_loss_scope, training)
     losses = RouterLosses()
     if config.router_z_loss_coef != 0:
@@ -286,11 +284,11 @@ def decoder_router_losses(
         losses.aux_loss = _aux_loss(config, router_logits, compared)
     if config.has_entropy_losses:
         losses.entropy_loss = _entropy_loss(config, router_logits, rows, compared)
-    return losses.weighed(config, device)
+    return losses.with_total(config, device)
 
 
 def _aux_loss(
-    config: VLMoETextConfig, router_logits: tuple[torch.Tensor, ...], tokens: Tokens
+    config: VLMoETextConfig, router_logits: tuple[torch.Tensor, ...], tokens: TokenGroups
 ) -> torch.Tensor:
     banks = [(tokens.of(name), len(config.experts_of(name))) for name in MODALITIES]
     return load_balancing_loss(
@@ -309,8 +307,8 @@ def _aux_loss(
 def _entropy_loss(
     config: VLMoETextConfig,
     router_logits: tuple[torch.Tensor, ...],
-    rows: Tokens,
-    compared: Tokens,
+    rows: TokenGroups,
+    compared: TokenGroups,
 ) -> torch.Tensor:
     total = torch.zeros((), device=rows.mask.device)
     scoring_func = config.scoring_func
@@ -338,7 +336,7 @@ def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
 def _mean_of_rows(
     values: torch.Tensor, token_mask: torch.Tensor, row_weights: torch.Tensor
 ) -> torch.Tensor:
-    """(layers, batch, length) -> the weighted sum of each row's mean, and its mean over layers."""
+    """(layers, batch, length) -> the weighted sum of the rows' means, averaged over layers."""
     mask = token_mask.to(values)
     per_row = (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)  # (layers, batch)
     return (per_row * row_weights.to(per_row)).sum(-1).mean()
@@ -349,8 +347,8 @@ def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _each(summed: Summed, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The sums of several tensors by one call; without gradient."""
+def all_reduce_together(summed: Summed, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Sum several tensors over ranks by one call, without gradient."""
     flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
     parts = summed(flat).split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -5,15 +5,15 @@
 - `gate_up_proj` (experts, 2 * intermediate, hidden), gate first, then up
 - `down_proj` (experts, hidden, intermediate)
 computed by the library's experts interface: eager, batched_mm, grouped_mm, ... as
-`config._experts_implementation` says. This module adds "auto" to them (experts_dispatch.py).
+`config._experts_implementation` says. This module adds "auto" to them (experts_auto.py).
 
-In training a sparse layer also takes notes on its device, which are read once per optimizer step:
-whether its router logits were finite (vlmoe/routing/finite_checks.py), and, where a bias balances
-the experts (vlmoe/routing/balancing.py), how many tokens each one got. The notes are plain tensors:
-buffers would be saved, and DistributedDataParallel would overwrite them with those of rank 0.
+In training a sparse layer also keeps statistics on its device, which are read once per optimizer
+step: whether its router logits were finite (vlmoe/routing/finite_checks.py) and, where a bias
+balances the experts (vlmoe/routing/balancing.py), how many tokens each one got. They are plain
+tensors: buffers would be saved, and DistributedDataParallel would overwrite them with rank 0's.
 """
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class VLMoEExperts(Qwen3MoeExperts):
 
 
 class VLMoERoutingStats(nn.Module):
-    """What a sparse layer notes of its routing in training; the base of sparse blocks."""
+    """Statistics of the routing in training; the base of sparse blocks."""
 
     def __init__(self, text_config: VLMoETextConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class VLMoERoutingStats(nn.Module):
 
     @property
     def router_bias_update_rate(self) -> float:
-        """What the config says now, for a router that was made with a bias."""
+        """The config's current rate, for a router that was made with a bias."""
         return self.text_config.router_bias_update_rate if self.has_selection_bias else 0.0
 
     @torch.no_grad()
@@ -59,13 +59,12 @@ class VLMoERoutingStats(nn.Module):
     ) -> None:
         """Add one forward pass of training to `non_finite` and, with a bias, to `expert_load`.
 
-        To be called outside of checkpointed layers, which run twice. Padding counts in
-        `non_finite`, since 0 * NaN would reach the gradients, and not in `expert_load`.
+        Call it outside of checkpointed layers, which run twice. Padding counts in `non_finite`,
+        since 0 * NaN would reach the gradients, and not in `expert_load`.
 
         Args:
             router_logits, top_k_index: (tokens, experts), (tokens, k): as `forward` returned them.
-            token_counts: (tokens,): 0 or False for padding; otherwise 1, True or, of a tile that
-                several rows show, how many times it is shown.
+            token_counts: (tokens,): 0 or False for padding, otherwise how often the token counts.
         """
         non_finite = router_logits.isfinite().all().logical_not()
         if self.non_finite is None or self.non_finite.device != non_finite.device:
@@ -81,7 +80,7 @@ class VLMoERoutingStats(nn.Module):
 
 
 class VLMoESparseMoeBlock(VLMoERoutingStats):
-    """Routed experts plus, if configured, shared experts that every token passes through."""
+    """Routed experts plus, if configured, shared experts for every token."""
 
     def __init__(self, config: VLMoETextConfig):
         super().__init__(config)
@@ -89,9 +88,8 @@ class VLMoESparseMoeBlock(VLMoERoutingStats):
         self.experts = VLMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
         if config.num_shared_experts:
-            self.shared_experts = VLMoEMLP(
-                config, config.moe_intermediate_size * config.num_shared_experts
-            )
+            width = config.moe_intermediate_size * config.num_shared_experts
+            self.shared_experts = VLMoEMLP(config, width)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -100,8 +98,7 @@ class VLMoESparseMoeBlock(VLMoERoutingStats):
     ) -> tuple[torch.Tensor, ...]:
         """(batch, length, hidden) -> the same, router logits (batch * length, experts), choice.
 
-        The choice, (batch * length, k), holds the indices of the chosen experts.
-        `mm_token_type_ids` (batch, length) is for the router.
+        The choice is (batch * length, k). `mm_token_type_ids` (batch, length) is for the router.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
         types = None if mm_token_type_ids is None else mm_token_type_ids.flatten()
@@ -115,14 +112,13 @@ class VLMoESparseMoeBlock(VLMoERoutingStats):
         return output, router_logits, top_k_index
 
 
-def sparse_layers(model: nn.Module) -> dict[str, Any]:
-    """The sparse block of each layer that has one, by name, in order.
+def sparse_layers(model: nn.Module) -> dict[str, VLMoESparseMoeBlock]:
+    """Return the sparse block of each layer that has one, by name, in order.
 
-    Found by the class's name, so that those of a model with code from the Hub and those that FSDP2
-    has given a class of its own are among them.
+    They are found by the class's name, which code from the Hub and FSDP2's subclasses keep.
     """
     return {
-        name: module
+        name: cast(VLMoESparseMoeBlock, module)
         for name, module in model.named_modules()
         if "VLMoE" in type(module).__name__ and type(module).__name__.endswith("SparseMoeBlock")
     }

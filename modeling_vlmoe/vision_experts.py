@@ -1,17 +1,16 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Experts in the blocks of the vision tower and in the connector, as in CuMo and VL-MoE.
+"""Experts in the blocks of the vision tower and in the connector.
 
-CuMo (https://arxiv.org/abs/2405.05949), VL-MoE (https://arxiv.org/abs/2303.07226). Where the dense
-model has an MLP of two linears with biases, there is a router and a bank of such MLPs:
-`VLMoEBiasedExperts`, with the parameters
+As in CuMo (https://arxiv.org/abs/2405.05949) and VL-MoE (https://arxiv.org/abs/2303.07226), a
+router and a bank of MLPs replace an MLP of two linears with biases. The bank has the parameters
 - `up_proj` (experts, inner, in), `up_proj_bias` (experts, inner)
 - `down_proj` (experts, out, inner), `down_proj_bias` (experts, out)
 
-Routing is softmax, top-k, renormalise: with identical experts the dense model's function.
+Routing is softmax, top-k, renormalize: with identical experts it is the dense model's function.
 
-The sparse towers are transformers' own, with other layers where the config says so. Like those of
-the decoder these return their routing: only what a layer returns has a gradient under re-entrant
-checkpointing, and what is recorded outside a layer is not recorded again when it is recomputed.
+The sparse towers are transformers' own with some layers replaced. Like those of the decoder these
+return their routing: under re-entrant checkpointing only a layer's output has a gradient, and
+recomputation does not repeat a recording outside of the layer.
 
 Shapes: tiles, patches (of one tile), channels (of the tower), tokens = tiles * patches.
 """
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
@@ -36,12 +35,6 @@ from .experts_auto import is_torchao
 from .router import Routing, VLMoERouter
 from .sparse_moe import VLMoERoutingStats
 
-_READ_BY_IMPLEMENTATIONS = (
-    *("config", "num_experts", "act_fn", "_is_expert_parallel"),
-    *("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"),
-    *("up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
-)
-
 
 @use_experts_implementation(has_gate=False, has_bias=True)
 class VLMoEBiasedExperts(nn.Module):
@@ -49,16 +42,17 @@ class VLMoEBiasedExperts(nn.Module):
 
     (tokens, in), indices (tokens, k), weights (tokens, k) -> (tokens, out)
 
-    Args:
-        config: the one whose `_experts_implementation` counts.
-        num_experts, hidden_act: how many, and their activation.
-        sizes: in, inner, out.
+    `config` is the one whose `_experts_implementation` counts; `sizes` are in, inner, out.
     """
 
-    config: Any
+    config: PreTrainedConfig
 
     def __init__(
-        self, config: Any, num_experts: int, sizes: tuple[int, int, int], hidden_act: str
+        self,
+        config: PreTrainedConfig,
+        num_experts: int,
+        sizes: tuple[int, int, int],
+        hidden_act: str,
     ) -> None:
         super().__init__()
         size_in, inner, size_out = sizes
@@ -72,37 +66,36 @@ class VLMoEBiasedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """What `eager` computes: one expert after the other, each on its tokens."""
+        """Compute what `eager` does: one expert after the other, each on its tokens."""
         output = hidden_states.new_zeros(hidden_states.shape[0], self.down_proj.shape[1])
-        expert_hit = top_k_index.unique().tolist()
-        for expert_idx in expert_hit:
-            token, choice = torch.where(top_k_index == expert_idx)
-            inner = F.linear(
-                hidden_states[token], self.up_proj[expert_idx], self.up_proj_bias[expert_idx]
-            )
-            result = F.linear(
-                self.act_fn(inner), self.down_proj[expert_idx], self.down_proj_bias[expert_idx]
-            )
+        for e in top_k_index.unique().tolist():
+            token, choice = torch.where(top_k_index == e)
+            inner = F.linear(hidden_states[token], self.up_proj[e], self.up_proj_bias[e])
+            result = F.linear(self.act_fn(inner), self.down_proj[e], self.down_proj_bias[e])
             result = result * top_k_weights[token, choice, None]
             output.index_add_(0, token, result.to(output.dtype))
         return output
 
 
 class _Bank:
-    """What implementations read of a bank, to be changed while the bank stays as it is."""
+    """A bank's attributes that implementations read, to be changed while the bank stays."""
+
+    NAMES = (
+        "config num_experts act_fn _is_expert_parallel has_gate has_bias has_post_expert_norm "
+        "is_transposed is_concatenated up_proj up_proj_bias down_proj down_proj_bias"
+    ).split()
 
     def __init__(self, experts: VLMoEBiasedExperts):
-        for name in _READ_BY_IMPLEMENTATIONS:
+        for name in self.NAMES:
             setattr(self, name, getattr(experts, name))
 
 
 class VLMoEConnectorExperts(VLMoEBiasedExperts):
-    """The same where the result is not as wide as the tokens.
+    """Biased experts whose output width differs from their input width.
 
-    The library's implementations take its width from the tokens. For all but `eager` the narrower
-    side, tokens or result, is widened with zeros, and the weights that meet it: at most twice the
-    multiplications, and zeros add nothing. Quantised weights are multiplied expert by expert, and
-    stay as they are.
+    The library's implementations take the output width from the tokens. For all but `eager` the
+    narrower side, tokens or result, is padded with zeros, and so are the weights that meet it: at
+    most twice the multiplications. Quantized weights are multiplied expert by expert, unpadded.
     """
 
     def forward(
@@ -127,7 +120,7 @@ class VLMoEConnectorExperts(VLMoEBiasedExperts):
 
 @torch.no_grad()
 def init_biased_experts(experts: VLMoEBiasedExperts) -> None:
-    """Xavier's deviation for each expert's weights, zeros for its biases."""
+    """Initialize each expert's weights with Xavier's deviation, its biases with zeros."""
     for weight in (experts.up_proj, experts.down_proj):
         init.normal_(weight, mean=0.0, std=(2 / (weight.shape[1] + weight.shape[2])) ** 0.5)
     for bias in (experts.up_proj_bias, experts.down_proj_bias):
@@ -135,14 +128,14 @@ def init_biased_experts(experts: VLMoEBiasedExperts) -> None:
 
 
 class VisionRouting(Routing):
-    """Softmax, top-k, renormalise, with the k that a field of the config holds now."""
+    """Softmax, top-k, renormalize, with the current k of a config field."""
 
     def __init__(self, config: VLMoEConfig, top_k_field: str):
         self.config, self.top_k_field = config, top_k_field
 
     @property
     def num_experts_per_tok(self) -> int:  # type: ignore[override]
-        """As the field says."""
+        """The field's value."""
         return getattr(self.config, self.top_k_field)
 
 
@@ -157,11 +150,7 @@ class VLMoEVisionSparseMoeBlock(VLMoERoutingStats):
         self.experts = experts
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(tiles, patches, in) -> (tiles, patches, out), router logits, choice.
-
-        Router logits are (tiles, patches, experts); the choice, (tiles, patches, k), holds the
-        indices of the chosen experts.
-        """
+        """(tiles, patches, in) -> (..., out), router logits (..., experts), choice (..., k)."""
         tokens = hidden_states.flatten(0, 1)
         router_logits, top_k_weights, top_k_index = self.router(tokens)
         output = self.experts(tokens, top_k_index, top_k_weights)
@@ -215,12 +204,14 @@ class VLMoEVisionEncoder(nn.Module):
 
 
 class _SparseTower(PreTrainedModel):
-    """What makes a tower of transformers sparse; `router_logits` and `chosen_experts` are among the
-    outputs that can be asked for, one for each sparse layer."""
+    """Make a tower of transformers sparse.
+
+    It can also output `router_logits` and `chosen_experts`, one for each sparse layer.
+    """
 
     encoder: Any
 
-    def __init__(self, config: Any, whole: VLMoEConfig):
+    def __init__(self, config: PreTrainedConfig, whole: VLMoEConfig):
         super().__init__(config)
         self.router_std = whole.text_config.initializer_range
         self.encoder = VLMoEVisionEncoder(self.encoder, whole)
@@ -228,12 +219,12 @@ class _SparseTower(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: of custom code transformers leaves some modules uninitialised."""
+        """Return False, as `VLMoEPreTrainedModel` does."""
         return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """True: transformers caches its answer on the class, and the dense tower's is inherited."""
+        """Return True: transformers' cached answer is inherited from the dense tower."""
         return True
 
     @torch.no_grad()
@@ -277,10 +268,7 @@ SPARSE_TOWERS: dict[str, type[_SparseTower]] = {
 
 
 def sparse_vision_blocks(tower: nn.Module, connector: Any) -> list[VLMoEVisionSparseMoeBlock]:
-    """The blocks with experts of the tower, then of the connector."""
-    blocks = []
-    if isinstance(tower, _SparseTower):
-        blocks = [
-            layer.mlp for layer in tower.encoder.layers if isinstance(layer, VLMoEVisionLayer)
-        ]
+    """Return the blocks with experts of the tower, then of the connector."""
+    layers = tower.encoder.layers if isinstance(tower, _SparseTower) else ()
+    blocks = [layer.mlp for layer in layers if isinstance(layer, VLMoEVisionLayer)]
     return blocks if connector.mlp is None else [*blocks, connector.mlp]

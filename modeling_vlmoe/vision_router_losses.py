@@ -1,9 +1,9 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Which row shows which tile, and what follows for the experts of tower and connector.
+"""Router losses and statistics of the vision tower and the connector.
 
-A tile is their sequence, as a row is the decoder's. Their losses are the decoder's with a tile that
-a row shows in place of a row: each has an equal part of the row's weight, an image that several
-rows show one part for each of them. Rows without images add nothing.
+They route within a tile, the decoder within a row. We apply the decoder's losses per tile and split
+each row's weight evenly among its tiles; an image that several rows show counts once for each of
+them. Rows without images add nothing.
 
 Shapes: batch, length; tiles, as they were encoded; shown, the tiles of all rows one after another.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from .router_losses import RouterLosses, Tokens, load_balancing_loss, router_z_loss
+from .router_losses import RouterLosses, TokenGroups, load_balancing_loss, router_z_loss
 from .sparse_moe import VLMoERoutingStats
 
 
@@ -23,14 +23,14 @@ def shown_tiles(
     image_tokens: torch.Tensor,
     image_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(2, shown): the number of each tile shown, and the row that shows it; row -1 is none.
+    """Return (2, shown): the number of each tile shown, and the row that shows it; row -1 is none.
 
     Args:
         tiles: how many were encoded.
         tokens_per_tile: image tokens of one tile.
         image_tokens: (batch, length), True for image tokens.
         image_index: (batch, tiles of a row), -1 for none; by default the rows show the encoded
-            tiles in order. Tiles that are left over then are padding.
+            tiles in order, and the tiles left over are padding.
     """
     device = image_tokens.device
     if image_index is not None:
@@ -44,28 +44,22 @@ def shown_tiles(
     return torch.stack([tile, torch.where(row < ends.shape[0], row, -1)])
 
 
-def times_shown(shown: torch.Tensor, tiles: int) -> torch.Tensor:
-    """(2, shown) -> (tiles,): how many times each encoded tile is shown, long."""
-    tile, row = shown
-    return torch.zeros(tiles, dtype=torch.long, device=shown.device).index_add(
-        0, tile, (row >= 0).long()
-    )
-
-
 def update_vision_stats(
     blocks: Sequence[VLMoERoutingStats],
     router_logits: Sequence[torch.Tensor],
     chosen_experts: Sequence[torch.Tensor],
     shown: torch.Tensor,
 ) -> None:
-    """Notes of one forward pass of training, in each block; a tile counts as often as it is shown.
+    """Add one forward pass of training to each block; a tile counts as often as it is shown.
 
     Args:
         blocks: the sparse blocks of tower and connector, in order.
         router_logits, chosen_experts: (tiles, patches, experts), (tiles, patches, k), of each.
         shown: (2, shown), see `shown_tiles`.
     """
-    times = times_shown(shown, router_logits[0].shape[0])
+    tile, row = shown
+    times = torch.zeros(len(router_logits[0]), dtype=torch.long, device=shown.device)
+    times = times.index_add(0, tile, (row >= 0).long())  # (tiles,)
     for block, logits, chosen in zip(blocks, router_logits, chosen_experts, strict=True):
         counts = times[:, None].expand(-1, logits.shape[1]).flatten()
         block.update_stats(logits.flatten(0, 1), chosen.flatten(0, 1), counts)
@@ -78,11 +72,11 @@ def vision_router_losses(
     row_weights: torch.Tensor,
     training: bool = False,
 ) -> list[RouterLosses]:
-    """Load balancing loss and z-loss of the tower and of the connector, for those with experts.
+    """Compute load balancing loss and z-loss of tower and connector, of each that has experts.
 
-    The mean over the tower's layers and the connector's losses stand side by side, to be added to
-    the decoder's: experts here do not dilute the balance of those there. The entropy losses, which
-    tell modalities apart, are the decoder's only.
+    The mean over the tower's layers and the connector's losses are kept apart, to be added to the
+    decoder's, so that no place dilutes another's balance. Only the decoder has entropy losses,
+    which compare modalities.
 
     Args:
         config: of the whole model.
@@ -101,13 +95,13 @@ def vision_router_losses(
         (router_logits[layers:], config.projector_num_experts_per_tok),
     )
     return [
-        _losses(config, logits, top_k, shown, weights, training)
+        _losses_of_place(config, logits, top_k, shown, weights, training)
         for logits, top_k in places
         if logits
     ]
 
 
-def _losses(
+def _losses_of_place(
     config: VLMoEConfig,
     router_logits: tuple[torch.Tensor, ...],
     top_k: int,
@@ -115,15 +109,13 @@ def _losses(
     weights: torch.Tensor,
     training: bool,
 ) -> RouterLosses:
-    """The losses of one place; `shown` as in `shown_tiles`, `weights` (shown,)."""
     text_config, device = config.text_config, router_logits[0].device
     (tile, row), weights = shown.to(device), weights.to(device)
-    patches = router_logits[0].shape[1]
     logits = tuple(
         each.index_select(0, tile.to(each.device)).flatten(0, 1) for each in router_logits
     )
-    real = (row >= 0)[:, None].expand(-1, patches)  # (shown, patches)
-    tokens = Tokens(real, real, weights)
+    real = (row >= 0)[:, None].expand(-1, router_logits[0].shape[1])  # (shown, patches)
+    tokens = TokenGroups(real, real, weights)
     losses = RouterLosses()
     if text_config.router_z_loss_coef != 0:
         losses.z_loss = router_z_loss(logits, tokens.mask, tokens.row_weights)
@@ -132,4 +124,4 @@ def _losses(
         losses.aux_loss = load_balancing_loss(
             logits, top_k, compared.mask, compared.row_weights, summed=compared.summed
         )
-    return losses.weighed(text_config, device)
+    return losses.with_total(text_config, device)

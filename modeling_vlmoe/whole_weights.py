@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 # tensors of a router that start at zero: the field of the text config that asks for them
 BIAS_SWITCHES = {
@@ -54,7 +54,9 @@ def caller_judges(is_asked: bool) -> Iterator[None]:
         _caller_judges.reset(token)
 
 
-def require_whole_weights(model: PreTrainedModel, load_config: Any, loading_info: Any) -> None:
+def require_whole_weights(
+    model: PreTrainedModel, load_config: LoadStateDictConfig, loading_info: LoadStateDictInfo
+) -> None:
     """Check that the tensors read are those of the model.
 
     Args:

@@ -1,19 +1,17 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Control strings in what a user writes: they are encoded as text, not as control tokens.
+"""Encode a user's control strings as text, not as control tokens.
 
-A chat template joins what users write and what the format needs to one string, in which a tokenizer
-cannot tell a user's `<|end|>` from the template's. Where the values of a chat hold such a string:
+A chat template joins the users' texts and the format's markers to one string, in which a tokenizer
+cannot distinguish a user's `<|end|>` from the template's. If the values of a chat hold such a
+string:
 
-- Each character of it is replaced by a stand-in, a private-use character that the chat does not
-  hold. The template is rendered: every control string in the result is its own.
-- Then the two change places: stand-ins become the characters again, and each control string of the
-  template becomes its alias, private-use characters of the same number. Offsets stay what they are.
-- That text is tokenized once, by a copy of the tokenizer in which each control token bears its
-  alias as its name, in the model's vocabulary, too. So the text around control tokens meets the
-  same normalizer, pre-tokenizer, model and rules for spaces as ever, and nothing that a user writes
-  is the name of a control token.
-
-A chat without control strings does not come here.
+- Each of its characters is replaced by a stand-in, a private-use character that the chat does not
+  hold. The template is rendered, and every control string in the result is the template's.
+- Then stand-ins become the characters again, and each control string of the template becomes its
+  alias, as many private-use characters. Offsets stay the same.
+- That text is tokenized once, by a copy of the tokenizer in which each control token is named by
+  its alias. So the same normalizer, pre-tokenizer, model and rules for spaces apply to the text
+  around control tokens, and no user can write the name of a control token.
 """
 
 import copy
@@ -21,16 +19,19 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 
 from .text_checks import require_characters
 
+Value = TypeVar("Value")
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TILE_MARKER = re.compile(r"<row_\d+_col_\d+>")
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
-"""Where an image part holds its picture, which is no text."""
+"""Keys under which an image part holds its picture, which is no text."""
 STAND_INS = range(0xF1000, 0xFFFFE)  # not transformers' own marks, U+F0000 and U+F0001
 ALIASES, FILLER = range(0x100000, 0x10FFFD), "\U0010fffd"
 
@@ -38,7 +39,7 @@ ALIASES, FILLER = range(0x100000, 0x10FFFD), "\U0010fffd"
 class ControlStrings:
     """The control strings of a tokenizer: the names of its special tokens and of `markers`."""
 
-    def __init__(self, tokenizer: Any, markers: Iterable[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: Iterable[str]) -> None:
         """Read the added tokens; a token of white space only is no control token."""
         added = tokenizer.added_tokens_decoder
         named = {*markers, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
@@ -68,22 +69,22 @@ class ControlStrings:
             self.normalized = _whole_or_begun(whole, begun)
 
     def marked(self, text: str, key: str | None, stand_ins: Mapping[int, str]) -> str:
-        """`text` with stand-ins for what is, begins or could become part of a control string."""
+        """Put stand-ins for all that is, begins or could become part of a control string."""
         if self._needs_all(text, key):
             return "".join(sign if sign.isspace() else stand_ins[ord(sign)] for sign in text)
         return self.found_or_begun.sub(lambda found: found[0].translate(stand_ins), text)
 
     def holds(self, text: str, key: str | None) -> bool:
-        """Whether a string of a chat, under `key` of a message, needs stand-ins."""
+        """Return whether a string of a chat, under `key` of a message, needs stand-ins."""
         # joined to what comes after it, a beginning could become a whole control string
         begins = self.pattern.search(text) is not None or text.endswith(self.prefixes)
         return begins or self._needs_all(text, key)
 
     def _needs_all(self, text: str, key: str | None) -> bool:
-        """Whether single control strings cannot be pointed at in a text.
+        """Return whether single control strings cannot be located in a text.
 
-        A template may write the signs around a role or a name; a normalizer may make a control
-        string of what is none.
+        A template may write the signs around a role or a name, and a normalizer may make a control
+        string of another one.
         """
         if key in ("role", "name") and self.signs.search(text):
             return True
@@ -96,11 +97,7 @@ class ControlStrings:
 
     @cached_property
     def renamed(self) -> Any:
-        """The backend tokenizer, with aliases as names of the control tokens.
-
-        Raises:
-            ValueError: the tokenizer cannot be rebuilt with the same ids.
-        """
+        """The backend tokenizer with aliases as names; `ValueError` if ids would change."""
         state = json.loads(self._tokenizer.to_str())
         normalizer, model = self._tokenizer.normalizer, state["model"]
         for token in state["added_tokens"]:
@@ -128,8 +125,8 @@ class ControlStrings:
                 )
         return backend
 
-    def _is_of_control(self, merge: Any) -> bool:
-        """Whether a merge of BPE takes or makes a control token."""
+    def _is_of_control(self, merge: str | list[str]) -> bool:
+        """Return whether a merge of BPE takes or makes a control token."""
         pair = merge.split(" ") if isinstance(merge, str) else merge
         return not self.ids.keys().isdisjoint((*pair, "".join(pair)))
 
@@ -137,16 +134,17 @@ class ControlStrings:
 class GuardedTokenizer:
     """A tokenizer for one chat, `mark`ed before it is rendered; otherwise like `tokenizer`.
 
-    Texts and offsets are those of the rendered chat, with stand-ins; ids are of what they stand
-    for.
+    Texts and offsets are those of the rendered chat with stand-ins, ids those of the real text.
     """
 
-    def __init__(self, tokenizer: Any, control: ControlStrings, characters: set[str]) -> None:
-        """`characters`: all that the chat and the template hold."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, control: ControlStrings, characters: set[str]
+    ) -> None:
+        """Choose stand-ins that are not among the `characters` of the chat and the template."""
         if not tokenizer.is_fast:
             raise ValueError(
                 "The chat holds control strings as text, such as an image token; a tokenizer of "
-                f"the class {type(tokenizer).__name__} cannot tell them from those of the chat "
+                f"the class {type(tokenizer).__name__} cannot distinguish them from those of the "
                 "template. Use a fast tokenizer, or leave them out."
             )
         self._tokenizer, self._control = tokenizer, control
@@ -156,25 +154,24 @@ class GuardedTokenizer:
             raise ValueError(f"The chat holds {len(characters)} distinct characters, too many.")
         self._signs = {ord(stand_in): chr(sign) for sign, stand_in in self._stand_ins.items()}
 
-    def mark(self, value: Any) -> Any:
-        """`value` of a chat with stand-ins in its strings."""
-        return _each_string(
-            value, lambda text, key: self._control.marked(text, key, self._stand_ins)
-        )
+    def mark(self, value: Value) -> Value:
+        """Put stand-ins into the strings of a chat's value."""
+        change = partial(self._control.marked, stand_ins=self._stand_ins)
+        return _each_string(value, change)
 
     def unmark(self, text: str) -> str:
-        """What the stand-ins of a text stand for."""
+        """Replace the stand-ins of a text by their characters."""
         return text.translate(self._signs)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """As the tokenizer's, for messages that are marked."""
+        """Render marked messages as the tokenizer does."""
         return type(self._tokenizer).apply_chat_template(self, *args, **kwargs)
 
-    def __call__(self, text: Any, **kwargs: Any) -> Any:
-        """As the tokenizer's, for a text or texts rendered from marked values.
+    def __call__(self, text: str | Iterable[str], **kwargs: Any) -> BatchEncoding:
+        """Tokenize a text or texts rendered from marked values.
 
         Raises:
-            ValueError: control tokens would be others than those that the template wrote.
+            ValueError: the control tokens would not be those that the template wrote.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if kwargs.get("split_special_tokens", self._tokenizer.split_special_tokens):
@@ -194,11 +191,11 @@ class GuardedTokenizer:
         return renamed(written[0] if isinstance(text, str) else written, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not said here is as the tokenizer has it."""
+        """Return the tokenizer's own attribute."""
         return getattr(self._tokenizer, name)
 
-    def _renamed(self) -> Any:
-        """The tokenizer with aliases as names of the control tokens."""
+    def _renamed(self) -> PreTrainedTokenizerBase:
+        """Copy the tokenizer, with aliases as names of the control tokens."""
         tokenizer = copy.copy(self._tokenizer)
         tokenizer._tokenizer = self._control.renamed
         aliases, named = self._control.aliases, tokenizer._special_tokens_map
@@ -208,10 +205,10 @@ class GuardedTokenizer:
         return tokenizer
 
     def _written(self, text: str, encoding: Any) -> str:
-        """A rendered text for `_renamed`: aliases for control strings, no stand-ins.
+        """Turn a rendered text into one for `_renamed`: aliases for control strings, no stand-ins.
 
-        `encoding` is what the tokenizer makes of the text, so that a control string of the template
-        that it takes for text stays text.
+        `encoding` is the tokenizer's: a control string of the template that it takes for text stays
+        text.
         """
         names = {token_id: name for name, token_id in self._control.ids.items()}
         pieces, end = [], 0
@@ -223,17 +220,19 @@ class GuardedTokenizer:
                 end = start + len(name)
         return self.unmark("".join((*pieces, text[end:])))
 
-    def _control_ids(self, output: Any) -> list[list[int]]:
+    def _control_ids(self, output: BatchEncoding) -> list[list[int]]:
         ids = {*self._control.ids.values()} - {self._tokenizer.unk_token_id}
         return [[token for token in row if token in ids] for row in output["input_ids"]]
 
 
-def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedTokenizer | None:
-    """The tokenizer for a chat whose values hold control strings; None where they hold none.
+def guarded_tokenizer(
+    processor: ProcessorMixin, values: object, template: str
+) -> GuardedTokenizer | None:
+    """Make the tokenizer for a chat whose values hold control strings; None if they hold none.
 
     Args:
-        processor: a `VLMoEProcessor`; its tokenizer says what is a control string.
-        values: all that the template gets from a caller: messages, tools, documents, variables.
+        processor: a `VLMoEProcessor`, whose tokenizer has the control strings.
+        values: all that a caller gives the template: messages, tools, documents, variables.
         template: the chat template.
 
     Raises:
@@ -256,16 +255,11 @@ def guarded_tokenizer(processor: Any, values: Any, template: str) -> GuardedToke
     return GuardedTokenizer(processor.tokenizer, control, set("".join((*texts, template))))
 
 
-def _control_strings(processor: Any) -> ControlStrings:
-    """Those of a processor's tokenizer, remembered until tokens are added to it."""
-    tokenizer = processor.tokenizer
-    markers = (
-        *CHAT_MARKERS,
-        processor.image_token,
-        processor.image_start_token,
-        processor.image_end_token,
-        processor.global_image_token,
-    )
+def _control_strings(processor: ProcessorMixin) -> ControlStrings:
+    """Return those of a processor's tokenizer, remembered until tokens are added to it."""
+    tokenizer, image_token = processor.tokenizer, processor.image_token
+    around = processor.image_start_token, processor.image_end_token, processor.global_image_token
+    markers = (*CHAT_MARKERS, image_token, *around)
     key = (markers, len(tokenizer), tokenizer.all_special_tokens)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != key:
@@ -273,13 +267,17 @@ def _control_strings(processor: Any) -> ControlStrings:
     return known[1]
 
 
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, ControlStrings]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, ControlStrings]] = (
+    WeakKeyDictionary()
+)
 
 
-def _each_string(value: Any, change: Callable[[str, str | None], str], key: Any = None) -> Any:
-    """`value` with its strings changed, those inside of lists, mappings and objects, too.
+def _each_string(
+    value: Any, change: Callable[[str, str | None], str], key: str | None = None
+) -> Any:
+    """Change the strings of a value, also inside lists, mappings and objects.
 
-    `change` gets a string and the key under which it stands. The pictures of image parts are left.
+    `change` gets a string and its key. Pictures of image parts are left unchanged.
     """
     if isinstance(value, str):
         return change(value, key)
@@ -299,14 +297,11 @@ def _each_string(value: Any, change: Callable[[str, str | None], str], key: Any 
 
 
 def _whole_or_begun(names: Iterable[str], beginnings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of any of the names, and of any beginning at the end of a text."""
+    """Compile a pattern of any of the names, and of any beginning at the end of a text."""
     return re.compile(rf"{_any_of(names).pattern}|(?:{_any_of(beginnings).pattern})\Z")
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of any of the strings, the longest first, as tokenizers look for added tokens."""
+    """Compile a pattern of any of the strings, the longest first, as tokenizers match them."""
     longest_first = sorted(filter(None, strings), key=lambda string: (-len(string), string))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-__all__ = ["GuardedTokenizer", "guarded_tokenizer"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What stands for one encoded image: a path, a `data:` URL, base64, bytes, or a URL.
+"""Read encoded images: paths, `data:` URLs, base64, bytes, and URLs.
 
 Every reader of images goes through `encoded_image`, so that the same value means the same image to
 the processor, the collators and `load_rows`. URLs are opened only where the caller allows it.
@@ -15,8 +15,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 
+EncodedImage = str | Path | bytes | bytearray | memoryview | Mapping[str, str | bytes | None]
+ImageSource = EncodedImage | Image.Image | np.ndarray | torch.Tensor
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 """The formats that are decoded, MPO as JPEG. Others of PIL are not: EPS starts an interpreter."""
 REMEDY = "Replace the image or leave the sample out."
@@ -28,48 +32,44 @@ BYTES_PER_PIXEL = 4
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the sample, what was found and what to do."""
+    """An unusable image; the message names the sample, the fault and the remedy."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
     """The largest image that is decoded: a small file can hold one that fills the memory.
 
-    Attributes:
-        max_pixels: width times height.
-        max_side: width or height.
+    `max_pixels` limits width times height, `max_side` each of the two.
     """
 
     max_pixels: int = 64_000_000
     max_side: int = 32_768
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a limit that is not a whole number above 0."""
+        """Raise `ValueError` for a limit that is not a whole number above 0."""
         for name, value in (("pixels", self.max_pixels), ("side", self.max_side)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`max_image_{name}` is {value!r}; allowed: 1 or more.")
 
-    def require(self, width: int, height: int, where: str, what: str) -> None:
+    def require(self, width: int, height: int, name: str) -> None:
         """Raise `ImageError` for an image without pixels, or beyond the limits."""
         if width < 1 or height < 1:
-            raise ImageError(
-                f"{where}: {what} has no pixels (width {width}, height {height}). {REMEDY}"
-            )
+            raise ImageError(f"{name} has no pixels (width {width}, height {height}). {REMEDY}")
         if width * height > self.max_pixels or max(width, height) > self.max_side:
             raise ImageError(
-                f"{where}: {what} is {width}x{height} pixels; the limit is {self.max_pixels:,} "
+                f"{name} is {width}x{height} pixels; the limit is {self.max_pixels:,} "
                 f"pixels and {self.max_side:,} a side. Shrink it, or raise the processor's "
                 "max_image_pixels or max_image_side (the commands' options of these names) if you "
                 "trust its origin."
             )
 
-    def require_bytes(self, count: int, where: str, what: str) -> None:
+    def require_bytes(self, count: int, name: str) -> None:
         """Raise `ImageError` for an empty file, or one larger than a decoded image may be."""
         if count == 0:
-            raise ImageError(f"{where}: {what} is empty (0 bytes). {REMEDY}")
+            raise ImageError(f"{name} is empty (0 bytes). {REMEDY}")
         if count > BYTES_PER_PIXEL * self.max_pixels:
             raise ImageError(
-                f"{where}: {what} has {count:,} bytes; the limit is "
+                f"{name} has {count:,} bytes; the limit is "
                 f"{BYTES_PER_PIXEL * self.max_pixels:,}. Shrink it, or raise the processor's "
                 "max_image_pixels if you trust its origin."
             )
@@ -86,14 +86,18 @@ class ImageContent(NamedTuple):
 
 
 def encoded_image(
-    source: Any, where: str, *, limits: ImageLimits = DEFAULT_LIMITS, allow_urls: bool = False
+    source: ImageSource,
+    where: str,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    allow_urls: bool = False,
 ) -> ImageContent | None:
-    """The bytes that `source` is or names; None for a decoded image and for what is none.
+    """Read the bytes that `source` is or names; None for a decoded image or an unknown type.
 
     Args:
         source: a path, `data:` URL, base64 string, http(s) URL, bytes, or the
             `{"bytes": ..., "path": ...}` of an undecoded `datasets` column.
-        where: what errors call this image, such as `"sample 3, image 0"`.
+        where: the image's name in errors, such as `"sample 3, image 0"`.
         limits: bounds the size of the file.
         allow_urls: whether an http(s) URL is opened.
 
@@ -102,35 +106,32 @@ def encoded_image(
             not answer, or a string that is none of these.
     """
     if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        held = source.get("path") if source.get("bytes") is None else source["bytes"]
+        options: Any = {"limits": limits, "allow_urls": allow_urls}
+        return None if held is None else encoded_image(held, where, **options)
     if isinstance(source, bytes | bytearray | memoryview):
         encoded = ImageContent(bytes(source), f"the image of {len(source)} bytes")
     elif isinstance(source, str | Path) and os.path.isfile(source):
         what = f"the file {source}"
-        limits.require_bytes(os.path.getsize(source), where, what)
+        limits.require_bytes(os.path.getsize(source), f"{where}: {what}")
         encoded = ImageContent(Path(source).read_bytes(), what)
     elif isinstance(source, Path):
         raise ImageError(f"{where}: there is no file {source}. Correct the path.")
     elif isinstance(source, str):
-        encoded = _from_text(source, where, limits, allow_urls)
+        if is_url(source):
+            require_web_url(source, where, allow_urls)
+            encoded = _download(source, where, limits)
+        elif (content := decode_text(source)) is not None:
+            encoded = ImageContent(content, f"the image of {len(content)} bytes")
+        else:
+            raise ImageError(
+                f"{where}: {source[:80]!r} is neither an existing file nor an http(s) URL nor "
+                "base64. Correct the path."
+            )
     else:
         return None
-    limits.require_bytes(len(encoded.content), where, encoded.what)
+    limits.require_bytes(len(encoded.content), f"{where}: {encoded.what}")
     return encoded
-
-
-def _from_text(text: str, where: str, limits: ImageLimits, allow_urls: bool) -> ImageContent:
-    """The image of a string that names no existing file."""
-    if is_url(text):
-        require_web_url(text, where, allow_urls)
-        return _download(text, where, limits)
-    content = decode_text(text)
-    if content is None:
-        raise ImageError(
-            f"{where}: {text[:80]!r} is neither an existing file nor an http(s) URL nor base64. "
-            "Correct the path."
-        )
-    return ImageContent(content, f"the image of {len(content)} bytes")
 
 
 def is_url(text: str) -> bool:
@@ -153,7 +154,7 @@ def require_web_url(text: str, where: str, allow_urls: bool) -> None:
 
 
 def decode_text(text: str) -> bytes | None:
-    """The bytes of a base64 `data:` URL or of base64; None for any other string."""
+    """Decode a base64 `data:` URL or base64; return None for any other string."""
     payload = text
     if text[:5].lower() == "data:":
         header, _, payload = text.partition(",")
@@ -166,7 +167,7 @@ def decode_text(text: str) -> bytes | None:
 
 
 def open_encoded(content: bytes) -> Image.Image:
-    """The image of encoded bytes, of which no more than the header is read; errors are PIL's."""
+    """Open encoded bytes, of which only the header is read; errors are PIL's."""
     return Image.open(BytesIO(content), formats=FORMATS)
 
 
@@ -182,7 +183,7 @@ def has_image_header(content: bytes) -> bool:
 
 
 def _download(url: str, where: str, limits: ImageLimits) -> ImageContent:
-    """The answer of a web server, up to the limit."""
+    """Read a web server's answer, up to the limit."""
     what = f"the image at {url[:200]}"
     request = urllib.request.Request(url, headers={"User-Agent": "vlmoe"})
     try:

@@ -1,22 +1,25 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """The processor of VLMoE: text with images in, `input_ids` and `pixel_values` out.
 
-- Each image placeholder of the text grows into the tokens that image features replace.
+- Each image placeholder of the text expands to the tokens that image features replace.
 - `pixel_values` is (batch, tiles, 3, H, W), one row per text, padded with zero tiles.
-- Nothing is cut or dropped silently: an image that cannot be used, a wrong number of images and a
-  truncation that would cut an image are errors that name the sample.
+- Nothing is cut or dropped silently: an unusable image, a wrong number of images and a truncation
+  that would cut an image are errors that name the sample.
 """
 
 import copy
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import (
     ImagesKwargs,
     MultiModalData,
@@ -25,11 +28,13 @@ from transformers.processing_utils import (
     Unpack,
 )
 
+from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.hub_code import HubCodeMixin
 from .chat_template import DEFAULT_CHAT_TEMPLATE
 from .control_text import guarded_tokenizer
 from .image_checks import load_rgb_image
 from .image_layout import (
+    Images,
     TiledImage,
     batch_tiles,
     encode_images,
@@ -37,10 +42,11 @@ from .image_layout import (
     rows_of_images,
     tile_grid,
 )
-from .image_sources import DEFAULT_LIMITS, ImageLimits
+from .image_sources import DEFAULT_LIMITS, ImageLimits, ImageSource
 from .text_checks import check_text_options, require_characters
 from .tower_layout import image_processor_for, image_seq_length
 
+Texts = str | Sequence[str]
 TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
 _BLANK = Image.new("L", (1, 1))
 
@@ -63,38 +69,34 @@ class VLMoEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-
 
 
 class HubProcessorMixin(HubCodeMixin, ProcessorMixin):
-    """A processor that saves its code.
+    """A processor that saves its code; one class, as conformance tests look at the first base."""
 
-    One class, as `make conformance` looks up what a processor overrides in its first base.
-    """
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `HubCodeMixin`; afterwards the processor equals one that was loaded."""
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> list[str] | None:
+        """Save as `HubCodeMixin` does; afterwards the processor equals a loaded one."""
         files = super().save_pretrained(*args, **kwargs)
         self.__dict__.pop("auto_map", None)  # loading drops it too
         return files
 
 
 class VLMoEProcessor(HubProcessorMixin):
-    """Joins an image processor and a tokenizer.
+    """Join an image processor and a tokenizer.
 
     An image placeholder becomes `image_start_token`, `image_seq_len` image tokens, then
-    `image_end_token`. For a tiled image there stands between the two, for each tile in reading
-    order, `<row_r_col_c>` and its image tokens, a line break after each row, then a line break,
-    `global_image_token` and the image tokens of the thumbnail: the order of `pixel_values`.
-    `tile_layout` has two other ways: Idefics3's and SmolVLM's, where `image_start_token` comes
-    before each tile's marker and a single tile is marked as the whole image, too; and InternVL's,
-    the image tokens of all tiles between the two, without markers or line breaks.
+    `image_end_token`. A tiled image has between the two `<row_r_col_c>` and image tokens for each
+    tile in reading order, a line break after each row, then a line break, `global_image_token` and
+    the image tokens of the thumbnail: the order of `pixel_values`. In Idefics3's and SmolVLM's
+    `tile_layout`, `image_start_token` precedes each tile's marker, and a single tile is marked as
+    the whole image, too. InternVL's has the image tokens of all tiles, without markers or line
+    breaks.
 
-    Called as `processor(images=..., text=..., padding=True, return_tensors="pt")` it returns
-    `input_ids`, `attention_mask`, `mm_token_type_ids` (batch, tokens; 0 text, 1 image token) and,
-    if any row has an image, `pixel_values` (batch, tiles, 3, H, W) and `pixel_attention_mask`
-    (batch, tiles, H, W; 1 real, 0 padding). Images come as one list per text or as one flat list;
-    `load_rgb_image` says what may stand for an image, http(s) URLs included. An image that several
-    rows share (the same object or path) is opened and encoded once, and no two are kept decoded at
-    the same time. `do_image_splitting` switches tiling for the call.
-    A call raises `ValueError`, naming the sample, for an image that cannot be used, for a number of
-    images other than that of placeholders, and for a truncation that would cut an image.
+    `processor(images=..., text=..., padding=True, return_tensors="pt")` returns `input_ids`,
+    `attention_mask`, `mm_token_type_ids` (batch, tokens; 0 text, 1 image token) and, if any row has
+    an image, `pixel_values` (batch, tiles, 3, H, W) and `pixel_attention_mask` (batch, tiles, H, W;
+    1 real, 0 padding). Images come as one list per text or as one flat list, each as any source of
+    `load_rgb_image`. An image that several rows share (the same object or path) is encoded once,
+    and no two are kept decoded at the same time. `do_image_splitting` switches tiling for the call.
+    A call raises `ValueError`, naming the sample, for an unusable image, a number of images other
+    than that of placeholders, and a truncation that would cut an image.
 
     Args:
         image_processor: Idefics3's, SmolVLM's or GotOcr2's (fixed size or tiles), or one that gives
@@ -117,17 +119,17 @@ class VLMoEProcessor(HubProcessorMixin):
     hub_classes = {  # noqa: RUF012 - declared in HubCodeMixin
         "AutoProcessor": "processing.processing_vlmoe.VLMoEProcessor"
     }
-    # During training Trainer pushes weights and what the processor saves, not the model's code.
+    # During training Trainer pushes the processor's files, but not the model's code.
     hub_modules = ("modeling_vlmoe.modeling_vlmoe",)
     valid_processor_kwargs = VLMoEProcessorKwargs
     return_mm_token_type_ids = True
-    # Whoever calls a processor names the images; a copy that is called with data has False.
+    # The caller of a processor names the images; a copy that is called with data has False.
     opens_urls = True
 
     def __init__(
         self,
-        image_processor: Any,
-        tokenizer: Any,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | dict[str, str] | None = None,
         image_seq_len: int = 196,
         image_token: str = "<image>",
@@ -168,14 +170,14 @@ class VLMoEProcessor(HubProcessorMixin):
     @classmethod
     def for_config(
         cls,
-        config: Any,
-        tokenizer: Any,
-        image_processor: Any = None,
+        config: VLMoEConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor | None = None,
         tiling: bool = False,
         max_tiles_per_side: int = 4,
         **kwargs: Any,
-    ) -> "VLMoEProcessor":
-        """A processor that fits a `VLMoEConfig`.
+    ) -> Self:
+        """Make a processor that fits a `VLMoEConfig`.
 
         Args:
             config: read for the tower's image and patch size, pixel shuffle and `image_token_id`.
@@ -191,9 +193,8 @@ class VLMoEProcessor(HubProcessorMixin):
         """
         if image_processor is None:
             image_processor = image_processor_for(config.vision_config, tiling, max_tiles_per_side)
-        processor = cls(
-            image_processor, tokenizer, image_seq_len=image_seq_length(config), **kwargs
-        )
+        length = image_seq_length(config)
+        processor = cls(image_processor, tokenizer, image_seq_len=length, **kwargs)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"`image_token_id` is {config.image_token_id} in the configuration but "
@@ -203,12 +204,16 @@ class VLMoEProcessor(HubProcessorMixin):
         return processor
 
     @classmethod
-    def from_dense(cls, source: Any, config: Any, **kwargs: Any) -> "VLMoEProcessor":
-        """The processor of a dense vision-language model, for its conversion to VLMoE.
+    def from_dense(
+        cls,
+        source: str | PathLike[str] | ProcessorMixin | tuple,
+        config: VLMoEConfig,
+        **kwargs: Any,
+    ) -> Self:
+        """Make the processor for a converted dense vision-language model.
 
-        Text and pixels come out as the source makes them, token for token and pixel for pixel (by
-        PIL): chat template, special tokens, padding side, layout of tiles. A source without a chat
-        template gets `DEFAULT_CHAT_TEMPLATE`.
+        Text and pixels are the source's, token for token and pixel for pixel (by PIL). A source
+        without a chat template gets `DEFAULT_CHAT_TEMPLATE`.
 
         Args:
             source: a local folder or Hub id of a Llava, InternVL, SmolVLM or Idefics3 model; its
@@ -234,10 +239,7 @@ class VLMoEProcessor(HubProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors that a call with images and text returns.
-
-        Those of the text come first: Trainer groups rows by the length of the first.
-        """
+        """Names of a call's tensors, those of text first: Trainer groups rows by the first."""
         names = [*self.tokenizer.model_input_names, *super().model_input_names]
         names += ["pixel_attention_mask", "mm_token_type_ids"]
         return [name for name in dict.fromkeys(names) if name not in self.unused_input_names]
@@ -249,11 +251,14 @@ class VLMoEProcessor(HubProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What the two parts return and the model does not take."""
+        """Names of outputs that the model does not take."""
         return ["rows", "cols", "token_type_ids"]
 
     def __call__(
-        self, images: Any = None, text: Any = None, **kwargs: Unpack[VLMoEProcessorKwargs]
+        self,
+        images: Images | None = None,
+        text: Texts | None = None,
+        **kwargs: Unpack[VLMoEProcessorKwargs],
     ) -> BatchFeature:
         """Images and text in, model inputs out; see the class."""
         check_text_options(kwargs)
@@ -261,24 +266,24 @@ class VLMoEProcessor(HubProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: Any,
+        conversation: Sequence[Mapping | Sequence[Mapping]],
         chat_template: str | None = None,
-        tools: Any = None,
-        documents: Any = None,
+        tools: list | None = None,
+        documents: list[dict[str, str]] | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """As in transformers; where it tokenizes, control strings in what a caller gives are text.
+    ) -> str | list[str] | list[int] | list[list[int]] | BatchFeature:
+        """Apply it as transformers does, but tokenize control strings of the caller as text.
 
-        A user's `<|end|>` or `<image>` is encoded as the letters that it is, neither ends a turn
-        nor stands for an image, and decoding gives it back. Control strings: special tokens, the
+        A user's `<|end|>` or `<image>` is encoded letter by letter: it neither ends a turn nor
+        becomes an image, and decoding returns it. Control strings are special tokens and the
         markers of the default chat template, of images and of tiles. With `tokenize=False` they
-        stay in the string: whoever tokenizes it makes control tokens of them.
+        stay in the string, and a later tokenization makes control tokens of them.
         """
         values = {"conversation": conversation, "tools": tools, "documents": documents}
         guard = None
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
             template = self._resolve_chat_template(chat_template)
-            # a variable called `image_token` or the like is a token by its caller's will
+            # a variable such as `image_token` is meant as a token
             options = {
                 name: value
                 for name, value in kwargs.items()
@@ -294,19 +299,19 @@ class VLMoEProcessor(HubProcessorMixin):
             return super(VLMoEProcessor, guarded).apply_chat_template(
                 **values, chat_template=chat_template, **kwargs | options
             )
-        except Exception as error:  # a template may refuse what it is given, and say what that is
+        except Exception as error:  # a template may refuse its input and quote it
             error.args = tuple(guard.unmark(a) if isinstance(a, str) else a for a in error.args)
             raise
 
     def prepare_inputs_layout(
         self,
-        images: Any = None,
+        images: Images | None = None,
         text: Any = None,
-        videos: Any = None,
-        audio: Any = None,
+        videos: object = None,
+        audio: object = None,
         **kwargs: Any,
-    ) -> tuple[list[list[Any]] | None, Any, None, None]:
-        """Deal the images out, unopened: `(images of each row, texts, None, None)`."""
+    ) -> tuple[list[list[ImageSource]] | None, Any, None, None]:
+        """Distribute the unopened images: `(images of each row, texts, None, None)`."""
         if videos is not None or audio is not None:
             raise ValueError(
                 f"{type(self).__name__} takes images and text; pass a video's frames as images."
@@ -332,7 +337,12 @@ class VLMoEProcessor(HubProcessorMixin):
             )
         return rows if any(rows) else None, text, None, None
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(
+        self,
+        images: list[list[ImageSource]] | None = None,
+        text: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Check that each text has as many placeholders as images."""
         if _are_texts(text):
             for sample, row in enumerate(text):
@@ -344,20 +354,20 @@ class VLMoEProcessor(HubProcessorMixin):
                         f"placeholders but {given} images are given; give one image per "
                         "placeholder. (A chat template that ignores image parts leaves none.)"
                     )
-        # The images are counted, but not opened yet: transformers would refuse some of the sources.
+        # Blank images are counted: transformers would refuse some of the sources.
         counted = [[_BLANK] * len(row) for row in images] if images else None
         super().validate_inputs(images=counted, text=text, **kwargs)
 
     def replace_image_token(
         self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
-        """The text that image `image_idx` of the whole batch expands to."""
+        """Return the text that image `image_idx` of the whole batch expands to."""
         rows = [rows for row in image_inputs["rows"] for rows in row][image_idx]
         cols = [cols for row in image_inputs["cols"] for cols in row][image_idx]
         return self._image_text(rows, cols)
 
-    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
-        """1 for each image token, 0 for each other token."""
+    def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return 1 for each image token, 0 for each other token."""
         return [(np.asarray(row) == self.image_token_id).astype(int).tolist() for row in input_ids]
 
     def _image_text(self, rows: int, cols: int) -> str:
@@ -375,7 +385,7 @@ class VLMoEProcessor(HubProcessorMixin):
         return f"{outer}{crops}\n{whole}{end}" if grid else f"{outer}{whole}{end}"
 
     def _process_images(
-        self, images: list[list[Any]], **kwargs: Any
+        self, images: list[list[ImageSource]], **kwargs: Any
     ) -> tuple[dict[str, Any], list[str]]:
         """Open and encode each distinct image, one at a time, then lay the tiles out by rows."""
         options: dict[str, Any] = {
@@ -384,7 +394,7 @@ class VLMoEProcessor(HubProcessorMixin):
             "limits": self.image_limits,
             "allow_urls": self.opens_urls,
         }
-        encoded: dict[Any, TiledImage] = {}
+        encoded: dict[str | Path | int, TiledImage] = {}
         for sample, row in enumerate(images):
             for position, source in enumerate(row):
                 if _key(source) not in encoded:
@@ -404,7 +414,7 @@ class VLMoEProcessor(HubProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Tokens and tiles of images of the sizes (height, width), for servers that plan ahead."""
+        """Count tokens and tiles of images by (height, width), for servers that plan ahead."""
         if image_sizes is None:
             return MultiModalData()
         options = self._merge_kwargs(**kwargs)["images_kwargs"]
@@ -419,7 +429,7 @@ class VLMoEProcessor(HubProcessorMixin):
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _check_special_mm_tokens(
-        self, text: list[str], text_inputs: Any, modalities: list[str]
+        self, text: list[str], text_inputs: BatchEncoding, modalities: list[str]
     ) -> None:
         """Refuse a truncation that cuts an image, its markers included."""
         for sample, expanded in enumerate(text):
@@ -438,8 +448,8 @@ class VLMoEProcessor(HubProcessorMixin):
                 "or leave the sample out."
             ) from cause
 
-    def _cuts_a_marker(self, text: str, text_inputs: Any, sample: int) -> bool:
-        """Whether a truncation that kept all image tokens lost a marker before or after them."""
+    def _cuts_a_marker(self, text: str, text_inputs: BatchEncoding, sample: int) -> bool:
+        """Return whether truncation kept all image tokens but lost a marker around them."""
         encodings = getattr(text_inputs, "encodings", None)
         if encodings is None or not encodings[sample].overflowing or self.image_token not in text:
             return False
@@ -452,28 +462,30 @@ class VLMoEProcessor(HubProcessorMixin):
             first_image is not None and kept[0][0] > first_image.start()
         )
 
-    def _adjust_assistant_masks_indices(self, processed_dict: Any, generation_indices: Any) -> Any:
-        """As in transformers, which walks over all offsets: far slower on tensors than on lists."""
+    def _adjust_assistant_masks_indices(
+        self, processed_dict: BatchFeature, generation_indices: list
+    ) -> list:
+        """Adjust them as transformers does, but on lists: its loop is far slower on tensors."""
         offsets = processed_dict["offset_mapping"]
         if hasattr(offsets, "tolist"):
             processed_dict["offset_mapping"] = offsets.tolist()
         return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
 
 
-def _key(source: Any) -> Any:
-    """Equal for the same image of a call: the same object, path or string."""
+def _key(source: ImageSource) -> str | Path | int:
+    """Return a key that is equal for the same object, path or string."""
     return source if isinstance(source, str | Path) else id(source)
 
 
-def _dense_processor() -> Any:
-    """Import what reads dense models' processors: it ships with the package, not with a model."""
+def _dense_processor() -> ModuleType:
+    """Import the reader of dense models' processors, which is not saved with a model."""
     try:
         return import_module("vlmoe.upcycling.dense_processor")
     except ImportError as error:
         raise ImportError("A dense processor needs the package: pip install vlmoe") from error
 
 
-def _are_texts(text: Any) -> bool:
+def _are_texts(text: object) -> TypeGuard[list[str]]:
     return isinstance(text, list) and all(isinstance(sample, str) for sample in text)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Texts and text options that the tokenizers library would refuse without naming them."""
+"""Refuse, by name, texts and text options that the tokenizers library cannot take."""
 
 from collections.abc import Mapping
 from numbers import Integral
@@ -24,11 +24,7 @@ def require_characters(text: str, where: str) -> None:
 
 
 def check_text_options(options: Mapping[str, Any]) -> None:
-    """Check the numbers and switches among the options of a processor's call.
-
-    Raises:
-        ValueError: names the option, its value and what is allowed.
-    """
+    """Raise `ValueError` for a wrong number or switch among the options of a processor's call."""
     given = dict(options)
     for group in OPTION_GROUPS:
         of_group = options.get(group)
@@ -46,6 +42,3 @@ def check_text_options(options: Mapping[str, Any]) -> None:
     switch = given.get("add_special_tokens")
     if switch is not None and not isinstance(switch, bool):
         raise ValueError(f"`add_special_tokens` is {switch!r:.80}; allowed: True or False.")
-
-
-__all__ = ["check_text_options", "require_characters"]

@@ -1,52 +1,40 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Train a model with `transformers.Trainer`.
+"""Train a model with `vlmoe.VLMoETrainer`, in a folder of its own.
 
-    vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
-    vlmoe train --config train.yaml --resume_from_checkpoint last
-    vlmoe train --model outputs/tiny --lora --dataset my_data.parquet --output_dir outputs/adapter
-    accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa
-
-- `--resume_from_checkpoint last` goes on from the newest complete checkpoint in the output folder,
-  or starts from the beginning where there is none; a path goes on from that one. Without it the
-  output folder must hold no checkpoints. Finished checkpoints that cannot be resumed from are an
-  error: their weights can be gone on from by --model.
-- One launch writes into an output folder at a time; a second one ends with a line that says which
-  process does. A killed one holds nothing.
-- The same options and seed give the same numbers on the same CPU, resumed or not.
-- The routing is logged beside the loss, and in full in router_telemetry.json.
-- Rows that do not fit the model (`--max_length`, `--on_long_rows`) or have nothing to learn are
-  found before the first step.
-- Training stops before a step whose router logits are not finite; with `router_bias_update_rate`
-  in the model's config the routers' biases are updated after each step.
-- `--lora` trains an adapter of the experts by the routed path and saves only that, in PEFT's files;
-  `vlmoe merge` makes a model of it.
-- The final model, its processor and its model card are saved in the output folder beside the
-  checkpoints, and the results in train_results.json.
-- `--push_to_hub --hub_model_id user/name` pushes every save, as `Trainer` does, and the finished
-  run in one commit, as `vlmoe push` does.
+vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny
+accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa
 """
 
 import copy
+import json
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .command_line import EXIT_ERROR, run_command
-from .option_parser import OptionParser, add_options
-from .options import (
-    FROM_SCRATCH_LENGTH,
-    FROM_SCRATCH_RATE,
-    TRAINING_DEFAULTS,
-    DataOptions,
-    ImageOptions,
-    LoraOptions,
-    ModelOptions,
+import typer
+
+from .command_line import EXIT_ERROR
+from .commands import as_options
+from .commands import run as run_command
+from .config_file import ConfigFile
+from .json_options import json_object
+from .options import DataOptions, ImageOptions, LoraOptions, ModelOptions
+from .shared_options import (
+    Attention,
+    ExpertKernels,
+    ImagePixels,
+    ImageSide,
+    ImageUrls,
+    OutsideImages,
+    dropout,
+    place,
+    refuse_unread,
 )
 from .training_checks import check_arguments, require_evaluation
 from .training_data import checked_rows, load_data, row_collator, texts_of
+from .training_options import given_arguments, print_all_help
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -54,21 +42,7 @@ if TYPE_CHECKING:
     from vlmoe.hub.provenance import RunOrigin
     from vlmoe.training.card_trainer import CardTrainer
 
-EPILOG = """\
-options of transformers.TrainingArguments that matter most (--help-all lists all):
-  --output_dir, --num_train_epochs, --max_steps, --learning_rate, --per_device_train_batch_size,
-  --gradient_accumulation_steps, --seed, --bf16, --resume_from_checkpoint last|PATH
-with defaults of our own:
-  {defaults}
-and for a preset a length and a rate, each where none is given:
-  {from_scratch}
-
-examples:
-  vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny \\
-    --num_train_epochs 4 --learning_rate 1e-3 --per_device_train_batch_size 16
-  vlmoe train --model outputs/tiny --dataset my_data.parquet --output_dir outputs/tuned
-  vlmoe train --config train.yaml --resume_from_checkpoint last
-  accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa"""
+MODEL, DATA, LORA = "Model", "Data", "LoRA"
 
 
 @dataclass
@@ -90,56 +64,247 @@ class TrainResult:
     output_dir: Path
 
 
-def main(argv: list[str]) -> None:
-    """Run `vlmoe train`."""
-    if {"-h", "--help"} & set(argv):
-        print(help_parser().format_help())
-        return
-    from .training_arguments import parse_training, training_parser
+def main(
+    ctx: typer.Context,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            help="Training data: a Hub id, a file (parquet, JSON, CSV), a folder, or easy_vqa.  "
+            "[required]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            parser=place,
+            help="A preset (tiny, small, base) to train from scratch, or a saved model (folder or "
+            "Hub id).",
+            rich_help_panel=MODEL,
+        ),
+    ] = "tiny",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            help="Tokenizer for a preset, folder or Hub id (default: a byte-level BPE, trained on "
+            "the text of the training data).",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    tiling: Annotated[
+        bool,
+        typer.Option(
+            help="Cut large images into tiles plus a thumbnail (only for a preset; a saved model "
+            "keeps its setting).",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number type of the weights: float32, bfloat16, ... (default: float32 for a "
+            "preset, the saved one for a saved model). For mixed precision use --bf16 instead.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    attn_implementation: Attention = None,
+    experts_implementation: ExpertKernels = None,
+    model_overrides: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=json_object,
+            metavar="JSON",
+            help="Config fields to replace; sizes only in a preset. Single fields: "
+            "--model.text_config.num_experts 4.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    train_split: Annotated[
+        str, typer.Option(help="Split to train on.", rich_help_panel=DATA)
+    ] = "train",
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option(
+            parser=place,
+            help="Data to evaluate on during training (default: --dataset).",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    eval_split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split to evaluate on during training. Without --eval_split and --eval_dataset "
+            "there is no evaluation; with --eval_dataset alone it is test.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    max_train_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train on only the first N rows.", rich_help_panel=DATA),
+    ] = None,
+    max_eval_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate on only the first N rows.", rich_help_panel=DATA),
+    ] = None,
+    altered_copies: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Add N augmented copies of each row, with images shifted by a few pixels; every "
+            "second copy is mirrored.",
+            rich_help_panel=DATA,
+        ),
+    ] = 0,
+    without_images: Annotated[
+        bool,
+        typer.Option(help="Leave the images out: a question-only baseline.", rich_help_panel=DATA),
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The longest sequence, in tokens (default: the model's max_position_embeddings).",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    on_long_rows: Annotated[
+        Literal["error", "drop", "shorten-prompt"],
+        typer.Option(
+            help="Rows with more tokens are an error, are dropped, or lose text at the start of "
+            "their oldest questions, never of images and answers.",
+            rich_help_panel=DATA,
+        ),
+    ] = "error",
+    allow_outside_images: OutsideImages = False,
+    allow_image_urls: ImageUrls = False,
+    max_image_pixels: ImagePixels = None,
+    max_image_side: ImageSide = None,
+    lora: Annotated[
+        bool,
+        typer.Option(
+            help="Train a LoRA adapter of a saved model's experts, and save only the adapter.",
+            rich_help_panel=LORA,
+        ),
+    ] = False,
+    lora_r: Annotated[
+        int | None, typer.Option(min=1, help="Rank (default: 8).", rich_help_panel=LORA)
+    ] = None,
+    lora_attention: Annotated[
+        bool,
+        typer.Option(help="Adapt the text model's attention too.", rich_help_panel=LORA),
+    ] = False,
+    lora_dropout: Annotated[
+        float | None,
+        typer.Option(
+            parser=dropout,
+            metavar="X",
+            help="Dropout on the input of the experts' adapters (default: 0).",
+            rich_help_panel=LORA,
+        ),
+    ] = None,
+    help_all: Annotated[
+        bool,
+        typer.Option(
+            help="List all options of transformers.TrainingArguments too, and exit.",
+            callback=print_all_help,
+            is_eager=True,
+            expose_value=False,
+        ),
+    ] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Train a model from a preset, or train a saved model further.
 
-    if "--help-all" in argv:
-        print(training_parser().format_help())
-        return
+    Rows that do not fit the model or have nothing to learn are found before the first step.
+    Training stops before a step whose router logits are not finite. The output folder gets the
+    model, its processor, its card, checkpoints, train_results.json and router_telemetry.json. The
+    same options and seed give the same numbers on the same CPU, resumed or not.
+
+    options of transformers.TrainingArguments are options too (--help-all lists them), such as:
+      --output_dir, --num_train_epochs, --max_steps, --learning_rate, --seed, --bf16,
+      --per_device_train_batch_size, --gradient_accumulation_steps, --push_to_hub,
+      --resume_from_checkpoint last (the newest complete checkpoint, if there is one) or a PATH
+    defaults that differ from transformers:
+      output_dir outputs/train, eval_strategy epoch, save_strategy epoch, save_total_limit 2,
+      logging_steps 10, lr_scheduler_type cosine, warmup_steps 0.03, logging_nan_inf_filter False,
+      remove_unused_columns False, include_num_input_tokens_seen non_padding,
+      ddp_find_unused_parameters False
+    and for a preset, a length and a learning rate, each unless given:
+      max_steps 1000, eval_strategy steps, eval_steps 0.2, save_strategy steps, save_steps 0.2,
+      learning_rate 0.001
+
+    examples:
+      vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny \\
+        --num_train_epochs 4 --learning_rate 1e-3 --per_device_train_batch_size 16
+      vlmoe train --model outputs/tiny --dataset my_data.parquet --output_dir outputs/tuned \\
+        --model.text_config.router_aux_loss_coef 0
+      vlmoe train --model outputs/tiny --lora --dataset my_data.parquet --output_dir outputs/adapter
+      vlmoe train --config train.yaml --resume_from_checkpoint last
+      accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset easy_vqa
+    """
+    if not lora:
+        refuse_unread(
+            "give --lora",
+            lora_r=lora_r is not None,
+            lora_attention=lora_attention,
+            lora_dropout=lora_dropout is not None,
+        )
+    if not (eval_dataset or eval_split):
+        remedy = "give --eval_split or --eval_dataset"
+        refuse_unread(remedy, max_eval_rows=max_eval_rows is not None)
+    if without_images:
+        refuse_unread("leave out --without_images", altered_copies=altered_copies > 0)
+    arguments = given_arguments(ctx)  # which names an option that is a misspelled --dataset
+    if dataset is None:
+        raise ValueError("Missing option '--dataset'. See `vlmoe train --help`.")
+
     from vlmoe.hub.folder_lock import FolderInUseError
+    from vlmoe.training.run_length import advice
 
-    parsed = parse_training(argv)
-    arguments = parsed[2]
+    from .loading import is_preset
+    from .training_arguments import from_scratch_defaults, training_arguments
+
+    if is_preset(model):
+        has_evaluation = bool(eval_dataset or eval_split)
+        arguments = from_scratch_defaults(model, arguments, has_evaluation) | arguments
+    training = training_arguments(**arguments)
+    data = DataOptions(
+        dataset=dataset,
+        train_split=train_split,
+        eval_dataset=eval_dataset,
+        eval_split=eval_split,
+        max_train_rows=max_train_rows,
+        max_eval_rows=max_eval_rows,
+        altered_copies=altered_copies,
+        without_images=without_images,
+        max_length=max_length,
+        on_long_rows=on_long_rows,
+    )
+    source = ModelOptions(
+        model=model,
+        tokenizer=tokenizer,
+        tiling=tiling,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+        model_overrides=None if model_overrides is None else json.dumps(model_overrides),
+    )
+    adapter = LoraOptions(lora, lora_r or 8, lora_attention, lora_dropout or 0.0)
+    images = ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side)
     try:
-        result = train(*parsed)
+        result = train(source, data, training, adapter, images)
     except FolderInUseError:
-        if arguments.process_index == 0:
+        if training.process_index == 0:
             raise
-        time.sleep(5)  # the first rank says it for the launch, which its launcher then ends
+        time.sleep(5)  # the first rank reports it for the launch, which its launcher then ends
         sys.exit(EXIT_ERROR)
-    if arguments.process_index == 0:
+    if training.process_index == 0:
         print(f"\n{results_table(result.metrics)}\n\nSaved to {result.output_dir}.")
-        from vlmoe.training.run_length import advice
-
-        from .loading import is_preset
-
-        told = advice(result.log_history, result.metrics["steps"], is_preset(parsed[0].model))
+        told = advice(result.log_history, result.metrics["steps"], is_preset(model))
         if told:
-            print(f"\n{told}")
-
-
-def help_parser() -> OptionParser:
-    """The parser behind `vlmoe train --help`: our options, without those of transformers."""
-    defaults = ", ".join(f"{name} {value}" for name, value in TRAINING_DEFAULTS.items())
-    of_preset = FROM_SCRATCH_LENGTH | FROM_SCRATCH_RATE
-    from_scratch = ", ".join(f"{name} {value}" for name, value in of_preset.items())
-    parser = OptionParser(
-        prog="vlmoe train",
-        usage="vlmoe train [--config FILE] [options]",
-        description="Train a model from a preset, or go on with a saved one.",
-        epilog=EPILOG.format(defaults=_wrapped(defaults), from_scratch=_wrapped(from_scratch)),
-    )
-    parser.add_argument("--help-all", action="store_true", help="List all options.")
-    parser.add_argument(
-        "--config", metavar="FILE", help="A YAML file of options; those given as flags win."
-    )
-    for options in (ModelOptions, DataOptions, ImageOptions, LoraOptions):
-        add_options(parser, options)
-    return parser
+            print(f"\n{as_options(told, ctx)}")
 
 
 def train(
@@ -440,9 +605,5 @@ def _last_of_log(log: list[dict[str, Any]], key: str) -> float | None:
     return next((entry[key] for entry in reversed(log) if key in entry), None)
 
 
-def _wrapped(text: str) -> str:
-    return "\n  ".join(textwrap.wrap(text, 94))
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("vlmoe train", main))
+    sys.exit(run_command("train", main))

@@ -7,6 +7,7 @@ Importing this module imports torch and transformers.
 import argparse
 import importlib.util
 import logging
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
@@ -61,13 +62,13 @@ def parse_training(
         FileNotFoundError: there is no such config file.
     """
     parser, option_classes = training_parser(), list(OPTION_CLASSES)
-    parser.set_defaults(**from_scratch_defaults(argv))
+    parser.set_defaults(**_from_scratch(argv))
     with reading("The options of TrainingArguments", keep=(ValueError, OSError, ImportError)):
         model, data, images, lora, arguments, _ = parse_options(parser, argv, option_classes)
     return model, data, arguments, lora, images
 
 
-def from_scratch_defaults(argv: list[str]) -> dict[str, Any]:
+def _from_scratch(argv: list[str]) -> dict[str, Any]:
     """Return length and rate for a preset, each where `argv` and its config file give none."""
     config, rest = split_config(argv, list(OPTION_CLASSES))
     finder = OptionParser(prog="vlmoe train")
@@ -76,14 +77,27 @@ def from_scratch_defaults(argv: list[str]) -> dict[str, Any]:
     given = {flag.partition("=")[0].removeprefix("--") for flag in rest} | config.keys()
     if not is_preset(str(found.model)):
         return {}
-    length = {} if given & {"num_train_epochs", "max_steps"} else FROM_SCRATCH_LENGTH
-    if not given & {"eval_split", "eval_dataset"}:
+    return from_scratch_defaults(found.model, given, bool(given & {"eval_split", "eval_dataset"}))
+
+
+def from_scratch_defaults(
+    preset: str, given: Collection[str], has_evaluation: bool
+) -> dict[str, Any]:
+    """Return length and rate for a preset, each where none of `given` decides it; log them.
+
+    Args:
+        preset: its name, for the log.
+        given: names of the training arguments that have a value.
+        has_evaluation: whether there is data to evaluate on.
+    """
+    length = {} if {"num_train_epochs", "max_steps"} & set(given) else FROM_SCRATCH_LENGTH
+    if not has_evaluation:
         length = {name: value for name, value in length.items() if not name.startswith("eval_")}
     rate = {} if "learning_rate" in given else FROM_SCRATCH_RATE
     defaults = {name: value for name, value in (length | rate).items() if name not in given}
     if defaults:
         chosen = ", ".join(f"{name} {value}" for name, value in defaults.items())
-        logger.warning("The preset %s starts from scratch: %s.", found.model, chosen)
+        logger.warning("The preset %s starts from scratch: %s.", preset, chosen)
     return defaults
 
 

@@ -1,13 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Turn a dense vision-language model into a sparse one that computes the same function.
 
-    vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
-    vlmoe upcycle HuggingFaceTB/SmolLM2-135M-Instruct --vision google/siglip-base-patch16-224 \
---output_dir outputs/sparse
-
-Model and processor are converted, both models answer the same pictures and texts, and the report
-is saved beside the model; if their logits differ by more than 1e-5, the command fails. A run that
-was killed goes on where it was when it is started again.
+vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
 """
 
 import sys

@@ -20,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from vlmoe.processing.chat_template import with_image_parts
+from vlmoe.upcycling.image_parts import with_image_parts
 from vlmoe.upcycling.report import UpcyclingReport
 from vlmoe_cli import main
 

@@ -11,7 +11,8 @@ import pytest
 from vlmoe.hub import template_trial
 from vlmoe.hub.push_to_hub import check_folder
 from vlmoe.hub.template_trial import try_templates
-from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE, with_image_parts
+from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE
+from vlmoe.upcycling.image_parts import with_image_parts
 from vlmoe_cli import main
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

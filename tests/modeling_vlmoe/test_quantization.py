@@ -160,7 +160,7 @@ def test_experts_of_tower_and_connector_are_quantized_too(
     with pytest.raises(ValueError, match="allowed: 'eager'"):
         quantized.set_experts_implementation({"vision_config": "grouped_mm"})
     only_decoder = FqnToConfig({r"re:.*language_model.*experts\..*": Int8WeightOnlyConfig()})
-    with pytest.raises(ValueError, match=r"left .*vision_tower.*experts\.up_proj unquantised"):
+    with pytest.raises(ValueError, match=r"left .*vision_tower.*experts\.up_proj unquantized"):
         load(tmp_path / "plain", quantization_config=TorchAoConfig(only_decoder))
 
 
@@ -174,7 +174,7 @@ def test_experts_of_tower_and_connector_are_quantized_too(
     ids=["torchao int8", "bitsandbytes 4 bit", "bitsandbytes 8 bit"],
 )
 def test_a_config_that_knows_linear_layers_only_is_refused_before_loading(config: Any) -> None:
-    with pytest.raises(ValueError, match=r"quantises no experts.*expert_int8_config"):
+    with pytest.raises(ValueError, match=r"quantizes no experts.*expert_int8_config"):
         VLMoEForConditionalGeneration.from_pretrained("no such folder", quantization_config=config)
 
 
@@ -185,7 +185,7 @@ def test_a_config_that_leaves_some_experts_unquantized_is_refused(
     folder: Path, pattern: str
 ) -> None:
     config = TorchAoConfig(FqnToConfig({pattern: Int8WeightOnlyConfig()}))
-    with pytest.raises(ValueError, match=r"left .*experts.*unquantised.*expert_int8_config"):
+    with pytest.raises(ValueError, match=r"left .*experts.*unquantized.*expert_int8_config"):
         load(folder, quantization_config=config)
 
 

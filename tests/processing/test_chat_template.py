@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE, with_image_parts
+from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.upcycling.image_parts import with_image_parts
 
 CONVERSATION = [
     {"role": "system", "content": "be brief"},

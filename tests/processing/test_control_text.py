@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from vlmoe.processing.chat_template import with_image_parts
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.upcycling.image_parts import with_image_parts
 
 NAMES = ("<pad>", "<|end|>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<image>", "</s>")
 NAMES += ("<row_1_col_1>", "<global-img>", "[INST]")

@@ -14,7 +14,6 @@ from vlmoe_cli.options import (
     LoraOptions,
     ModelOptions,
     Options,
-    UpcycleOptions,
 )
 from vlmoe_cli.training_arguments import training_arguments
 from vlmoe_cli.training_checks import check_arguments, require_evaluation
@@ -48,9 +47,12 @@ TRAIN = ["train", "--dataset", "x", "--use_cpu"]
         ([*TRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be 1"),
         ([*TRAIN, "--seed", "-1"], "--seed must be 0 or more"),
         ([*TRAIN, "--weight_decay", "nan"], "--weight_decay must be 0 or more"),
-        ([*TRAIN, "--altered_copies", "-1"], "--altered_copies must be 0 or more"),
+        (
+            [*TRAIN, "--altered_copies", "-1"],
+            "'--altered_copies': must be greater than or equal to 0",
+        ),
         ([*TRAIN, "--report_to", "wandb"], "--report_to wandb cannot be used here"),
-        ([*TRAIN, "--lora", "--lora_r", "0"], "--lora_r must be 1 or more"),
+        ([*TRAIN, "--lora", "--lora_r", "0"], "'--lora_r': must be greater than or equal to 1"),
         ([*TRAIN, "--lora_r", "4"], "--lora_r changes nothing here: give --lora"),
         ([*TRAIN, "--lora_attention"], "--lora_attention changes nothing here: give --lora"),
         (
@@ -77,7 +79,7 @@ def test_an_option_out_of_range_or_unread_is_one_line(
     "options",
     [
         *(DataOptions, EvaluateOptions, GenerateOptions, InspectOptions, LoraOptions),
-        *(ModelOptions, UpcycleOptions),
+        *(ModelOptions,),
     ],
 )
 def test_the_defaults_are_allowed(options: type[Options]) -> None:

@@ -1,12 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Which kinds of values the JSON files of a saved model hold, by the names of files and fields.
+"""The kinds of values that the JSON files of a saved model hold, by names of files and fields.
 
 Libraries read many of these fields late or never, and a wrong one fails far from the file, or not
-at all. What is not in the table is not judged here; the config judges the numbers in config.json.
+at all. Fields outside the table are not judged here; the config checks the numbers in config.json.
 """
 
 from pathlib import Path
-from typing import Any
 
 from .input_errors import InputError
 from .json_files import read_json
@@ -16,13 +15,23 @@ _TOKEN = (str, dict)  # a token's text, or its text and properties
 
 ANY = (dict, list, str, bool, int, float, type(None))
 OBJECTS = (
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "adapter_config.json", "trainer_state.json", "train_results.json"),
-    *("metrics.json", "evaluate_results.json"),
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "train_results.json",
+    "metrics.json",
+    "evaluate_results.json",
 )
 LISTS = ("training_stages.json", "router_telemetry.json")
-MAY_HOLD_NAN = ("trainer_state.json", "router_telemetry.json")  # what was logged, as Python has it
+MAY_HOLD_NAN = ("trainer_state.json", "router_telemetry.json")  # Python writes logged values so
 
 # file: field: kinds of its value; null stands for "not given" everywhere
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
@@ -49,8 +58,10 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def json_problem(file: Path) -> str | None:
-    """What is wrong with a JSON file: it does not parse, or holds other kinds of values than files
-    of its name do."""
+    """Describe what is wrong with a JSON file, or return None.
+
+    It does not parse, or holds other kinds of values than files of its name do.
+    """
     name = file.name
     kinds = (dict,) if name in OBJECTS else (list,) if name in LISTS else ANY
     try:
@@ -64,7 +75,7 @@ def json_problem(file: Path) -> str | None:
     return None
 
 
-def _problem(value: Any, allowed: tuple[type, ...]) -> str | None:
+def _problem(value: object, allowed: tuple[type, ...]) -> str | None:
     if value is None:
         return None
     if type(value) not in allowed:

@@ -1,23 +1,22 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Whether a folder holds the model that its config describes, judged by the headers of its files.
+"""Judge whether a folder holds the model that its config describes, by the headers of its files.
 
-The folder is loaded onto the meta device, exactly as `from_pretrained` loads it: names after
-conversion, int8 experts, tied weights and shards are what they are there, nothing is allocated, and
-a config that is much bigger than the weights costs nothing. Adapters, and weights that are not in
+`from_pretrained` loads the folder onto the meta device, so that names after conversion, int8
+experts, tied weights and shards are judged exactly as they are loaded. Nothing is allocated, even
+for a config that is much bigger than the weights. Adapters, and weights that are not in
 safetensors, are not judged here.
 """
 
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.whole_weights import NotWholeError
-from .file_checks import content_problems, tensor_headers
+from .file_checks import content_problems, tensor_dtypes
 from .finite_weights import require_finite
 from .input_errors import InputError, reading
 from .json_files import read_json
@@ -26,8 +25,10 @@ from .meta_loading import meta_device_map, quietly
 
 CONFIG_FILE, WEIGHTS = "config.json", "model.safetensors"
 WEIGHT_FILES = (
-    *(WEIGHTS, "adapter_model.safetensors"),
-    *(f"{WEIGHTS}.index.json", "adapter_model.safetensors.index.json"),
+    WEIGHTS,
+    "adapter_model.safetensors",
+    f"{WEIGHTS}.index.json",
+    "adapter_model.safetensors.index.json",
 )
 PICKLED_WEIGHTS = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
 SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")  # FSDP, DeepSpeed
@@ -74,10 +75,10 @@ def absent_files(folder: Path) -> Iterator[str]:
 
 
 def weights_problems(folder: Path, config: VLMoEConfig | None = None) -> Iterator[str]:
-    """`file: problem` for weights that are not those of the model.
+    """Yield `file: problem` for weights that do not fit the model.
 
     Args:
-        folder: of the model; its files are whole.
+        folder: of the model; its files are intact.
         config: of the model, if not the folder's own.
     """
     if not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
@@ -108,11 +109,10 @@ def require_finite_files(folder: Path) -> None:
             require_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(file))
 
 
-def _dtype_problems(folder: Path, model: Any) -> Iterator[str]:
-    """Whole numbers where the model has floating-point ones, or the reverse."""
+def _dtype_problems(folder: Path, model: VLMoEForConditionalGeneration) -> Iterator[str]:
+    """Yield a problem for integers where the model has floating-point numbers, or the reverse."""
     own = model.state_dict()
-    for name, header in tensor_headers(folder).items():
-        is_float = "F" in header["dtype"]
-        if name in own and own[name].is_floating_point() != is_float:
+    for name, dtype in tensor_dtypes(folder).items():
+        if name in own and own[name].is_floating_point() != ("F" in dtype):
             needed = "floating-point numbers" if own[name].is_floating_point() else "whole numbers"
-            yield f"{WEIGHTS}: {name} holds {header['dtype']}; the model needs {needed}"
+            yield f"{WEIGHTS}: {name} holds {dtype}; the model needs {needed}"

@@ -123,7 +123,7 @@ class RouterLossTrainer(ModelCardMixin, ABC):
             routed.vision_router_logits,
             routed.shown_tiles,
         )
-        loss = loss + losses.total.to(loss.device)
+        loss = losses.added_to(loss)
         return (loss, *outputs) if return_outputs else loss
 
     @abstractmethod

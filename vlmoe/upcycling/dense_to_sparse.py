@@ -14,11 +14,11 @@ from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..hub.input_errors import reading
 from ..hub.provenance import saved_model
 from ..hub.template_trial import try_templates
-from ..processing.chat_template import with_image_parts
 from ..processing.processing_vlmoe import VLMoEProcessor
 from .conversion import Conversion
 from .dense_processor import add_image_token
 from .folder import source_fingerprint, upcycle_folder
+from .image_parts import with_image_parts
 from .options import Upcycling
 from .report import UpcyclingReport
 
