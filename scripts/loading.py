@@ -166,13 +166,13 @@ def check_model_source(source: str) -> None:
         FileNotFoundError: a path that does not exist.
         ValueError: a folder without a whole model, or a word that is neither folder nor preset.
     """
-    require_model_source(source)
-    if "/" not in source and not Path(source).expanduser().exists():
+    if source and "/" not in source and not Path(source).expanduser().exists():
         names = preset_names()
         raise ValueError(
             f"{source!r} is neither a preset ({', '.join(names)}) nor a folder"
             f"{close_matches(source, names)}."
         )
+    require_model_source(source)
 
 
 def require_same_model(config: VLMoEConfig, checkpoint: Path) -> None:

@@ -22,7 +22,7 @@ def require_model_source(source: Source) -> None:
     """Refuse what cannot be loaded before transformers tries; a Hub id is left to it.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
+        FileNotFoundError: a path that does not exist, or a word that is no Hub id.
         ValueError: a folder without a whole model.
     """
     name, folder = str(source), Path(source).expanduser()
@@ -36,6 +36,8 @@ def require_model_source(source: Source) -> None:
             )
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no model folder {source}.")
+    elif "/" not in name:
+        raise FileNotFoundError(f"There is no model folder {source}; a Hub id is USER/NAME.")
 
 
 def read_config(source: Source) -> VLMoEConfig:
