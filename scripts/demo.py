@@ -83,7 +83,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
 def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
     from vlmoe.data.loading import load_rows
     from vlmoe.hub.atomic_files import write_json
-    from vlmoe.hub.model_card import METRICS_FILE
+    from vlmoe.hub.card_results import METRICS_FILE
     from vlmoe.routing.expert_load import record_expert_load
     from vlmoe.training.evaluation import evaluate_model, results_table
     from vlmoe.training.metrics import majority_baseline

@@ -194,7 +194,7 @@ def _place_for_results(options: EvaluateOptions) -> Iterator[None]:
 
 def _own_folder(options: EvaluateOptions) -> Path | None:
     """The model's folder, if the results go there, into the file that its card tells of."""
-    from vlmoe.hub.model_card import EVALUATION_FILE
+    from vlmoe.hub.card_results import EVALUATION_FILE
 
     folder = Path(options.model or "").expanduser()
     is_own = results_path(options).resolve() == (folder / EVALUATION_FILE).resolve()
@@ -214,7 +214,7 @@ def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
 
 def results_path(options: EvaluateOptions) -> Path:
     """Where the results are written."""
-    from vlmoe.hub.model_card import EVALUATION_FILE
+    from vlmoe.hub.card_results import EVALUATION_FILE
 
     if options.output:
         return Path(options.output).expanduser()

@@ -283,31 +283,6 @@ class InspectOptions(Options):
 
 
 @dataclasses.dataclass
-class CardOptions(Options):
-    """What the card says where the folder does not."""
-
-    _argument_group_name = "card"
-
-    repo_id: str | None = option("The repo on the Hub that the examples load from, USER/NAME.")
-    license: str | None = option("The licence, if it is not that of what was trained from.")
-    output: str | None = option(
-        "Folder for the card and the files it is rendered from (default: the model's own)."
-    )
-
-
-@dataclasses.dataclass
-class ExportLoraOptions(Options):
-    """Where an adapter goes, and how its tensors are named."""
-
-    _argument_group_name = "export"
-
-    output_dir: str | None = option("Folder for the exported adapter.")
-    layout: str = option(
-        "per-expert: one pair of matrices per expert and projection.", "per-expert"
-    )
-
-
-@dataclasses.dataclass
 class DemoOptions(Options):
     """How to run the demo."""
 

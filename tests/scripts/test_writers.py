@@ -141,7 +141,7 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
     ("command", "output", "message"),
     [
         (["merge", "{adapter}"], "adapter", "adapter holds an adapter (adapter_config.json)"),
-        (["export-lora", "{adapter}"], "adapter", "is {adapter}, the adapter itself"),
+        (["export-lora", "{adapter}"], "adapter", "{adapter} is the adapter itself"),
         (["export-lora", "{adapter}"], "model", "model holds a model (config.json)"),
         (["train", "--lora", "--model", "{model}"], "model", "model holds a model (config.json)"),
         (["train", "--model", "{model}"], "adapter", "holds an adapter (adapter_config.json)"),

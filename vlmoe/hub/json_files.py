@@ -1,6 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""JSON files that a user gives: read within limits, errors name the file. JSON of our own holds no
-NaN, which browsers and other languages cannot read."""
+"""Read JSON files of users within limits, with errors that name the file; write JSON without NaN.
+
+Browsers and other languages cannot read NaN.
+"""
 
 import json
 import math
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .input_errors import InputError
+
+JsonObject = dict[str, Any]
 
 MAX_JSON_DEPTH = 100
 MAX_JSON_BYTES = 1 << 28  # tokenizer.json, the largest of a model, has some 30 MB
@@ -30,7 +34,7 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, finite: bo
     Args:
         path: a file in UTF-8, with or without a byte order mark.
         kind: what the top level must be: dict, list, ...
-        finite: refuse NaN and Infinity, which are no JSON though Python writes them.
+        finite: refuse NaN and Infinity, which Python writes though JSON has neither.
 
     Raises:
         InputError: the file cannot be read, is too large, no JSON, nested too deep, or its top
@@ -73,8 +77,8 @@ def parse_json(
     return value
 
 
-def json_text(value: Any, what: str, indent: int | None = None) -> str:
-    """`value` as JSON for `what`.
+def json_text(value: object, what: str, indent: int | None = None) -> str:
+    """Return `value` as JSON for `what`.
 
     Raises:
         ValueError: it holds a number that is NaN or infinite; the message names its place.
@@ -88,8 +92,8 @@ def json_text(value: Any, what: str, indent: int | None = None) -> str:
         raise ValueError(f"{what}: {place}, which is no number; nothing is written.") from error
 
 
-def _not_finite(value: Any, place: str = "") -> Iterator[str]:
-    """`a.b[2] is nan` for each such number."""
+def _not_finite(value: object, place: str = "") -> Iterator[str]:
+    """Yield `a.b[2] is nan` for each such number."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{place.lstrip('.') or 'the value'} is {value}"
     elif isinstance(value, dict):
@@ -101,7 +105,7 @@ def _not_finite(value: Any, place: str = "") -> Iterator[str]:
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested deeper than `limit`, level by level."""
+    """Tell whether lists and objects are nested deeper than `limit`, level by level."""
     level = [value]
     for _ in range(limit + 1):
         level = [each for each in level if isinstance(each, (dict, list))]

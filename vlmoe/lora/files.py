@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..hub.atomic_files import atomic_path, write_json
+from ..hub.atomic_files import atomic_path, refuse_mixing, write_json
 from ..hub.file_checks import content_problems
 from ..hub.finite_weights import require_finite
+from ..hub.folder_lock import folder_lock
 from ..hub.input_errors import reading
 from ..hub.json_files import read_json
 
@@ -102,15 +103,26 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
 
 
 def export_per_expert(folder: str | Path, output: str | Path) -> int:
-    """Write the adapter with one pair of matrices per expert and projection; returns how many.
+    """Write the adapter with one pair of matrices per expert and projection; return their number.
 
-    The first half of a bank's B is that of the gate, the second that of the up projection, and both
-    have its A; so it is in the banks of Qwen3-MoE, Qwen3-VL-MoE, OLMoE, Mixtral and VLMoE. All else
-    is copied.
+    In the banks of Qwen3-MoE, Qwen3-VL-MoE, OLMoE, Mixtral and VLMoE the first half of B belongs to
+    the gate projection, the second half to the up projection, and both share A. Other adapters are
+    copied.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, or it adapts no experts.
+        FileNotFoundError, ValueError: as `read_adapter`; or it adapts no experts, or the output
+            folder holds a model, is the adapter's own, or is in use.
+        OSError: the output folder cannot be written into.
     """
+    output = Path(output).expanduser()
+    if output.resolve() == Path(folder).expanduser().resolve():
+        raise ValueError(f"{output} is the adapter itself: choose another output folder.")
+    refuse_mixing(output, is_adapter=True)
+    with folder_lock(output):
+        return _export(folder, output)
+
+
+def _export(folder: str | Path, output: Path) -> int:
     config, tensors = read_adapter(folder)
     parameters = {name.rpartition(".")[2] for name in config.get("target_parameters") or ()}
     if others := sorted(parameters - {"gate_up_proj", "down_proj"}):
@@ -136,7 +148,6 @@ def export_per_expert(folder: str | Path, output: str | Path) -> int:
             pairs += letter == "A"
     if not pairs:
         raise ValueError(f"The adapter in {folder} adapts no experts (`target_parameters`).")
-    output = Path(output).expanduser()
     with atomic_path(output / WEIGHTS_FILE) as temporary:
         save_file(exported, temporary, {"format": "pt"})
     write_json(output / CONFIG_FILE, _unfused_config(config, ranks))

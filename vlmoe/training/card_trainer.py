@@ -11,8 +11,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..hub.adapter_card import hide_base_model, tidy_adapter_card
 from ..hub.atomic_files import atomic_path, open_to_readers, write_json
+from ..hub.card_results import PIPELINE_TAG
 from ..hub.input_errors import writing
-from ..hub.model_card import CARD_FILE, PIPELINE_TAG, may_write, write_model_card
+from ..hub.model_card import CARD_FILE, may_write, write_model_card
 from ..hub.provenance import (
     STAGES_FILE,
     RunOrigin,
