@@ -51,9 +51,8 @@ from .quantization import (
     check_quantized_experts,
     quantized_experts,
 )
-from .router import VLMoERouter
 from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock, sparse_layers
-from .vision_experts import VLMoEBiasedExperts, init_biased_experts
+from .vision_experts import init_router_or_bank
 from .whole_weights import caller_judges, damaged_file, require_whole_weights
 
 logger = logging.get_logger(__name__)
@@ -271,15 +270,8 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, VLMoEExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, VLMoERouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            for bias in (module.e_score_correction_bias, module.modality_bias):
-                if bias is not None:
-                    init.zeros_(bias)
-            if module.allowed_experts is not None:  # not saved
-                init.copy_(module.allowed_experts, module.modality_mask())
-        elif isinstance(module, VLMoEBiasedExperts):
-            init_biased_experts(module)
+        else:
+            init_router_or_bank(module, std)
 
 
 def real_tokens(attention_mask: torch.Tensor | dict | None, tokens: torch.Tensor) -> torch.Tensor:

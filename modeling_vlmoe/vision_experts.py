@@ -119,12 +119,26 @@ class VLMoEConnectorExperts(VLMoEBiasedExperts):
 
 
 @torch.no_grad()
-def init_biased_experts(experts: VLMoEBiasedExperts) -> None:
-    """Initialize each expert's weights with Xavier's deviation, its biases with zeros."""
-    for weight in (experts.up_proj, experts.down_proj):
-        init.normal_(weight, mean=0.0, std=(2 / (weight.shape[1] + weight.shape[2])) ** 0.5)
-    for bias in (experts.up_proj_bias, experts.down_proj_bias):
-        init.zeros_(bias)
+def init_router_or_bank(module: nn.Module, router_std: float) -> bool:
+    """Initialize a router or biased experts; return False for any other module.
+
+    Each expert's weights get Xavier's deviation; all biases are zero.
+    """
+    if isinstance(module, VLMoERouter):
+        init.normal_(module.weight, mean=0.0, std=router_std)
+        biases = [module.e_score_correction_bias, module.modality_bias]
+        if module.allowed_experts is not None:  # not saved
+            init.copy_(module.allowed_experts, module.modality_mask())
+    elif isinstance(module, VLMoEBiasedExperts):
+        for weight in (module.up_proj, module.down_proj):
+            init.normal_(weight, mean=0.0, std=(2 / (weight.shape[1] + weight.shape[2])) ** 0.5)
+        biases = [module.up_proj_bias, module.down_proj_bias]
+    else:
+        return False
+    for bias in biases:
+        if bias is not None:
+            init.zeros_(bias)
+    return True
 
 
 class VisionRouting(Routing):
@@ -212,8 +226,8 @@ class _SparseTower(PreTrainedModel):
     encoder: Any
 
     def __init__(self, config: PreTrainedConfig, whole: VLMoEConfig):
+        self.router_std = whole.text_config.initializer_range  # for the dense tower's `post_init`
         super().__init__(config)
-        self.router_std = whole.text_config.initializer_range
         self.encoder = VLMoEVisionEncoder(self.encoder, whole)
         self.post_init()
 
@@ -229,13 +243,7 @@ class _SparseTower(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, VLMoEBiasedExperts):
-            init_biased_experts(module)
-        elif isinstance(module, VLMoERouter):
-            init.normal_(module.weight, mean=0.0, std=self.router_std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
-        else:
+        if not init_router_or_bank(module, self.router_std):
             super()._init_weights(module)
 
 
