@@ -7,8 +7,8 @@ Shapes: layers, batch, length, experts. Every function takes
 - `row_weights` (batch,): the share of each row in the loss; they sum to 1 over the whole batch of
   an optimizer step
 
-and returns the mean over layers: layers are never pooled, since two layers collapsed onto different
-experts would then look balanced.
+and returns a scalar (entropies in nats), the mean over layers: layers are never pooled, since two
+layers collapsed onto different experts would then look balanced.
 
 Tokens that are balanced together (`router_aux_loss_scope`):
 - `"sequence"`: statistics row by row, as in DeepSeek-V3's sequence-wise loss
@@ -26,8 +26,8 @@ Terms that compare no tokens with each other, the z-loss and the local entropy, 
 tokens in every scope.
 
 A selection bias (`router_bias_update_rate`) is not among the arguments: fractions are those of the
-k best scores, as in eq. 18. It is the scores that the loss moves; with the bias in the choice, an
-imbalance that the bias makes up for would be hidden from it.
+k best scores, as in eq. 18. The loss moves the scores; with the bias in the choice it would not see
+an imbalance that the bias compensates.
 """
 
 import math
@@ -129,8 +129,6 @@ def load_balancing_loss(
             number of those experts. Each is balanced alone, with the share of its tokens. By
             default all tokens may use all experts.
         summed: sums a tensor over ranks; for scope `"global"`, where there is one row.
-
-    Returns: a scalar.
     """
     logits = _stack(router_logits, token_mask)
     probabilities = _probabilities(logits, scoring_func)
@@ -162,8 +160,6 @@ def router_z_loss(
     """Compute the router z-loss, the mean squared logsumexp of the logits.
 
     From ST-MoE (https://arxiv.org/abs/2202.08906, eq. 5).
-
-    Returns: a scalar.
     """
     squared = _stack(router_logits, token_mask).logsumexp(-1).square()  # (layers, batch, length)
     return _mean_of_rows(squared, token_mask, row_weights)
@@ -179,8 +175,6 @@ def local_entropy_loss(
 
     LIMoE's local loss (https://arxiv.org/abs/2206.02770). With a mask of one modality's
     tokens it is that modality's, and rows without such tokens add nothing.
-
-    Returns: a scalar, in nats.
     """
     probabilities = _probabilities(_stack(router_logits, token_mask), scoring_func)
     return _mean_of_rows(_entropy(probabilities), token_mask, row_weights)
@@ -205,8 +199,6 @@ def global_entropy_loss(
         scoring_func: as the router scores.
         spread_over: number of experts that the tokens should be spread over at least.
         summed: sums a tensor over ranks; for scope `"global"`, where there is one row.
-
-    Returns: a scalar, in nats.
     """
     probabilities = _probabilities(_stack(router_logits, token_mask), scoring_func)
     mask = token_mask.to(probabilities)[..., None]  # (batch, length, 1)

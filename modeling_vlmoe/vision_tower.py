@@ -119,7 +119,12 @@ def _find_unused_parameters(config: VLMoEConfig) -> tuple[str, ...]:
     if config.vision_num_experts:  # the one implementation that has no step on real values only
         config = copy.deepcopy(config)
         config.vision_config._experts_implementation = "batched_mm"
-    with torch.device("meta"), torch.enable_grad(), _MetaValuesAreTrue():
+    with (
+        torch.device("meta"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _MetaValuesAreTrue(),
+    ):
         tower = make_vision_tower(config)
         try:
             features, _ = vision_features(tower, blank_image(config, tower), config)

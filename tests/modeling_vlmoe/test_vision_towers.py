@@ -202,6 +202,15 @@ def test_a_tower_that_needs_more_than_pixels_is_refused_by_name(
         VLMoEForConditionalGeneration(config)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_unused_parameters_are_found_without_gradients_too(
+    mode: Callable[[], Any], tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_tower, "_unused_parameters", {})
+    with mode():
+        assert unused_vision_parameters(tiny_config()) == []
+
+
 def test_unused_parameters_are_searched_once_for_each_configuration(
     tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
