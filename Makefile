@@ -1,9 +1,10 @@
 # Every target makes the environment it needs: nothing has to be installed by hand but Python 3.11 or later.
 #   make demo         train, evaluate and try out the tiny model on easy-VQA (about ten minutes on two cores)
 #   make test         all tests but the slow ones
-#   make test-all     all tests; some with real weights, a package of 93 MB
+#   make test-all     all tests, conformance included; some with real weights, a package of 93 MB
 #   make conformance  transformers' own common tests on our classes (about three minutes)
 #   make docs         build the documentation into build/site; any warning is an error
+#   make wheel        build sdist and wheel, and try the wheel out alone in a fresh environment
 #   make lint         ruff and mypy
 #   make venv         the environment, and links under build/typed for mypy, editors and mkdocs
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: venv demo test test-all conformance docs lint clean
+.PHONY: venv demo test test-all conformance docs wheel lint clean
 
 venv: $(STAMP)
 	$(BIN)/python .ci/links.py
@@ -43,6 +44,9 @@ conformance: venv
 docs: venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+wheel: venv
+	$(BIN)/python .ci/try_wheel.py
 
 lint: venv
 	$(BIN)/ruff check .
