@@ -1,5 +1,6 @@
 """Every snippet of README and docs runs, on a CPU and offline, or is listed with a reason."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from builders import picture
 from conftest import TEXT, VISION, VOCABULARY
-from doc_pages import PAGES, blocks, commands, run_page
+from doc_pages import PAGES, ROOT, blocks, commands, run_page
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -113,3 +114,11 @@ def test_every_exception_is_a_command_of_some_page() -> None:
         for command in commands(block)
     }
     assert EXCEPTIONS.keys() <= there
+
+
+def test_readme_states_the_lowest_accuracy_of_the_demo() -> None:
+    seeds = json.loads((ROOT / "benchmarks/results/demo_seeds.json").read_text())["seeds"]
+    lowest = min(seed["accuracy"] for seed in seeds.values())
+    assert (
+        f"The lowest accuracy of three seeds is {lowest:.2%}." in (ROOT / "README.md").read_text()
+    )
