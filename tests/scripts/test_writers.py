@@ -10,7 +10,7 @@ from lock_holder import holder
 from peft import get_peft_model
 
 from vlmoe import VLMoEForConditionalGeneration, expert_lora_config
-from vlmoe_cli import evaluate, main
+from vlmoe_cli import main
 
 COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     "train": lambda out, model, data: ["--model", str(model), "--dataset", str(data), "--use_cpu"],
@@ -126,7 +126,7 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    monkeypatch.setattr(evaluate, "_evaluate", lambda *arguments: pytest.fail("work first"))
+    monkeypatch.setattr("vlmoe.data.loading.load_rows", lambda *_, **__: pytest.fail("work first"))
     argv = ["evaluate", "--model", str(saved_model), "--dataset", str(data_folder)]
     argv += ["--output", str(tmp_path / "r.json"), option, str(tmp_path / place)]
     line = refusal(argv, capsys)
@@ -143,8 +143,16 @@ def test_results_that_cannot_be_written_are_found_before_the_evaluation(
         (["merge", "{adapter}"], "adapter", "adapter holds an adapter (adapter_config.json)"),
         (["export-lora", "{adapter}"], "adapter", "{adapter} is the adapter itself"),
         (["export-lora", "{adapter}"], "model", "model holds a model (config.json)"),
-        (["train", "--lora", "--model", "{model}"], "model", "model holds a model (config.json)"),
-        (["train", "--model", "{model}"], "adapter", "holds an adapter (adapter_config.json)"),
+        (
+            ["train", "--dataset", "x", "--lora", "--model", "{model}"],
+            "model",
+            "holds a model (config",
+        ),
+        (
+            ["train", "--dataset", "x", "--model", "{model}"],
+            "adapter",
+            "holds an adapter (adapter_config.json)",
+        ),
         (["card", "{model}", "--output"], "other", "holds model.safetensors"),
         (
             ["merge", "{adapter}", "--model", "{model}"],
