@@ -34,7 +34,7 @@ from upcycling_training import Recipe, learn_to_see, one_thread, times, train_fo
 from vlmoe.data.loading import load_rows
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
-from vlmoe.training.evaluation import evaluate_model
+from vlmoe.training.evaluation import Evaluation, evaluate
 
 EVALUATION_BATCH = 256
 LENGTH = 32
@@ -77,7 +77,9 @@ def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> d
         trained = train_for(model, processor, rows, recipe, own / "model", seed, steps)
     parts.append(times(trained.log_history))
     model = trained.model.eval()
-    answers = evaluate_model(model, processor, rows["test"], EVALUATION_BATCH)
+    answers = evaluate(
+        model, processor, rows["test"], batch_size=EVALUATION_BATCH, progress=True
+    )
     result = describe(arm, model, trained, parts, answers)
     result["accuracy_in_training"] = seen_accuracy(model, processor, rows)
     write_json(own / "result.json", result)
@@ -89,22 +91,23 @@ def seen_accuracy(model: Any, processor: Any, rows: dict[str, Any]) -> float:
     to tell overfitting; of the types that the test has."""
     types = {each for row in rows["test"]["question_type"] for each in row}
     pictures = range(min(len(rows["train"]), len(rows["validation"])))
-    answers = evaluate_model(model, processor, rows["train"].select(pictures), EVALUATION_BATCH)
-    records = [each for each in answers["predictions"] if each["question_type"] in types]
+    asked = rows["train"].select(pictures)
+    answers = evaluate(model, processor, asked, batch_size=EVALUATION_BATCH, progress=True)
+    records = [each for each in answers.predictions if each["question_type"] in types]
     return statistics.mean(record["correct"] for record in records)
 
 
 def describe(
-    arm: Arm, model: Any, trained: Any, parts: list[dict[str, float]], answers: dict[str, Any]
+    arm: Arm, model: Any, trained: Any, parts: list[dict[str, float]], answers: Evaluation
 ) -> dict[str, Any]:
     """What is kept of an arm: accuracy, sizes, costs, and whether each answer is right."""
-    records = answers["predictions"]
+    records = answers.predictions
     history = [entry for entry in trained.log_history if "eval_exact_match" in entry]
     return {
         "label": arm.label,
-        "accuracy": answers["exact_match"],
-        "accuracy_by_type": answers["exact_match_by_type"],
-        "count_by_type": answers["count_by_type"],
+        "accuracy": answers.exact_match,
+        "accuracy_by_type": answers.exact_match_by_type,
+        "count_by_type": answers.count_by_type,
         "parameters": model.active_parameters(),
         "flops_per_token": flops_per_token(model.config.text_config, LENGTH),
         "steps": trained.metrics["steps"],

@@ -30,6 +30,8 @@ from .options import DemoOptions
 from .shared_options import Seed, place
 
 if TYPE_CHECKING:
+    from vlmoe.training.evaluation import Evaluation, Prediction
+
     from .train import TrainResult
 
 CAPTIONS, QUESTIONS, QUESTION_ONLY = "easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"
@@ -84,8 +86,7 @@ def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
     from vlmoe.data.loading import load_rows
     from vlmoe.hub.atomic_files import write_json
     from vlmoe.hub.card_results import METRICS_FILE
-    from vlmoe.routing.expert_load import record_expert_load
-    from vlmoe.training.evaluation import evaluate_model, results_table
+    from vlmoe.training.evaluation import evaluate
     from vlmoe.training.metrics import majority_baseline
 
     start = time.perf_counter()
@@ -100,24 +101,24 @@ def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
     _say("4/5 test questions")
     test_rows = load_rows("easy_vqa", "test", limit=options.max_test_rows)
     test_texts = load_rows("easy_vqa", "test", limit=options.max_test_rows, with_images=False)
-    with record_expert_load(trained.model) as load:
-        answers = evaluate_model(trained.model, trained.processor, test_rows, EVALUATION_BATCH)
+    asking: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "progress": True}
+    answers = evaluate(trained.model, trained.processor, test_rows, **asking)
+    blind_answers = evaluate(blind.model, blind.processor, test_texts, **asking).as_dict()
+    del blind_answers["expert_load"]
     baselines = {
         "majority class": asdict(majority_baseline(load_rows("easy_vqa", "train"), test_rows)),
-        "question only": evaluate_model(blind.model, blind.processor, test_texts, EVALUATION_BATCH),
+        "question only": blind_answers,
     }
-    predictions = answers.pop("predictions")
-    baselines["question only"].pop("predictions")
-    metrics = summarise(options, captions, trained, blind, answers, baselines, load.as_dict())
-    metrics["example"] = save_example(output_dir, test_rows, predictions)
-    draw_figures(output_dir, trained, test_rows, predictions, metrics)
+    metrics = summarise(options, captions, trained, blind, answers, baselines)
+    metrics["example"] = save_example(output_dir, test_rows, answers.predictions)
+    draw_figures(output_dir, trained, test_rows, answers.predictions, metrics)
 
     _say("5/5 a new process loads the model and answers through pipeline()")
     ask_in_new_process(trained.output_dir)
     metrics["seconds"] = time.perf_counter() - start
     write_json(output_dir / METRICS_FILE, metrics)
     complete_card(trained.output_dir, output_dir)
-    print(f"\n{results_table(answers)}\n\n{comparison_table(metrics)}\n")
+    print(f"\n{answers.table()}\n\n{comparison_table(metrics)}\n")
     print(
         f"{metrics['seconds']:.0f} s in all. Look at {output_dir}/*.png; metrics.json has it all."
     )
@@ -129,18 +130,17 @@ def summarise(
     captions: "TrainResult",
     trained: "TrainResult",
     blind: "TrainResult",
-    answers: dict[str, Any],
+    answers: "Evaluation",
     baselines: dict[str, Any],
-    expert_load: dict[str, Any],
 ) -> dict[str, Any]:
     """What metrics.json holds of the stages, the test and the baselines."""
     import torch
 
     return {
-        "accuracy": answers["exact_match"],
-        "accuracy_by_type": answers["exact_match_by_type"],
-        "questions_by_type": answers["count_by_type"],
-        "questions": answers["questions"],
+        "accuracy": answers.exact_match,
+        "accuracy_by_type": answers.exact_match_by_type,
+        "questions_by_type": answers.count_by_type,
+        "questions": answers.questions,
         "dataset": QUESTIONS,
         "split": "test",
         "max_test_rows": options.max_test_rows,
@@ -148,7 +148,7 @@ def summarise(
         "train_seconds": captions.metrics["train_seconds"] + trained.metrics["train_seconds"],
         "tokens_per_second": trained.metrics["tokens_per_second"],
         "parameters": trained.metrics["parameters"],
-        "expert_load": expert_load,
+        "expert_load": answers.expert_load,
         "stages": {
             CAPTIONS: captions.metrics,
             QUESTIONS: trained.metrics,
@@ -201,7 +201,7 @@ def draw_figures(
     output_dir: Path,
     trained: "TrainResult",
     test_rows: Any,
-    predictions: list[dict[str, Any]],
+    predictions: "list[Prediction]",
     metrics: dict[str, Any],
 ) -> None:
     """answers.png, training.png and expert_load.png."""
@@ -239,7 +239,7 @@ def draw_figures(
 
 
 def save_example(
-    output_dir: Path, test_rows: Any, predictions: list[dict[str, Any]]
+    output_dir: Path, test_rows: Any, predictions: "list[Prediction]"
 ) -> dict[str, str] | None:
     """Save the picture of the first shape or color that was told right, as example.png.
 

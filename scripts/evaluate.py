@@ -1,11 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Let a saved model answer the questions of a dataset, and count the right answers.
-
-    vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
-
-Answers are generated greedily in batches; a table shows the exact match of each question type, and
-a JSON file keeps it, with the load of the experts. In a model's own folder its card tells both.
-"""
+"""The subcommand `vlmoe evaluate`: exact match of a saved model on a dataset."""
 
 import dataclasses
 import sys
@@ -18,7 +12,7 @@ import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .options import EvaluateOptions, ImageOptions, RuntimeOptions
+from .options import ImageOptions, RuntimeOptions
 from .shared_options import (
     AnswerTokens,
     Attention,
@@ -90,119 +84,68 @@ def main(
       vlmoe evaluate --model outputs/tiny --dataset my_data.parquet --split train \\
         --output results.json --save_predictions predictions.json
     """
-    options = EvaluateOptions(
-        model=model,
-        dataset=dataset,
-        split=split,
-        batch_size=batch_size,
-        max_rows=max_rows,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        without_images=without_images,
-        output=output,
-        save_predictions=save_predictions,
-    )
-    images = ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side)
-    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
-    results = evaluate(options, runtime, images)
-    from vlmoe.training.evaluation import results_table
+    from vlmoe.hub.card_results import EVALUATION_FILE
 
-    print(f"\n{results_table(results)}\n\nWritten to {results_path(options)}.")
+    own = Path(model).expanduser()
+    results = Path(output) if output else (own if own.is_dir() else Path()) / EVALUATION_FILE
+    is_own = own.is_dir() and results.resolve() == (own / EVALUATION_FILE).resolve()
+    with _place_for_results([results, save_predictions], own if is_own else None):
+        from vlmoe import evaluate, load_rows
+        from vlmoe.hub.atomic_files import write_json
+        from vlmoe.hub.provenance import dataset_name
 
+        from .loading import model_for_answers, set_image_limits
 
-def evaluate(
-    options: EvaluateOptions, runtime: RuntimeOptions, images: ImageOptions | None = None
-) -> dict[str, Any]:
-    """Load, evaluate, and write the results; see `evaluate_model` for what they hold.
-
-    Raises:
-        ValueError: an option, the model or the data are not usable, or another process writes into
-            the model's folder, where the results are to go.
-        FileNotFoundError: a file or folder does not exist.
-        OSError: the results could not be written.
-    """
-    with _place_for_results(options):
-        return _evaluate(
-            str(options.model), str(options.dataset), options, runtime, images or ImageOptions()
+        rows = load_rows(
+            dataset,
+            split,
+            limit=max_rows,
+            with_images=not without_images,
+            allow_outside_images=allow_outside_images,
+            allow_image_urls=allow_image_urls,
         )
-
-
-def _evaluate(
-    source: str,
-    dataset: str,
-    options: EvaluateOptions,
-    runtime: RuntimeOptions,
-    images: ImageOptions,
-) -> dict[str, Any]:
-    from vlmoe.data.loading import load_rows
-    from vlmoe.hub.atomic_files import write_json
-    from vlmoe.hub.provenance import dataset_name
-    from vlmoe.routing.expert_load import has_experts, record_expert_load
-    from vlmoe.training.evaluation import evaluate_model
-
-    from .loading import model_for_answers, set_image_limits
-
-    rows = load_rows(
-        dataset,
-        options.split,
-        limit=options.max_rows,
-        with_images=not options.without_images,
-        allow_outside_images=images.allow_outside_images,
-        allow_image_urls=images.allow_image_urls,
-    )
-    model, processor = model_for_answers(source, runtime)
-    set_image_limits(processor, images)
-    with record_expert_load(model) if has_experts(model) else nullcontext() as load:
-        results = evaluate_model(
-            model,
+        runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
+        network, processor = model_for_answers(model, runtime)
+        set_image_limits(
             processor,
-            rows,
-            options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            max_length=options.max_length,
-            allow_image_urls=images.allow_image_urls,
+            ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side),
         )
-    predictions = results.pop("predictions")
-    results["dataset"] = dataset_name(dataset)[0]
-    results["expert_load"] = load.as_dict() if load is not None else None
-    settings = dataclasses.asdict(options) | dataclasses.asdict(runtime)
-    for path in ("model", "dataset", "output", "save_predictions"):
-        del settings[path]  # the file may be published with the model
-    write_json(results_path(options), results | {"options": settings})
-    if options.save_predictions:
-        write_json(Path(options.save_predictions).expanduser(), predictions)
-    if folder := _own_folder(options):
-        complete_card(folder, results["expert_load"])
-    return results | {"predictions": predictions}
+        asking = {
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+        }
+        evaluation = evaluate(
+            network, processor, rows, **asking, allow_image_urls=allow_image_urls, progress=True
+        )
+        settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
+        settings |= dataclasses.asdict(runtime)  # no paths: the file may be published
+        about = {"dataset": dataset_name(dataset)[0], "options": settings}
+        write_json(results, evaluation.as_dict() | about)
+        if save_predictions:
+            write_json(Path(save_predictions), evaluation.predictions)
+        if is_own:
+            complete_card(own, evaluation.expert_load)
+    print(f"\n{evaluation.table()}\n\nWritten to {results}.")
 
 
 @contextmanager
-def _place_for_results(options: EvaluateOptions) -> Iterator[None]:
-    """Find out before the work whether its results can be written; a model's own folder is locked.
+def _place_for_results(paths: list[Path | str | None], folder: Path | None) -> Iterator[None]:
+    """Find out before the work whether its results can be written, and lock the model's folder.
 
-    A file elsewhere is written whole, by whomever: it needs no lock.
+    A file elsewhere needs no lock: it is written atomically.
     """
     from vlmoe.hub.folder_lock import folder_lock, require_writable
 
-    for path in (results_path(options), options.save_predictions):
+    for path in paths:
         if path:
             require_writable(path)
-    folder = _own_folder(options)
     with folder_lock(folder) if folder else nullcontext():
         yield
 
 
-def _own_folder(options: EvaluateOptions) -> Path | None:
-    """The model's folder, if the results go there, into the file that its card tells of."""
-    from vlmoe.hub.card_results import EVALUATION_FILE
-
-    folder = Path(options.model or "").expanduser()
-    is_own = results_path(options).resolve() == (folder / EVALUATION_FILE).resolve()
-    return folder if folder.is_dir() and is_own else None
-
-
 def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
-    """Draw the experts' load and write the model card anew, in the model's folder."""
+    """Draw the expert load, and update the model card in the model's folder."""
     from vlmoe.figures.plots import plot_expert_load
     from vlmoe.hub.model_card import PICTURE_FILE, write_model_card
 
@@ -210,16 +153,6 @@ def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
         shares = expert_load["image_share"], expert_load["text_share"]
         plot_expert_load(*shares, folder / PICTURE_FILE)
     write_model_card(folder)
-
-
-def results_path(options: EvaluateOptions) -> Path:
-    """Where the results are written."""
-    from vlmoe.hub.card_results import EVALUATION_FILE
-
-    if options.output:
-        return Path(options.output).expanduser()
-    folder = Path(options.model or "").expanduser()
-    return (folder if folder.is_dir() else Path()) / EVALUATION_FILE
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ vlmoe generate --model outputs/tiny --image picture.png "What shape does the ima
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .commands import run
 from .config_file import ConfigFile
 from .option_ranges import LEAST_TEMPERATURE
-from .options import GenerateOptions, RuntimeOptions
+from .options import RuntimeOptions
 from .shared_options import (
     AnswerTokens,
     Attention,
@@ -72,89 +72,29 @@ def main(
     """
     if temperature == 0:
         refuse_unread("give --temperature above 0", top_p=top_p is not None)
-    options = GenerateOptions(
-        model=model,
-        image=image,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=1.0 if top_p is None else top_p,
-        seed=seed,
-    )
-    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
-    generate(question, options, runtime)
-
-
-def generate(question: str, options: GenerateOptions, runtime: RuntimeOptions) -> str:
-    """Print the answer token by token, and return it.
-
-    Raises:
-        ValueError: an option, the model or an image is not usable.
-        FileNotFoundError: a file or folder does not exist.
-    """
-    source, system = str(options.model), options.system
-    paths = options.image or []
-    for path in paths:
+    for path in image or []:
         if not Path(path).expanduser().is_file():
             raise FileNotFoundError(f"There is no image file {path}.")
-    import torch
-    from transformers import TextStreamer, set_seed
+    from transformers import TextStreamer
 
-    from vlmoe.data.images import open_image
-    from vlmoe.data.long_rows import require_room
-    from vlmoe.hub.finite_outputs import finite_logits
+    from vlmoe import answer
 
     from .loading import model_for_answers
 
-    model, processor = model_for_answers(source, runtime)
-    limits = processor.image_limits
-    images = [open_image(Path(path).expanduser(), path, limits=limits) for path in paths]
-    set_seed(options.seed)
-    inputs = prompt_inputs(processor, question, images, system).to(model.device)
-    require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)
-    tokenizer = processor.tokenizer
-    with torch.inference_mode():
-        tokens = model.generate(
-            **inputs,
-            **sampling(options),
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            logits_processor=finite_logits(model, inputs),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-    answer = tokens[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(answer, skip_special_tokens=True).strip()
-
-
-def prompt_inputs(
-    processor: Any, question: str, images: list[Any], system: str | None = None
-) -> Any:
-    """The model's inputs for a question about images."""
-    from vlmoe.hub.input_errors import reading
-
-    with reading("The question, by the model's processor and chat template", keep=(ValueError,)):
-        return processor.apply_chat_template(
-            conversation(question, images, system),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        )
-
-
-def conversation(question: str, images: list[Any], system: str | None) -> list[dict[str, Any]]:
-    """The messages of a question: the images first, then the text."""
-    parts = [{"type": "image", "image": image} for image in images]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-    return [{"role": "system", "content": system}, *messages] if system else messages
-
-
-def sampling(options: GenerateOptions) -> dict[str, Any]:
-    """Arguments of `generate` for greedy decoding, or for sampling at a temperature."""
-    if options.temperature == 0:
-        return {"do_sample": False, "num_beams": 1}
-    return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
+    network, processor = model_for_answers(model, runtime)
+    answer(
+        network,
+        processor,
+        image,
+        question,
+        max_new_tokens=max_new_tokens,
+        system=system,
+        temperature=temperature,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
 
 
 if __name__ == "__main__":

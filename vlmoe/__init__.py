@@ -27,6 +27,7 @@ from .modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextM
 from .processing.processing_vlmoe import VLMoEProcessor
 
 if TYPE_CHECKING:
+    from .data.answers import answer as answer
     from .data.collator import VLMoECollator as VLMoECollator
     from .data.collator import VLMoEPromptCollator as VLMoEPromptCollator
     from .data.loading import load_rows as load_rows
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
     from .modeling_vlmoe.quantization import expert_int8_config as expert_int8_config
     from .routing.trace import record_routing as record_routing
+    from .training.evaluation import evaluate as evaluate
     from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
     from .training.trl_trainers import VLMoESFTTrainer as VLMoESFTTrainer
     from .upcycling.dense_to_sparse import upcycle as upcycle
@@ -63,8 +65,10 @@ _MODULES = {
     "VLMoEPromptCollator": "data.collator",
     "VLMoESFTTrainer": "training.trl_trainers",
     "add_expert_lora": "lora.add",
+    "answer": "data.answers",
     "disable_routed_lora": "lora.wrappers",
     "enable_routed_lora": "lora.wrappers",
+    "evaluate": "training.evaluation",
     "expert_int8_config": "modeling_vlmoe.quantization",
     "expert_lora_config": "lora.config",
     "hotswap_expert_lora": "lora.wrappers",

@@ -134,11 +134,12 @@ def test_accuracy_in_training_is_of_the_types_that_the_test_has(
     records = [("count", True), ("side", False), ("find", True), ("description", True)]
     asked: list[int] = []
 
-    def answers(model: Any, processor: Any, rows: Any, batch: int) -> dict[str, Any]:
+    def answers(model: Any, processor: Any, rows: Any, **options: Any) -> SimpleNamespace:
         asked.append(len(rows))
-        return {"predictions": [{"question_type": k, "correct": c} for k, c in records]}
+        predictions = [{"question_type": k, "correct": c} for k, c in records]
+        return SimpleNamespace(predictions=predictions)
 
-    monkeypatch.setattr(upcycling, "evaluate_model", answers)
+    monkeypatch.setattr(upcycling, "evaluate", answers)
     rows = {"train": pictures, "validation": pictures.select(range(3)), "test": pictures}
     assert upcycling.seen_accuracy(None, None, rows) == 0.5
     assert asked == [3]

@@ -16,7 +16,7 @@ from vlmoe.hub.finite_outputs import (
 )
 from vlmoe.routing.inspection.analysis import dataset_routing
 from vlmoe.routing.trace import record_routing
-from vlmoe.training.evaluation import evaluate_model
+from vlmoe.training.evaluation import evaluate
 
 ROUTER, NORM = "layers.1.mlp.router", "language_model.norm"
 IDS = {"input_ids": torch.arange(6, 14)[None]}
@@ -64,14 +64,14 @@ def test_generate_raises_and_suppressed_tokens_are_no_fault(model: Any, sound: A
         model.generate(**IDS, **options, logits_processor=finite_logits(model, IDS))
 
 
-@pytest.mark.parametrize("compute", [evaluate_model, dataset_routing])
+@pytest.mark.parametrize("compute", [evaluate, dataset_routing])
 def test_evaluation_and_inspection_raise(
     model: Any, saved_model: Path, data_folder: Path, compute: Callable[..., Any]
 ) -> None:
     rows = load_rows(str(data_folder), "test")
     processor = VLMoEProcessor.from_pretrained(saved_model)
     with pytest.raises(ValueError, match="outputs are NaN or infinite"):
-        compute(model, processor, rows, 4, progress=False)
+        compute(model, processor, rows, batch_size=4, progress=False)
 
 
 def test_a_router_without_numbers_is_named(sound: Any) -> None:

@@ -15,8 +15,9 @@ from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.data.collator import VLMoECollator
 from vlmoe.data.loading import load_rows
 from vlmoe.data.rows import ConversationRows
+from vlmoe.routing.expert_load import record_expert_load
 from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
-from vlmoe.training.evaluation import evaluate_model, results_table, score
+from vlmoe.training.evaluation import Evaluation, evaluate
 
 QUESTIONS = ("what color is the shape?", "is it red?", "what?")
 
@@ -75,11 +76,16 @@ def test_answers_do_not_depend_on_the_batch(
     rows: list[dict[str, Any]],
 ) -> None:
     model.train()
-    results = evaluate_model(
-        model, fitting, rows, batch_size, max_new_tokens=5, progress=batch_size == 3
+    results = evaluate(
+        model,
+        fitting,
+        rows,
+        batch_size=batch_size,
+        max_new_tokens=5,
+        progress=batch_size == 3,
     )
     assert model.training, "the mode was not restored"
-    predictions = results["predictions"]
+    predictions = results.predictions
     assert [each["prediction"] for each in predictions] == one_by_one(model, fitting, rows)
     assert [each["question"] for each in predictions] == [
         *QUESTIONS,
@@ -89,22 +95,34 @@ def test_answers_do_not_depend_on_the_batch(
     ]
     types = ["color", "yes/no", "other"] * 2 + ["color", ""]
     assert [each["question_type"] for each in predictions] == types
-    assert results["questions"] == 8 and results["count_by_type"]["color"] == 3
+    assert results.questions == 8 and results.count_by_type["color"] == 3
 
 
-def test_scores_are_shares_up_to_case_and_blanks() -> None:
-    records = [
-        {"prediction": " Blue ", "reference": "blue", "question_type": "color"},
-        {"prediction": "red", "reference": "blue", "question_type": "color"},
-        {"prediction": "yes", "reference": "yes", "question_type": "yes/no"},
-        {"prediction": "x", "reference": "y", "question_type": ""},
-    ]
-    scores = score(records)
-    assert scores["exact_match"] == 0.5
-    assert scores["exact_match_by_type"] == {"color": 0.5, "yes/no": 1.0}
-    assert [record["correct"] for record in records] == [True, False, True, False]
-    table = results_table({**scores, "questions": 4}).splitlines()
-    assert [line.split()[-1] for line in table] == ["match", "50.00%", "100.00%", "50.00%"]
+def test_the_table_has_a_line_per_type_and_one_of_all() -> None:
+    shares, counts = {"color": 0.5, "yes/no": 1.0}, {"color": 2, "yes/no": 1}
+    scores = Evaluation(0.5, shares, counts, 4, 1.0, 4.0, predictions=[], expert_load=None)
+    lines = scores.table().splitlines()
+    assert [line.split()[-1] for line in lines] == ["match", "50.00%", "100.00%", "50.00%"]
+    assert "predictions" not in scores.as_dict() and scores.as_dict()["questions"] == 4
+
+
+def test_scores_and_expert_load_are_those_of_the_answers(
+    model: VLMoEForConditionalGeneration, fitting: VLMoEProcessor, rows: list[dict[str, Any]]
+) -> None:
+    with record_expert_load(model) as load:
+        results = evaluate(model, fitting, rows, max_new_tokens=3)
+    right = [each["prediction"].lower() == each["reference"] for each in results.predictions]
+    assert [each["correct"] for each in results.predictions] == right
+    assert results.exact_match == sum(right) / 8
+    assert results.expert_load == load.as_dict() and results.expert_load["layers"]
+
+
+def test_plain_question_rows_are_taken(
+    model: VLMoEForConditionalGeneration, fitting: VLMoEProcessor, make_image: Any
+) -> None:
+    rows = [{"image": make_image(n), "question": QUESTIONS[0], "answer": "blue"} for n in range(2)]
+    results = evaluate(model, fitting, rows, max_new_tokens=3)
+    assert [each["reference"] for each in results.predictions] == ["blue", "blue"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +137,7 @@ def test_nothing_to_evaluate_is_an_error(
     fitting: VLMoEProcessor,
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate_model(model, fitting, rows, batch_size)
+        evaluate(model, fitting, rows, batch_size=batch_size)
 
 
 def test_a_malformed_row_is_named(
@@ -127,7 +145,7 @@ def test_a_malformed_row_is_named(
 ) -> None:
     broken = {"id": "the culprit", "messages": [{"role": "user"}], "images": []}
     with pytest.raises(ValueError, match="the culprit"):
-        evaluate_model(model, fitting, [*rows, broken], progress=False)
+        evaluate(model, fitting, [*rows, broken])
 
 
 def test_accuracy_with_labels_equals_accuracy_by_generating(
@@ -144,13 +162,13 @@ def test_accuracy_with_labels_equals_accuracy_by_generating(
     for row in changed[::3]:
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": "no"}]
     for given in (rows, changed):
-        generated = evaluate_model(model, fitting, given, max_new_tokens=8, progress=False)
+        generated = evaluate(model, fitting, given, max_new_tokens=8)
         batch = VLMoECollator(fitting)(given)
         with torch.no_grad():
             tokens = most_likely_tokens(model.eval()(**batch).logits, batch["labels"])
         prediction = SimpleNamespace(predictions=tokens.numpy(), label_ids=batch["labels"].numpy())
-        assert answer_accuracy(prediction)["exact_match"] == generated["exact_match"]
-    assert 0 < generated["exact_match"] < 1
+        assert answer_accuracy(prediction)["exact_match"] == generated.exact_match
+    assert 0 < generated.exact_match < 1
 
 
 def test_answer_accuracy_looks_at_label_tokens_only_and_all_of_them() -> None:

@@ -1,15 +1,13 @@
 """Metrics against counts by hand."""
 
-from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
 
 from vlmoe.training.metrics import (
     ExactMatch,
-    ExactMatchByType,
     MajorityBaseline,
+    exact_match,
     majority_baseline,
     normalize_answer,
 )
@@ -23,13 +21,6 @@ BY_TYPE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network, and nothing written outside the test's folder."""
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
-    monkeypatch.setattr(evaluate, "load", None)
-
-
 def row(answers: list[str], kinds: list[str] | None = None) -> dict[str, Any]:
     conversations = [
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
@@ -38,41 +29,22 @@ def row(answers: list[str], kinds: list[str] | None = None) -> dict[str, Any]:
     return {"messages": conversations, "question_type": kinds}
 
 
-def test_exact_match_ignores_case_and_outer_space() -> None:
-    result = ExactMatch().compute(predictions=PREDICTIONS, references=REFERENCES)
-    assert result == {"exact_match": 0.8}
+def test_exact_match_ignores_case_and_outer_space_and_is_counted_by_type() -> None:
+    scores = exact_match(PREDICTIONS, REFERENCES, TYPES)
+    assert scores == ExactMatch(0.8, **BY_TYPE, hits=[True, True, False, True, True])
+    assert list(scores.exact_match_by_type) == ["color", "yes/no"]  # no type is left out
 
 
-def test_normalised_answers_keep_inner_space() -> None:
+def test_answers_that_cannot_be_compared_are_refused() -> None:
+    with pytest.raises(ValueError, match="no answers"):
+        exact_match([], [], [])
+    with pytest.raises(ValueError, match="zip"):
+        exact_match(["a"], ["a", "b"], ["", ""])
+
+
+def test_normalized_answers_keep_inner_space() -> None:
     assert normalize_answer("  Big  STRASSE\n") == "big  strasse"
     assert normalize_answer("straße") == "strasse"
-
-
-def test_types_are_counted_apart_and_no_type_left_out() -> None:
-    metric = ExactMatchByType()
-    result = metric.compute(predictions=PREDICTIONS, references=REFERENCES, question_types=TYPES)
-    assert result == BY_TYPE
-    assert list(result["exact_match_by_type"]) == ["color", "yes/no"]
-
-
-def test_combined_metrics_take_batches() -> None:
-    metrics = evaluate.combine([ExactMatch(), ExactMatchByType()])
-    for start in (0, 3):
-        stop = start + 3
-        metrics.add_batch(
-            predictions=PREDICTIONS[start:stop],
-            references=REFERENCES[start:stop],
-            question_types=TYPES[start:stop],
-        )
-    assert metrics.compute() == {"exact_match": 0.8, **BY_TYPE}
-
-
-def test_two_metrics_at_once_do_not_mix() -> None:
-    first, second = ExactMatch(), ExactMatch()
-    first.add_batch(predictions=["a"], references=["a"])
-    second.add(prediction="a", reference="b")
-    assert first.compute() == {"exact_match": 1.0}
-    assert second.compute() == {"exact_match": 0.0}
 
 
 def test_majority_is_the_most_frequent_training_answer() -> None:

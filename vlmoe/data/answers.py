@@ -1,17 +1,140 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Greedy answers to prompts."""
+"""Questions to a model: one about images, or a batch of prompts, answered by `generate`."""
 
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..hub.finite_outputs import finite_logits
+from ..hub.input_errors import reading
+from ..processing.processing_vlmoe import VLMoEProcessor
+from .images import open_image
+from .long_rows import require_room
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+Picture = str | os.PathLike[str] | Image.Image
+"""An image file, or an opened image."""
+
+
+def answer(
+    model: "PreTrainedModel",
+    processor: VLMoEProcessor,
+    image: Picture | Sequence[Picture] | None,
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    streamer: "BaseStreamer | None" = None,
+) -> str:
+    """Ask a model one question about an image, about several, or about none.
+
+    Args:
+        model: on any device; it answers in evaluation mode and keeps the mode it was in.
+        processor: the model's.
+        image: image files or PIL images, in the order in which the model sees them; or None.
+        question: what to ask.
+        max_new_tokens: the longest answer, in tokens.
+        system: a system message.
+        temperature: 0 decodes greedily; above 0 tokens are sampled.
+        top_p: when sampling, the share of probability that the likeliest tokens must hold.
+        seed: sets all random generators before sampling.
+        streamer: receives the tokens as they are generated.
+
+    Returns:
+        The answer, without special tokens and surrounding white space.
+
+    Raises:
+        FileNotFoundError: an image file does not exist.
+        ValueError: an image cannot be used, the prompt and answer are longer than the model's
+            positions, or the model's outputs are NaN or infinite.
+    """
+    images = open_images(image, processor)
+    if seed is not None:
+        set_seed(seed)
+    inputs = prompt_inputs(processor, question, images, system).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    require_room(model, length, max_new_tokens)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature
+        else {"do_sample": False, "num_beams": 1}
+    )
+    with evaluation_mode(model), torch.inference_mode():
+        sequences = model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            logits_processor=finite_logits(model, inputs),
+            streamer=streamer,
+        )
+    return processor.tokenizer.decode(sequences[0, length:], skip_special_tokens=True).strip()
+
+
+def open_images(
+    images: Picture | Sequence[Picture] | None, processor: VLMoEProcessor
+) -> list[Image.Image]:
+    """Open images as RGB, within the processor's limits; raises as `answer` does."""
+    given = [] if images is None else images
+    if isinstance(given, str | os.PathLike | Image.Image):
+        given = [given]
+    opened = []
+    for number, image in enumerate(given):
+        if isinstance(image, str | os.PathLike):
+            path = Path(image).expanduser()
+            if not path.is_file():
+                raise FileNotFoundError(f"There is no image file {image}.")
+            opened.append(open_image(path, str(image), limits=processor.image_limits))
+        else:
+            opened.append(open_image(image, f"image {number}", limits=processor.image_limits))
+    return opened
+
+
+def prompt_inputs(
+    processor: VLMoEProcessor,
+    question: str,
+    images: Sequence[Image.Image],
+    system: str | None = None,
+) -> "BatchFeature":
+    """Encode a question about images as a prompt for an answer.
+
+    Raises:
+        ValueError: the chat template or the processor refuses it.
+    """
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]  # type: ignore[dict-item]
+    with reading("The question, by the model's processor and chat template", keep=(ValueError,)):
+        return processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
 
 
 def greedy_answers(
-    model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int
+    model: "PreTrainedModel",
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
 ) -> torch.Tensor:
-    """(batch, new tokens): what the model says next, with end and padding tokens.
+    """Generate (batch, new tokens) greedily: the answers with their end and padding tokens.
 
     Raises:
         ValueError: the logits are NaN or infinite; the message names the layer.
@@ -26,3 +149,14 @@ def greedy_answers(
         logits_processor=finite_logits(model, inputs),
     )
     return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode for the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,53 +1,108 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Answers of a model to the questions of a dataset, by batched greedy `generate`, and their
-score."""
+"""Evaluation on a dataset: every question is answered by batched greedy `generate` and scored."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers.utils import logging
 
-from ..data.answers import greedy_answers
+from ..data.answers import evaluation_mode, greedy_answers
 from ..data.collator import PromptBatch, VLMoEPromptCollator
 from ..data.conversations import parse_row
 from ..data.long_rows import prompt_limit
-from ..data.rows import ConversationRows
+from ..data.rows import ConversationRows, Rows
+from ..processing.processing_vlmoe import VLMoEProcessor
+from ..routing.expert_load import has_experts, record_expert_load
+from .metrics import exact_match
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel
 
 
-def evaluate_model(
-    model: Any,
-    processor: Any,
-    rows: Sequence[Mapping[str, Any]],
-    batch_size: int = 64,
+class Prediction(TypedDict):
+    """One answered question."""
+
+    id: str
+    question: str
+    question_type: str
+    prediction: str
+    reference: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes:
+        exact_match: share of answers equal to their reference, in 0..1, up to case and surrounding
+            white space.
+        exact_match_by_type, count_by_type: the same and the number of questions, by question type.
+        questions: their number.
+        seconds, questions_per_second: wall-clock time of all batches.
+        predictions: one record per conversation, in the order of the rows.
+        expert_load: as `ExpertLoad.as_dict` gives it; None for a model without experts.
+    """
+
+    exact_match: float
+    exact_match_by_type: dict[str, float]
+    count_by_type: dict[str, int]
+    questions: int
+    seconds: float
+    questions_per_second: float
+    predictions: list[Prediction]
+    expert_load: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every attribute but the predictions, for a JSON file."""
+        names = [each.name for each in fields(self) if each.name != "predictions"]
+        return {name: getattr(self, name) for name in names}
+
+    def table(self) -> str:
+        """Return the scores as text: one line per question type, then all questions."""
+        rows = [
+            (kind, self.count_by_type[kind], share)
+            for kind, share in self.exact_match_by_type.items()
+        ]
+        rows.append(("all", self.questions, self.exact_match))
+        width = max(len("question type"), *(len(kind) for kind, _, _ in rows))
+        lines = [f"{'question type':<{width}}  {'questions':>9}  {'exact match':>11}"]
+        lines += [f"{kind:<{width}}  {count:>9,}  {share:>11.2%}" for kind, count, share in rows]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    processor: VLMoEProcessor,
+    rows: "Rows | datasets.Dataset",
     *,
+    batch_size: int = 64,
     max_new_tokens: int = 32,
     max_length: int | None = None,
     allow_image_urls: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Ask `model` every question of `rows` and compare its answers with the references.
+    progress: bool = False,
+) -> Evaluation:
+    """Ask a model every question of the rows, and compare its answers with the references.
 
-    The last assistant turn of each conversation is the reference; equality is up to case and
-    surrounding blanks. Decoding is greedy; an answer ends at the tokenizer's end token.
+    The last assistant turn of each conversation is the reference. Decoding is greedy; an answer
+    ends at the tokenizer's end token.
 
     Args:
-        model: a generating model, on any device.
-        processor: its processor.
-        rows: as `load_rows` gives them; a row may hold several conversations.
+        model: a generating model, on any device; it keeps its mode.
+        processor: the model's.
+        rows: as `load_rows` gives them, or a list of rows such as
+            `{"image": ..., "question": ..., "answer": ...}`; a row may hold several conversations.
         batch_size: conversations answered at the same time; images they share are encoded once.
         max_new_tokens: the longest answer, in tokens.
-        max_length: the longest prompt, in tokens; a longer one is an error. By default what the
-            model's positions leave beside the answer.
+        max_length: the longest prompt, in tokens; a longer one is an error. By default the model's
+            positions less the answer.
         allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
-
-    Returns:
-        `exact_match` (0..1), `exact_match_by_type`, `count_by_type`, `questions`, `seconds`,
-        `questions_per_second`, and `predictions`: one dict per conversation, in order, with `id`,
-        `question`, `question_type`, `prediction`, `reference` and `correct`.
 
     Raises:
         ValueError: `batch_size` is below 1, there are no rows, a row is malformed, or the model's
@@ -60,81 +115,40 @@ def evaluate_model(
         raise ValueError("empty dataset: there are no rows to evaluate.")
     limit = prompt_limit(model, max_new_tokens, max_length)
     collator = VLMoEPromptCollator(processor, limit, allow_image_urls=allow_image_urls)
+    recording = record_expert_load(model) if has_experts(model) else nullcontext()
+    predictions: list[Prediction] = []
     start = time.perf_counter()
-    predictions: list[dict[str, Any]] = []
-    with _in_eval_mode(model):
+    with evaluation_mode(model), torch.inference_mode(), recording as load:
         for batch in _batches(questions, batch_size, progress):
             prompts = collator(batch)
-            answers = generate_answers(model, processor, prompts, max_new_tokens)
+            inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
+            tokens = greedy_answers(model, processor.tokenizer, inputs, max_new_tokens)
+            answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             predictions += _records(batch, prompts, answers)
     seconds = time.perf_counter() - start
-    return {
-        **score(predictions),
-        "questions": len(predictions),
-        "seconds": seconds,
-        "questions_per_second": len(predictions) / seconds,
-        "predictions": predictions,
-    }
-
-
-@contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode for the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@torch.inference_mode()
-def generate_answers(
-    model: Any, processor: Any, prompts: PromptBatch, max_new_tokens: int
-) -> list[str]:
-    """Greedy answers to the prompts, in order, without special tokens."""
-    inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
-    answers = greedy_answers(model, processor.tokenizer, inputs, max_new_tokens)
-    return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-
-
-def score(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`exact_match`, `exact_match_by_type` and `count_by_type` of the records of `evaluate_model`.
-
-    Each record's `correct` is set.
-    """
-    from .metrics import ExactMatch, ExactMatchByType, normalize_answer
-
-    given = [record["prediction"] for record in predictions]
-    right = [record["reference"] for record in predictions]
-    types = [record["question_type"] for record in predictions]
-    for record in predictions:
-        same = normalize_answer(record["prediction"]) == normalize_answer(record["reference"])
-        record["correct"] = same  # type: ignore[index]
-    overall = ExactMatch(keep_in_memory=True).compute(predictions=given, references=right)
-    by_type = ExactMatchByType(keep_in_memory=True).compute(
-        predictions=given, references=right, question_types=types
+    scores = exact_match(
+        [each["prediction"] for each in predictions],
+        [each["reference"] for each in predictions],
+        [each["question_type"] for each in predictions],
     )
-    return {**overall, **by_type}
-
-
-def results_table(results: Mapping[str, Any]) -> str:
-    """The scores as text: one line per question type, then all questions."""
-    rows = [
-        (kind, results["count_by_type"][kind], share)
-        for kind, share in results["exact_match_by_type"].items()
-    ]
-    rows.append(("all", results["questions"], results["exact_match"]))
-    width = max(len("question type"), *(len(kind) for kind, _, _ in rows))
-    lines = [f"{'question type':<{width}}  {'questions':>9}  {'exact match':>11}"]
-    lines += [f"{kind:<{width}}  {count:>9,}  {share:>11.2%}" for kind, count, share in rows]
-    return "\n".join(lines)
+    for record, hit in zip(predictions, scores.hits, strict=True):
+        record["correct"] = hit
+    return Evaluation(
+        scores.exact_match,
+        scores.exact_match_by_type,
+        scores.count_by_type,
+        questions=len(predictions),
+        seconds=seconds,
+        questions_per_second=len(predictions) / seconds,
+        predictions=predictions,
+        expert_load=None if load is None else load.as_dict(),
+    )
 
 
 def _batches(
     questions: ConversationRows, batch_size: int, progress: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """Lists of `batch_size` conversations, the last one shorter, with a progress bar."""
+    """Yield lists of `batch_size` conversations, the last one shorter, with a progress bar."""
     bar = logging.tqdm(
         total=len(questions), desc="answering", unit="question", disable=not progress
     )
@@ -147,19 +161,19 @@ def _batches(
 
 def _records(
     batch: list[dict[str, Any]], prompts: PromptBatch, answers: list[str]
-) -> list[dict[str, Any]]:
-    """What was asked, answered and right, for each conversation of a batch."""
-    records = []
+) -> list[Prediction]:
+    """Gather question, answer and reference of each conversation of a batch."""
+    records: list[Prediction] = []
     for position, (row, answer) in enumerate(zip(batch, answers, strict=True)):
         [conversation] = parse_row(row, position).conversations
-        question = [turn.text() for turn in conversation if turn.role == "user"][-1]
         records.append(
             {
                 "id": str(row.get("id", "")),
-                "question": question,
+                "question": [turn.text() for turn in conversation if turn.role == "user"][-1],
                 "question_type": prompts.question_types[position],
                 "prediction": answer.strip(),
                 "reference": prompts.references[position],
+                "correct": False,  # until all answers are scored
             }
         )
     return records

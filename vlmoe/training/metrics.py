@@ -1,34 +1,32 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Answers against references: exact match, by question type, and the majority-class baseline.
+"""Exact match of answers and references, by question type, and the majority-class baseline.
 
-`ExactMatch` and `ExactMatchByType` are `evaluate.Metric`s that need no download when instantiated
-directly, and combine:
-
-    metrics = evaluate.combine([ExactMatch(), ExactMatchByType()])
-    metrics.add_batch(predictions=[...], references=[...], question_types=[...])
-    metrics.compute()
-
-Answers count as equal after `normalize_answer`: spaces around them and upper case do not matter.
+Answers are equal if they are after `normalize_answer`: case and surrounding white space do not
+count.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..data.conversations import parse_row, split_reference
+from ..data.conversations import AnyRow, parse_row, split_reference
 
-try:
-    import datasets
-    import evaluate
-except ImportError as error:
-    raise ImportError('metrics need the evaluate library: pip install "vlmoe[train]".') from error
 
-INPUTS_DESCRIPTION = """
-Args:
-    predictions: answers, as strings.
-    references: the right answers, as strings.
-"""
+@dataclass(frozen=True)
+class ExactMatch:
+    """Shares of answers that equal their reference, in 0..1.
+
+    Attributes:
+        exact_match: of all answers.
+        exact_match_by_type, count_by_type: of each question type, in alphabetical order; answers
+            whose type is "" are left out.
+        hits: whether each answer equals its reference.
+    """
+
+    exact_match: float
+    exact_match_by_type: dict[str, float]
+    count_by_type: dict[str, int]
+    hits: list[bool]
 
 
 @dataclass(frozen=True)
@@ -40,92 +38,57 @@ class MajorityBaseline:
     exact_match_by_type: dict[str, float]
 
 
-class ExactMatch(evaluate.Metric):
-    """`{"exact_match": share of predictions equal to their reference}`, between 0 and 1."""
+def exact_match(
+    predictions: Sequence[str], references: Sequence[str], question_types: Sequence[str]
+) -> ExactMatch:
+    """Compare answers with their references, one by one.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _metric_info("Share of answers equal to the reference, in 0..1.", {})
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        hits = _hits(predictions, references)
-        return {"exact_match": sum(hits) / len(hits)}
-
-
-class ExactMatchByType(evaluate.Metric):
-    """Exact match per question type, which is a further input, `question_types` (strings).
-
-    Gives `{"exact_match_by_type": {type: share}, "count_by_type": {type: count}}`, types in
-    alphabetical order; answers whose type is "" are left out.
+    Raises:
+        ValueError: there are no answers, or the three lists differ in length.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"question_types": datasets.Value("string")}
-        return _metric_info("Share of answers equal to the reference, by question type.", features)
-
-    def _compute(
-        self,
-        predictions: Sequence[str],
-        references: Sequence[str],
-        question_types: Sequence[str],
-    ) -> dict[str, dict[str, Any]]:
-        hits = _hits_by_type(_hits(predictions, references), question_types)
-        return {
-            "exact_match_by_type": {kind: sum(each) / len(each) for kind, each in hits.items()},
-            "count_by_type": {kind: len(each) for kind, each in hits.items()},
-        }
+    if not predictions:
+        raise ValueError("There are no answers to compare.")
+    triples = list(zip(predictions, references, question_types, strict=True))
+    hits = [normalize_answer(given) == normalize_answer(right) for given, right, _ in triples]
+    counts, right = Counter[str](), Counter[str]()
+    for hit, (_, _, kind) in zip(hits, triples, strict=True):
+        counts[kind] += 1
+        right[kind] += hit
+    types = sorted(kind for kind in counts if kind)
+    return ExactMatch(
+        sum(hits) / len(hits),
+        {kind: right[kind] / counts[kind] for kind in types},
+        {kind: counts[kind] for kind in types},
+        hits,
+    )
 
 
 def normalize_answer(text: str) -> str:
-    """The answer without surrounding white space, case folded."""
+    """Strip surrounding white space and fold case."""
     return text.strip().casefold()
 
 
 def majority_baseline(
-    train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]]
+    train_rows: Iterable[AnyRow], test_rows: Iterable[AnyRow]
 ) -> MajorityBaseline:
-    """The most frequent answer of the training rows, scored on the test rows.
+    """Score the most frequent answer of the training rows on the test rows.
 
-    Rows are as `load_rows` gives them; an answer is the last assistant turn of a conversation. Of
-    equally frequent answers the first in the alphabet counts. Raises `ValueError` if either has no
-    rows.
+    Rows are as `load_rows` gives them; an answer is the last assistant turn of a conversation.
+    Ties go to the first answer in alphabetical order.
+
+    Raises:
+        ValueError: there are no training or no test rows.
     """
     train_answers, _ = _answers(train_rows, "training")
     references, types = _answers(test_rows, "test")
     counts = Counter(normalize_answer(answer) for answer in train_answers)
     answer = min(counts, key=lambda each: (-counts[each], each))
-    hits = _hits([answer] * len(references), references)
-    by_type = {kind: sum(each) / len(each) for kind, each in _hits_by_type(hits, types).items()}
-    return MajorityBaseline(answer, sum(hits) / len(hits), by_type)
+    scores = exact_match([answer] * len(references), references, types)
+    return MajorityBaseline(answer, scores.exact_match, scores.exact_match_by_type)
 
 
-def _metric_info(description: str, features: dict[str, Any]) -> evaluate.MetricInfo:
-    """What evaluate wants to know of a metric of string answers."""
-    strings = {name: datasets.Value("string") for name in ("predictions", "references")}
-    return evaluate.MetricInfo(
-        description=description,
-        citation="",
-        inputs_description=INPUTS_DESCRIPTION,
-        features=datasets.Features({**strings, **features}),
-    )
-
-
-def _hits(predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Whether each prediction equals its reference."""
-    pairs = zip(predictions, references, strict=True)
-    return [normalize_answer(given) == normalize_answer(right) for given, right in pairs]
-
-
-def _hits_by_type(hits: Sequence[bool], types: Sequence[str]) -> dict[str, list[bool]]:
-    """The hits of each question type, types in alphabetical order."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for hit, kind in zip(hits, types, strict=True):
-        if kind:
-            groups[kind].append(hit)
-    return dict(sorted(groups.items()))
-
-
-def _answers(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[str], list[str]]:
-    """The reference answers of all conversations, and their question types."""
+def _answers(rows: Iterable[AnyRow], name: str) -> tuple[list[str], list[str]]:
+    """Collect the reference answers of all conversations, and their question types."""
     answers: list[str] = []
     types: list[str] = []
     for position, row in enumerate(rows):
