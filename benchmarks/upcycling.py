@@ -77,9 +77,7 @@ def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> d
         trained = train_for(model, processor, rows, recipe, own / "model", seed, steps)
     parts.append(times(trained.log_history))
     model = trained.model.eval()
-    answers = evaluate(
-        model, processor, rows["test"], batch_size=EVALUATION_BATCH, progress=True
-    )
+    answers = evaluate(model, processor, rows["test"], batch_size=EVALUATION_BATCH, progress=True)
     result = describe(arm, model, trained, parts, answers)
     result["accuracy_in_training"] = seen_accuracy(model, processor, rows)
     write_json(own / "result.json", result)

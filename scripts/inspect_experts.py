@@ -17,7 +17,6 @@ import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .generate import prompt_inputs
 from .options import ImageOptions, InspectOptions, RuntimeOptions
 from .shared_options import (
     AnswerTokens,
@@ -242,12 +241,11 @@ def _rows(options: InspectOptions, images: ImageOptions) -> Any:
 
 def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -> "TracedPrompt":
     """The user's question about the user's images."""
-    from vlmoe.data.images import open_image
+    from vlmoe.data.answers import open_images, prompt_inputs
     from vlmoe.data.long_rows import require_room
     from vlmoe.routing.inspection.tokens import trace_prompt
 
-    limits = processor.image_limits
-    images = [open_image(Path(p).expanduser(), p, limits=limits) for p in options.image or []]
+    images = open_images(options.image, processor)
     inputs = prompt_inputs(processor, question, images)
     require_room(model, inputs["input_ids"].shape[1], options.max_new_tokens)
     return trace_prompt(model, processor, inputs, images, question, options.max_new_tokens)

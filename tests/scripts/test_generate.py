@@ -95,7 +95,7 @@ def test_wrong_input_is_named(
         ([*model, "--temperature", "-1"], "or 0.0001 to 100, got '-1'"),
         ([*model, "--top_p", "0.5"], "--top_p changes nothing here: give --temperature above 0"),
         (["--model", str(tmp_path / "nowhere")], "There is no model folder"),
-        (["--model", str(damaged)], "damaged holds no whole model: model.safetensors: holds"),
+        (["--model", str(damaged)], "damaged holds no whole model: model.safetensors: damaged"),
         (["--model", "tiny"], "'tiny'"),
         ([*model, "--max_new_tokens", "128"], "leaves no room for a prompt"),
         ([*model, "--system", "what " * 99], "positions hold 64. Shorten it"),
