@@ -108,9 +108,8 @@ def check_data(
         FileNotFoundError: a file or folder does not exist.
         OSError: the picture could not be written.
     """
-    from vlmoe.data.check import check_rows
+    from vlmoe.data.check import check_rows, plot_data
     from vlmoe.data.collator import VLMoECollator
-    from vlmoe.data.figure import plot_data
     from vlmoe.data.loading import load_rows, split_names
     from vlmoe.data.long_rows import length_limit
     from vlmoe.hub.folder_lock import require_writable

@@ -29,9 +29,9 @@ from .processing.processing_vlmoe import VLMoEProcessor
 if TYPE_CHECKING:
     from .data.answers import answer as answer
     from .data.collator import VLMoECollator as VLMoECollator
+    from .data.collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
     from .data.collator import VLMoEPromptCollator as VLMoEPromptCollator
     from .data.loading import load_rows as load_rows
-    from .data.preference_collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
     from .hub.push_to_hub import push as push
     from .lora.add import add_expert_lora as add_expert_lora
     from .lora.config import expert_lora_config as expert_lora_config
@@ -61,7 +61,7 @@ AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 _MODULES = {
     "VLMoECollator": "data.collator",
     "VLMoEDPOTrainer": "training.trl_trainers",
-    "VLMoEPreferenceCollator": "data.preference_collator",
+    "VLMoEPreferenceCollator": "data.collator",
     "VLMoEPromptCollator": "data.collator",
     "VLMoESFTTrainer": "training.trl_trainers",
     "add_expert_lora": "lora.add",

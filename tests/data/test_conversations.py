@@ -7,11 +7,10 @@ import pytest
 from vlmoe.data.conversations import (
     IMAGE,
     Turn,
-    has_image_parts,
     parse_row,
     split_reference,
-    without_image_parts,
 )
+from vlmoe.data.row_formats import has_image_parts, without_image_parts
 
 USER = {"role": "user", "content": [{"type": "text", "text": "how many?"}]}
 ANSWER = {"role": "assistant", "content": "two"}

@@ -10,8 +10,9 @@ import pytest
 from builders import assistant, plain_chat, png, user
 from PIL import Image
 
+from vlmoe.data.augmentation import altered_image
 from vlmoe.data.conversations import parse_row
-from vlmoe.data.images import altered_image, open_image
+from vlmoe.data.images import open_image
 from vlmoe.data.loading import load_rows
 
 
@@ -204,7 +205,7 @@ def test_hub_errors_name_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         return load_dataset
 
     monkeypatch.setattr(datasets, "load_dataset", fail(ConnectionError("no network")))
-    with pytest.raises(FileNotFoundError, match=r"'a/b' is no file or folder here.*no network"):
+    with pytest.raises(FileNotFoundError, match=r"'a/b' is no local file.*no network"):
         load_rows("a/b")
     monkeypatch.setattr(datasets, "load_dataset", fail(ValueError('Unknown split "x".')))
     with pytest.raises(ValueError, match="the dataset 'a/b', split 'x': Unknown split"):

@@ -7,9 +7,8 @@ import pytest
 from builders import assistant, row, user
 from PIL import Image
 
-from vlmoe.data.check import check_rows, report_text
+from vlmoe.data.check import check_rows, plot_data, report_text
 from vlmoe.data.collator import IGNORE_INDEX, VLMoECollator
-from vlmoe.data.figure import plot_data
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 

@@ -15,10 +15,9 @@ from builders import plain_chat, user
 from builders import png as encoded
 from PIL import Image
 
-from vlmoe.data.collator import VLMoECollator, VLMoEPromptCollator
+from vlmoe.data.collator import VLMoECollator, VLMoEPreferenceCollator, VLMoEPromptCollator
 from vlmoe.data.images import open_image
 from vlmoe.data.loading import load_rows
-from vlmoe.data.preference_collator import VLMoEPreferenceCollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 QUESTION = user("what?", 1)

@@ -14,9 +14,8 @@ import torch
 from builders import png, user
 from PIL import Image
 
-from vlmoe.data.collator import VLMoECollator, VLMoEPromptCollator
+from vlmoe.data.collator import VLMoECollator, VLMoEPreferenceCollator, VLMoEPromptCollator
 from vlmoe.data.loading import load_rows
-from vlmoe.data.preference_collator import VLMoEPreferenceCollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 QUESTION = user("what?", 1)

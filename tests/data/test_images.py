@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vlmoe.data.images import SHIFT_FRACTION, altered_image, open_image
+from vlmoe.data.augmentation import SHIFT_FRACTION, altered_image
+from vlmoe.data.images import open_image
 
 WIDTH, HEIGHT = 64, 48
 

@@ -11,9 +11,8 @@ from builders import assistant, picture, plain_chat, png, row, user
 from transformers import Trainer, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from vlmoe.data.collator import VLMoECollator, VLMoEPromptCollator
+from vlmoe.data.collator import VLMoECollator, VLMoEPreferenceCollator, VLMoEPromptCollator
 from vlmoe.data.loading import load_rows
-from vlmoe.data.preference_collator import VLMoEPreferenceCollator
 from vlmoe.data.rows import ConversationRows, as_rows
 
 ASKED = {"question": "what color is it?", "answer": "blue"}

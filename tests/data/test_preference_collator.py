@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from vlmoe.data.preference_collator import VLMoEPreferenceCollator
+from vlmoe.data.collator import VLMoEPreferenceCollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "completion_mask")

@@ -19,8 +19,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.data.collator import IGNORE_INDEX, VLMoECollator
-from vlmoe.data.preference_collator import VLMoEPreferenceCollator
+from vlmoe.data.collator import IGNORE_INDEX, VLMoECollator, VLMoEPreferenceCollator
 from vlmoe.hub.model_card import MARKER
 from vlmoe.modeling_vlmoe.router_losses import global_entropy_loss
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor

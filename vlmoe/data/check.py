@@ -5,11 +5,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers.utils import logging
 
+from ..figures.plots import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+from ..figures.text import as_it_is, drawable
 from .collator import VLMoECollator
 from .conversations import Conversation, ParsedRow, parse_row, row_name
 from .encoding import EncodedConversation
@@ -18,6 +21,8 @@ from .long_rows import RowMeasure
 from .row_datasets import is_faulty
 
 EXAMPLES = 3
+COLORS = (BLUE, ORANGE, GREEN, GREY)
+MOST_BINS = 40
 LEARNED = ("«", "»")
 """Around the tokens that have a loss."""
 
@@ -118,6 +123,40 @@ def report_text(reports: Sequence[SplitReport], limit: int | None) -> str:
     return "\n".join(lines)
 
 
+def plot_data(reports: Sequence[SplitReport], path: str | Path, limit: int | None = None) -> Path:
+    """Draw histograms of tokens and learned tokens per conversation, and the images' sizes.
+
+    Args:
+        reports: of the splits, one color each.
+        path: the PNG file to write.
+        limit: the longest conversation that the model takes; drawn where it is near.
+    """
+    figure = new_figure(13.0, 4.2)
+    tokens, learned, sizes = figure.subplots(1, 3)
+    names = drawable([report.name for report in reports])
+    colors = [COLORS[number % len(COLORS)] for number in range(len(reports))]
+    for axis, values, title in (
+        (tokens, [report.lengths for report in reports], "Tokens of a conversation"),
+        (learned, [report.label_lengths for report in reports], "Learned tokens"),
+    ):
+        axis.hist(values, bins=_edges(values), color=colors, label=names, stacked=True)
+        axis.set(title=title, xlabel="tokens", ylabel="conversations")
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    longest = max((max(report.lengths, default=0) for report in reports), default=0)
+    if limit is not None and longest > limit / 2:
+        tokens.axvline(limit, color=RED, linewidth=1.2)
+    for report, color in zip(reports, colors, strict=True):
+        widths = [width for width, _ in report.sizes]
+        heights = [height for _, height in report.sizes]
+        sizes.scatter(widths, heights, s=9, alpha=0.4, color=color, label=report.name)
+    sizes.set(title="Sizes of the images", xlabel="width in pixels", ylabel="height in pixels")
+    as_it_is(tokens.legend(framealpha=0.9, edgecolor="none").get_texts())
+    faults = sum(len(report.faults) for report in reports)
+    rows = sum(report.rows for report in reports)
+    figure.suptitle(f"{rows:,} rows, {faults:,} faults", color=RED if faults else "black")
+    return save_figure(figure, path)
+
+
 def as_seen(
     encoded: EncodedConversation, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], tok: Any
 ) -> str:
@@ -198,3 +237,12 @@ def _range(values: Sequence[int]) -> str:
     if not values:
         return "-"
     return f"{min(values):,}/{int(np.median(values)):,}/{max(values):,}"
+
+
+def _edges(values: Sequence[Sequence[int]]) -> list[float]:
+    """Edges of bins as wide as a whole number."""
+    known = [value for each in values for value in each] or [0]
+    low, high = min(known), max(known)
+    width = -(-(high - low + 1) // MOST_BINS)
+    count = -(-(high - low + 1) // width)
+    return [low - 0.5 + width * number for number in range(count + 1)]

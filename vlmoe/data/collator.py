@@ -1,31 +1,37 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Dataset rows to batches: for training, and as prompts for generation.
+"""Dataset rows to batches: for training, as prompts for generation, as preference pairs.
 
-- The form of a row is described in `conversations.py`. A row with several conversations about the
-  same images becomes one token row per conversation.
-- Training: right padding, loss on every assistant turn (its content and `<|end|>`), nowhere else.
-- Prompts: the last assistant turn becomes the reference, left padding.
+- `row_formats.py` lists the forms of a row. A row with several conversations about the same images
+  becomes one token row per conversation.
+- Training: right padding; loss on every assistant turn (its content and `<|end|>`), nowhere else.
+- Prompts: the last assistant turn becomes the reference; left padding.
+- Preference pairs, for TRL's DPOTrainer: the assistant's turns after the prompt are compared.
 - An image that several token rows use is encoded once: `pixel_values` is then flat,
-  `(distinct tiles, 3, H, W)`, and `image_index` `(batch, max tiles)` says which tiles a row uses,
-  in order, -1 after them. Without shared images, or with `share_images=False`, `pixel_values` is
-  `(batch, max tiles, 3, H, W)` with `pixel_attention_mask` `(batch, max tiles, H, W)`; so it is,
-  too, where an image processor pads inside a tile, since the flat layout has no mask.
+  `(distinct tiles, 3, H, W)`, and `image_index` `(batch, max tiles)` holds the tiles of each row,
+  in order, and -1 after them. Otherwise `pixel_values` is `(batch, max tiles, 3, H, W)` with
+  `pixel_attention_mask` `(batch, max tiles, H, W)`: without shared images, with
+  `share_images=False`, and if an image processor pads inside a tile, since the flat layout has no
+  mask.
 
-`transformers.TrainingArguments` needs `remove_unused_columns=False`: the trainer would otherwise
-drop `messages` and `images`, which are no arguments of the model. The flat layout is not batch
-first: it must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.DataParallel`); use
+`transformers.TrainingArguments` needs `remove_unused_columns=False`: Trainer would otherwise remove
+`messages` and `images`, which are no arguments of the model. The flat layout is not batch first: it
+must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.DataParallel`); use
 `share_images=False` there. Each data loader worker has caches of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from ..processing.image_layout import TiledImage, batch_tiles
+from ..processing.processing_vlmoe import VLMoEProcessor
 from .conversations import Conversation, parse_row, split_reference
 from .encoding import ConversationEncoder, EncodedConversation, EncodedImage, ImageEncoder
+from .row_fields import REMOVED, AnyRow, RowImage
 from .shortening import shortened
 
 IGNORE_INDEX = -100
@@ -34,10 +40,10 @@ MEGABYTE = 1024 * 1024
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts for `model.generate(**inputs)` and what is known of their answers.
+    """Prompts for `model.generate(**inputs)`, with reference answers.
 
     `references`, `question_types` and `names` have one entry per prompt, in the order of the rows
-    and of the conversations in each; a question type is "" where the row has none.
+    and of the conversations in each; a question type is "" if the row has none.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -57,26 +63,30 @@ class TokenRow:
 
 
 class RowCollator:
-    """What the two collators share.
+    """The base of the collators.
 
-    Arguments:
-        processor: a `VLMoEProcessor`; its chat template must have `{% generation %}` blocks.
+    Args:
+        processor: its chat template must have `{% generation %}` blocks.
         max_length: longest token row allowed, None for any; a longer one is an error that names the
-            row, since cutting it would cut an answer or a question. `length_limit` gives that of a
-            model.
+            row, since cutting it would cut an answer or a question. `long_rows.length_limit`
+            returns that of a model.
         share_images: encode an image that several token rows use once (module docstring).
         pad_to_multiple_of: round the padded length up, for kernels that like round numbers.
-        image_cache_mb: bound in MiB on the processed tiles that are remembered; 0 for none.
-        text_cache_mb: the same for rendered and tokenised conversations.
-        allow_image_urls: download images that rows name by http(s) URL. Rows may come from anyone,
-            so that by default such a row is an error and no request is made.
+        image_cache_mb: bound in MiB on the processed tiles that are kept; 0 for none.
+        text_cache_mb: the same for rendered and tokenized conversations.
+        allow_image_urls: download images that rows name by http(s) URL. Rows may come from anyone:
+            by default such a row is an error and no request is made.
+
+    Raises:
+        ValueError: the chat template has no generation blocks, the tokenizer no token to pad with,
+            or a length is below 1.
     """
 
     what = "conversation"
 
     def __init__(
         self,
-        processor: Any,
+        processor: VLMoEProcessor,
         max_length: int | None = None,
         *,
         share_images: bool = True,
@@ -85,7 +95,6 @@ class RowCollator:
         text_cache_mb: int = 64,
         allow_image_urls: bool = False,
     ) -> None:
-        """Raises `ValueError` for a template without generation blocks or a length below 1."""
         for field, value in (
             ("max_length", max_length),
             ("pad_to_multiple_of", pad_to_multiple_of),
@@ -100,7 +109,7 @@ class RowCollator:
         self.encode_conversation = ConversationEncoder(processor, text_cache_mb * MEGABYTE)
         self.encode_image = ImageEncoder(processor, image_cache_mb * MEGABYTE, allow_image_urls)
 
-    def _images(self, images: Sequence[Any], name: str) -> list[EncodedImage]:
+    def _images(self, images: Sequence[RowImage], name: str) -> list[EncodedImage]:
         """Encode the images of a row."""
         return [self.encode_image(image, f"{name}, image {i}") for i, image in enumerate(images)]
 
@@ -124,7 +133,7 @@ class RowCollator:
         return row
 
     def _pad(self, rows: list[TokenRow], side: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Text inputs (batch, length), and the assistant mask (batch, length)."""
+        """Pad to text inputs (batch, length) and the assistant mask (batch, length)."""
         if not rows:
             raise ValueError("the batch has no rows.")
         lengths = np.array([row.length for row in rows])
@@ -146,7 +155,7 @@ class RowCollator:
         return batch, torch.from_numpy(mask)
 
     def _pixels(self, rows: list[TokenRow]) -> dict[str, torch.Tensor]:
-        """The images of the batch in one of the two layouts; nothing for a batch without images."""
+        """Lay out the images of the batch in one of the two ways; nothing without images."""
         uses = [image for row in rows for image in row.images]
         distinct = {image.key: image for image in uses}
         if not distinct:
@@ -154,29 +163,36 @@ class RowCollator:
         is_shared = len(distinct) < len(uses)
         if self.share_images and is_shared and all(image.is_full for image in distinct.values()):
             return _shared_layout(rows, distinct)
-        return _batch_first_layout(rows)
+        tiles = [
+            [TiledImage(image.tiles, image.tile_mask, 0, 0) for image in row.images] for row in rows
+        ]
+        pixels = batch_tiles(tiles)
+        return pixels | {"pixel_attention_mask": pixels["pixel_attention_mask"].long()}
 
 
 class VLMoECollator(RowCollator):
     """Rows -> training batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, images.
 
-    Arguments as in `RowCollator`, and `shorten_prompts`: take text off the oldest questions of a
-    conversation that is too long, see `long_rows.py`.
+    Args:
+        processor: as in `RowCollator`.
+        max_length: as in `RowCollator`.
+        shorten_prompts: cut text from the oldest questions of a conversation that is too long, see
+            `shortening.py`.
+        options: the other arguments of `RowCollator`.
     """
 
     def __init__(
         self,
-        processor: Any,
+        processor: VLMoEProcessor,
         max_length: int | None = None,
         *,
         shorten_prompts: bool = False,
         **options: Any,
     ) -> None:
-        """Raises `ValueError` as `RowCollator` does."""
         super().__init__(processor, max_length, **options)
         self.shorten_prompts = shorten_prompts
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
         token_rows = []
         for position, row in enumerate(rows):
@@ -193,19 +209,19 @@ class VLMoECollator(RowCollator):
         return {**batch, "labels": labels, **self._pixels(token_rows)}
 
     def text_length(self, conversation: Conversation) -> int:
-        """The number of tokens of a conversation, those of its images left out."""
+        """Count the tokens of a conversation, those of its images left out."""
         return sum(map(len, self.encode_conversation(conversation, "a row").segments))
 
 
 class VLMoEPromptCollator(RowCollator):
-    """Rows -> `PromptBatch`: the last assistant turn taken off, left padding.
+    """Rows -> `PromptBatch`: without the last assistant turn, left padding.
 
     Arguments as in `RowCollator`.
     """
 
     what = "prompt"
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PromptBatch:
+    def __call__(self, rows: Sequence[AnyRow]) -> PromptBatch:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
         token_rows, references, types, names = [], [], [], []
         for position, row in enumerate(rows):
@@ -222,8 +238,59 @@ class VLMoEPromptCollator(RowCollator):
         return PromptBatch({**batch, **self._pixels(token_rows)}, references, types, names)
 
 
-def _padding_id(tokenizer: Any) -> int:
-    """What fills short rows, which attention and labels leave out: a token that is no image's."""
+class VLMoEPreferenceCollator(VLMoECollator):
+    """Rows -> `input_ids`, `attention_mask`, `mm_token_type_ids`, `completion_mask`, images.
+
+    A row is `{"prompt": [...], "chosen": [...], "rejected": [...], "images": [...]}`: messages in
+    the form of `conversations.py`. The image parts are in the prompt; `images` may be empty.
+
+    The token rows are first those of prompt + chosen, then those of prompt + rejected, in the order
+    of the dataset rows. `completion_mask` (2 * batch, length) is 1 on the tokens that the assistant
+    generates after the prompt: its content and `<|end|>`. An image is encoded once for both. A row
+    without any token of an answer is an error.
+
+    Arguments as in `RowCollator`.
+    """
+
+    def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
+        """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
+        token_rows, starts, names = [], [], []
+        for side in ("chosen", "rejected"):
+            for position, row in enumerate(rows):
+                token_row, start, name = self._encode(row, position, side)
+                token_rows.append(token_row)
+                starts.append(start)
+                names.append(f"{name}, {side}")
+        batch, mask = self._pad(token_rows, side="right")
+        completion = mask & (torch.arange(mask.shape[1]) >= torch.tensor(starts)[:, None])
+        for name, learns in zip(names, completion.any(-1).tolist(), strict=True):
+            if not learns:
+                raise ValueError(
+                    f"{name}: no token of the answer to compare; it must have an assistant turn."
+                )
+        return {**batch, "completion_mask": completion.long(), **self._pixels(token_rows)}
+
+    def _encode(self, row: AnyRow, position: int, side: str) -> tuple[TokenRow, int, str]:
+        """Encode one side of a pair; return it, where its answer starts, and the row's name."""
+        prompt, answer = row.get("prompt"), row.get(side)
+        if not (isinstance(prompt, list) and prompt and isinstance(answer, list) and answer):
+            raise ValueError(
+                f"row {position} of the batch: `prompt`, `chosen` and `rejected` must be lists of "
+                f"messages, got the columns {sorted(row)}, `prompt` {prompt!r:.60} and `{side}` "
+                f"{answer!r:.60}. {REMOVED}"
+            )
+        parsed = parse_row({**row, "messages": [*prompt, *answer]}, position)
+        images = self._images(parsed.images, parsed.name)
+        (conversation,) = parsed.conversations
+        whole = self.encode_conversation(conversation, parsed.name)
+        opening = self.encode_conversation(conversation[: len(prompt)], parsed.name)
+        start = sum(map(len, opening.segments))
+        start += sum(len(image.token_ids) for image in images[: len(opening.segments) - 1])
+        return self._token_row(whole, images, parsed.name), start, parsed.name
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills short rows; attention and labels leave it out."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -236,7 +303,7 @@ def _padding_id(tokenizer: Any) -> int:
 def _shared_layout(
     rows: list[TokenRow], distinct: dict[bytes, EncodedImage]
 ) -> dict[str, torch.Tensor]:
-    """Every distinct image once, and for each row the indices of its tiles."""
+    """Return every distinct image once, and for each row the indices of its tiles."""
     tile_indices: dict[bytes, range] = {}
     start = 0
     for key, image in distinct.items():
@@ -249,19 +316,3 @@ def _shared_layout(
         "pixel_values": torch.cat([image.tiles for image in distinct.values()]),
         "image_index": index,
     }
-
-
-def _batch_first_layout(rows: list[TokenRow]) -> dict[str, torch.Tensor]:
-    """(batch, max tiles, 3, H, W), all-zero tiles after a row's own, and the pixel mask."""
-    width = max(sum(len(image.tiles) for image in row.images) for row in rows)
-    some = next(image for row in rows for image in row.images)
-    pixels = some.tiles.new_zeros(len(rows), width, *some.tiles.shape[1:])
-    mask = torch.zeros(len(rows), width, *some.tile_mask.shape[1:], dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = 0
-        for image in row.images:
-            stop = start + len(image.tiles)
-            pixels[i, start:stop] = image.tiles
-            mask[i, start:stop] = image.tile_mask
-            start = stop
-    return {"pixel_values": pixels, "pixel_attention_mask": mask}

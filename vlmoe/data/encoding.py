@@ -2,28 +2,36 @@
 """Cached encoding of conversations to token ids and of images to tiles.
 
 A trainer meets the same conversations and images in every epoch. `ConversationEncoder` renders and
-tokenises each distinct conversation once, leaving a gap where an image goes; `ImageEncoder` runs
-the processor once per distinct image and gives its tiles and the token ids that fill the gap. Both
-remember within a bound of bytes. Together they give what the processor gives for the whole
-conversation. Its settings are read when a conversation or an image is first met: change them
-before, not between batches.
+tokenizes each distinct conversation once, leaving a gap for each image. `ImageEncoder` runs the
+processor once per distinct image and returns its tiles and the token ids that fill the gap. Each
+keeps the most recently used results within a bound of bytes. Together they equal the processor's
+output for the whole conversation. They read the processor's settings when a conversation or image
+is first met: change settings before the first batch, not between batches.
 """
 
+import hashlib
 import re
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from ..hub.input_errors import reading
 from ..processing.control_text import guarded_tokenizer
 from ..processing.image_checks import decode
 from ..processing.image_sources import encoded_image
+from ..processing.processing_vlmoe import VLMoEProcessor
 from .conversations import Conversation, count_images
-from .images import encoded_key, open_image, pixel_key
-from .lru_cache import ByteBoundedCache
+from .images import open_image
+from .row_fields import RowImage
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ENTRY_BYTES = 500
@@ -46,9 +54,9 @@ class EncodedConversation:
 class EncodedImage:
     """An image as the model takes it; equal keys mean equal images.
 
-    `token_ids` (tokens,) take the image's place in the text, `token_mask` (tokens,) is False: none
-    of them is the assistant's. `tiles` (tiles, 3, H, W) and
-    `tile_mask` (tiles, H, W), True on real pixels, are its pixels. `is_full`: all are real.
+    `token_ids` (tokens,) replace the image in the text; `token_mask` (tokens,) is False, since none
+    of them is the assistant's. `tiles` (tiles, 3, H, W) are its pixels; `tile_mask` (tiles, H, W)
+    is True on real ones. `is_full`: all of them are real.
     """
 
     key: bytes
@@ -59,16 +67,63 @@ class EncodedImage:
     is_full: bool
 
 
-class ConversationEncoder:
-    """Conversation -> token ids and assistant mask, by the processor's chat template."""
+class ByteBoundedCache(Generic[Key, Value]):
+    """Keep the most recently used values whose sizes together stay within `max_bytes`.
 
-    def __init__(self, processor: Any, cache_bytes: int) -> None:
-        """Raises `ValueError` if the chat template does not mark what the assistant generates."""
+    A value larger than the bound is not kept; `max_bytes=0` keeps nothing. A pickled copy (a data
+    loader's worker process) starts empty. A negative bound raises `ValueError`.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be 0 or more, got {max_bytes}.")
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._entries: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of values held."""
+        return len(self._entries)
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        """Pickle the bound only: each process fills its own cache."""
+        return type(self), (self.max_bytes,)
+
+    def get(self, key: Key) -> Value | None:
+        """Return the value of `key`, now the most recently used, or None."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: Key, value: Value, num_bytes: int) -> None:
+        """Keep `value` of size `num_bytes`; drop the least recently used ones as needed."""
+        previous = self._entries.pop(key, None)
+        if previous is not None:
+            self.num_bytes -= previous[1]
+        if num_bytes > self.max_bytes:
+            return
+        self._entries[key] = (value, num_bytes)
+        self.num_bytes += num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, (_, dropped) = self._entries.popitem(last=False)
+            self.num_bytes -= dropped
+
+
+class ConversationEncoder:
+    """Conversation -> token ids and assistant mask, by the processor's chat template.
+
+    Raises:
+        ValueError: the chat template does not mark the tokens that the assistant generates.
+    """
+
+    def __init__(self, processor: VLMoEProcessor, cache_bytes: int) -> None:
         template = processor.chat_template
         if not isinstance(template, str) or not GENERATION_BLOCK.search(template):
             raise ValueError(
                 "the processor's chat template must mark assistant turns with {% generation %} and "
-                "{% endgeneration %}: without them no token can be told to be the assistant's."
+                "{% endgeneration %}, which say what tokens get the loss."
             )
         self.processor = processor
         self.image_token_id: int = processor.image_token_id
@@ -92,7 +147,7 @@ class ConversationEncoder:
     def _encode(
         self, conversation: Conversation, name: str, generation_prompt: bool
     ) -> EncodedConversation:
-        """Render, tokenise and cut at the image tokens."""
+        """Render, tokenize and cut at the image tokens."""
         with reading(f"{name}, the chat template and tokenizer"):
             token_ids, mask = self._tokenize(conversation, generation_prompt)
         gaps = np.flatnonzero(token_ids == self.image_token_id)
@@ -111,10 +166,10 @@ class ConversationEncoder:
     def _tokenize(
         self, conversation: Conversation, generation_prompt: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and assistant mask, one image token per image.
+        """Return token ids and assistant mask, one image token per image.
 
-        The tokenizer's own chat templating adds no special tokens where the processor's lets the
-        tokenizer add them, unless the template has written the first one.
+        The processor lets the tokenizer add special tokens unless the template has written the
+        first one. The tokenizer's own chat templating adds none, so they are added here.
         """
         tokenizer, messages = self.processor.tokenizer, [turn.as_message() for turn in conversation]
         guard = guarded_tokenizer(self.processor, messages, self.processor.chat_template)
@@ -136,24 +191,27 @@ class ConversationEncoder:
 
 
 class ImageEncoder:
-    """Image -> tiles and token ids, by the processor, within its limits."""
+    """Image -> tiles and token ids, by the processor, within its limits.
 
-    def __init__(self, processor: Any, cache_bytes: int, allow_urls: bool = False) -> None:
-        """`cache_bytes` bounds the tiles that are remembered; 0 remembers none. `allow_urls`: open
-        http(s) URLs."""
+    `cache_bytes` bounds the tiles that are kept; 0 keeps none. `allow_urls`: open http(s) URLs.
+    """
+
+    def __init__(
+        self, processor: VLMoEProcessor, cache_bytes: int, allow_urls: bool = False
+    ) -> None:
         self.processor = processor
         self.allow_urls = allow_urls
         self._cache: ByteBoundedCache[bytes, EncodedImage] = ByteBoundedCache(cache_bytes)
 
-    def __call__(self, value: Any, name: str) -> EncodedImage:
-        """Encode an image; errors name `name`, the row and image it is."""
+    def __call__(self, value: RowImage, name: str) -> EncodedImage:
+        """Encode an image; errors call it `name`."""
         limits, allow_urls = self.processor.image_limits, self.allow_urls
         content = encoded_image(value, name, limits=limits, allow_urls=allow_urls)
         if content is None:
             image = open_image(value, name, limits=limits)
-            key = pixel_key(image)
+            key = _pixel_key(image)
         else:
-            key = encoded_key(content.content)
+            key = hashlib.blake2b(content.content, digest_size=16, person=b"encoded").digest()
         encoded = self._cache.get(key)
         if encoded is None:
             if content is not None:
@@ -183,25 +241,31 @@ class ImageEncoder:
         return EncodedImage(key, token_ids, token_mask, tiles, tile_mask, is_full)
 
     def _check_edges(self, token_ids: np.ndarray) -> None:
-        """The tokens of an image must not depend on the text beside it."""
+        """Raise `ValueError` if an image's tokens could depend on the text beside it."""
         added = self.processor.tokenizer.added_tokens_decoder
         for token_id in (int(token_ids[0]), int(token_ids[-1])):
             token = added.get(token_id)
             if token is None or token.lstrip or token.rstrip:
                 text = self.processor.tokenizer.convert_ids_to_tokens(token_id)
                 raise ValueError(
-                    f"what the processor puts around an image starts or ends with {text!r}, which "
-                    "is no added token of the tokenizer, or one that swallows spaces; add the "
-                    "image markers with tokenizer.add_special_tokens and resize the model's "
-                    "embeddings."
+                    f"the processor's text for an image starts or ends with {text!r}, which is no "
+                    "added token of the tokenizer, or one that strips spaces; add the image "
+                    "markers with tokenizer.add_special_tokens and resize the model's embeddings."
                 )
 
 
-def _tokens_added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after a text on its own."""
+def _tokens_added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer adds before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     raise ValueError("the tokenizer changes a text when it adds special tokens to it.")
+
+
+def _pixel_key(image: Image.Image) -> bytes:
+    """Digest an RGB image's size and pixels."""
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16, person=b"pixels")
+    digest.update(image.tobytes())
+    return digest.digest()

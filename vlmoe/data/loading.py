@@ -1,14 +1,14 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Datasets in the conversational form, from wherever they are.
+"""`load_rows`: the rows of a dataset, from any source, in the conversational form.
 
-`load_rows` gives a `datasets.Dataset` with the columns
+The result is a `datasets.Dataset` with the columns
 
 - `id`: string, names the row in errors: the source's own `id`, or "split[number]";
 - `messages`: as the source has them; `conversations.py` describes the form, `row_formats.py` the
-  forms of other projects that are read as it;
-- `images`: `List(datasets.Image(decode=False))`. Images stay encoded until they are collated, which
-  is several times faster (the collator remembers processed images by their bytes) and lets a broken
-  one be reported by name. `vlmoe.data.images.open_image(row["images"][0], row["id"])` gives a
+  forms of other projects that are read, too;
+- `images`: `List(datasets.Image(decode=False))`. Images stay encoded until they are collated. This
+  is several times faster, since the collator remembers processed images by their bytes, and lets a
+  broken one be reported by name. `vlmoe.data.open_image(row["images"][0], row["id"])` returns a
   PIL image;
 - `question_type`, if the source has it: a string or one per conversation, for tables by type.
 """
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..hub.input_errors import reading
-from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits, is_url
-from .content_digest import content_digest
-from .conversations import without_image_parts
-from .image_column import ImageSources, image_files, with_image_column
-from .images import altered_image
-from .local_files import FORMATS, local_splits, read_local
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
+from .augmentation import with_altered_copies
+from .images import ImageSources, with_image_column
+from .local_files import FORMATS, ImageRules, local_splits, read_local
 from .row_datasets import as_conversations, standard_columns
+from .row_formats import without_image_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,57 +44,60 @@ def load_rows(
 ) -> "Dataset":
     """Load a split as conversational rows.
 
-    Arguments:
+    Args:
         source: `easy_vqa`, `easy_vqa_captions`, a parquet, json(l), csv or tsv file, a folder of
             them, an image folder with `metadata.jsonl` or `metadata.csv` or with a caption in a
             text file beside each picture, a folder written by `save_to_disk`, or the id of a
             dataset on the Hub.
         split: its name; on the Hub also a slice such as `train[:10%]`.
-        limit: keep the first rows only.
-        altered_copies: append so many copies of every row with its images shifted a little, every
-            other copy also mirrored left to right, the first one too. The copies are made once, so
-            that every epoch and every resumed run sees the same; the texts stay, so they must not
-            speak of left and right, nor the images show text.
-        with_images: False takes images and image parts away, for a question-only baseline.
+        limit: keep only the first rows.
+        altered_copies: append this many copies of every row with shifted images. Every other copy,
+            the first included, is also mirrored left to right. The copies are made once, so every
+            epoch and every resumed run sees the same. The texts stay: they must not speak of left
+            and right, and the images must not show text.
+        with_images: False removes images and image parts, for a question-only baseline.
         config_name: the configuration of a Hub dataset that has several.
-        allow_outside_images: open image files outside the dataset's folder (of a file: its folder;
-            on the Hub: what was downloaded of the dataset), which rows name by absolute paths, `..`
-            or symbolic links. By default an error, since anybody may have made the data.
-        allow_image_urls: keep http(s) URLs of images, an error by default; the collator, with
-            `allow_image_urls` too, downloads them.
+        allow_outside_images: open image files outside the dataset's folder (for a file, its folder;
+            on the Hub, the dataset's downloaded files), which rows may name by absolute paths, `..`
+            or symbolic links. An error by default, since a dataset may come from anyone.
+        allow_image_urls: keep http(s) URLs of images, an error by default. The collator downloads
+            them if it has `allow_image_urls`, too.
         image_limits: the largest image that is opened for altered copies.
-        faults: where given, takes what is wrong with single rows and images in place of an error
-            (`row_datasets.is_faulty` tells what is left of them).
+        faults: if given, collects the errors about single rows and images, which are then not
+            raised; see `row_datasets.is_faulty`.
 
-    Raises `FileNotFoundError` for a source that does not exist and `ValueError` for a split it does
-    not have, missing columns, unreadable or no rows; each names the culprit. Single rows are
-    checked when they are collated.
+    Raises:
+        FileNotFoundError: the source or an image file does not exist.
+        ValueError: the source does not have the split, lacks columns, cannot be read or has no
+            rows. Single rows are checked when they are collated.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}.")
     if altered_copies < 0:
         raise ValueError(f"altered_copies must be at least 0, got {altered_copies}.")
-    allowed: dict[str, Any] = {
+    rules: ImageRules = {
         "allow_outside_images": allow_outside_images,
         "allow_image_urls": allow_image_urls,
         "faults": faults,
     }
     with reading(source, keep=(ValueError, OSError, ImportError)):
-        rows = standard_columns(_read(source, split, config_name, allowed), source, split)
+        rows = standard_columns(_read(source, split, config_name, rules), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:
         rows = _without_images(rows)
     if not altered_copies:
         return rows
-    options = {"limits": image_limits, "allow_urls": allow_image_urls}
-    return _with_altered_copies(rows, altered_copies, options)
+    return with_altered_copies(
+        rows, altered_copies, limits=image_limits, allow_urls=allow_image_urls
+    )
 
 
 def split_names(source: str) -> list[str]:
-    """The names of the splits of a source, as `load_rows` takes it; `train` comes first.
+    """List the splits of a source, as `load_rows` takes it, `train` first.
 
-    Raises `FileNotFoundError` for a source that does not exist.
+    Raises:
+        FileNotFoundError: the source does not exist.
     """
     if source in ("easy_vqa", "easy_vqa_captions"):
         return ["train", "test"]
@@ -111,8 +113,8 @@ def split_names(source: str) -> list[str]:
         raise FileNotFoundError(_not_found(source, error)) from error
 
 
-def _read(source: str, split: str, config_name: str | None, allowed: dict[str, Any]) -> "Dataset":
-    """The rows of a source, images normalised to one column."""
+def _read(source: str, split: str, config_name: str | None, rules: ImageRules) -> "Dataset":
+    """Read the rows of a source, with their images in one column."""
     try:
         import datasets  # noqa: F401
     except ImportError as error:
@@ -125,14 +127,14 @@ def _read(source: str, split: str, config_name: str | None, allowed: dict[str, A
         return question_rows(split) if source == "easy_vqa" else caption_rows(split)
     path = Path(source).expanduser()
     if path.exists():
-        return read_local(path, split, **allowed)
+        return read_local(path, split, **rules)
     _require_hub_id(source)
-    rows = as_conversations(_read_hub(source, split, config_name), source, allowed["faults"])
-    return with_image_column(rows, _hub_image_sources(source, allowed), source)
+    rows = as_conversations(_read_hub(source, split, config_name), source, rules["faults"])
+    return with_image_column(rows, _hub_image_sources(source, rules), source)
 
 
 def _require_hub_id(source: str) -> None:
-    """Raise `FileNotFoundError` for what can only be a path."""
+    """Raise `FileNotFoundError` if the source can only be a path."""
     path = Path(source).expanduser()
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in FORMATS:
         raise FileNotFoundError(f"there is no file or folder {source}.")
@@ -140,13 +142,13 @@ def _require_hub_id(source: str) -> None:
 
 def _not_found(source: str, error: Exception) -> str:
     return (
-        f"{source!r} is no file or folder here, not easy_vqa or easy_vqa_captions, and could not "
-        f"be read from the Hub: {error}"
+        f"{source!r} is no local file or folder, is not easy_vqa or easy_vqa_captions, and could "
+        f"not be read from the Hub: {error}"
     )
 
 
 def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
-    """A dataset of the Hub; its errors in one sentence."""
+    """Load a dataset of the Hub; its errors become one sentence."""
     from datasets import load_dataset
 
     try:
@@ -157,8 +159,8 @@ def _read_hub(source: str, split: str, config_name: str | None) -> "Dataset":
         raise ValueError(f"the dataset {source!r}, split {split!r}: {error}") from error
 
 
-def _hub_image_sources(source: str, allowed: dict[str, Any]) -> ImageSources:
-    """Images of a Hub dataset are files in its part of the cache, or were in its archives."""
+def _hub_image_sources(source: str, rules: ImageRules) -> ImageSources:
+    """Allow the images in a Hub dataset's part of the cache, and those of its archives."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
@@ -170,50 +172,20 @@ def _hub_image_sources(source: str, allowed: dict[str, Any]) -> ImageSources:
         tuple(Path(os.path.realpath(root)) for root in roots),
         remedy=f" Download the dataset (hf download {source} --repo-type dataset --local-dir "
         "FOLDER) and give its folder.",
-        **allowed,
+        **rules,
     )
 
 
 def _without_images(rows: "Dataset") -> "Dataset":
-    """The rows without images and image parts."""
+    """Remove images and image parts."""
     return rows.map(
         _text_of_batch, batched=True, features=rows.features, desc="removing images"
     ).select_columns(rows.column_names)
 
 
-def _with_altered_copies(rows: "Dataset", copies: int, options: dict[str, Any]) -> "Dataset":
-    """The rows, then their altered copies, each time in the same order."""
-    from datasets import concatenate_datasets
-
-    files = list(image_files(rows))
-    key = ["altered", rows._fingerprint, repr(options)]
-    if any(map(is_url, files)):  # what the web will answer is not known
-        files, key = [], [*key, os.urandom(16).hex()]
-    altered = [
-        rows.map(
-            _altered_row,
-            fn_kwargs={"number": number, "options": options},
-            features=rows.features,
-            new_fingerprint=content_digest(files, *key, str(number)),
-            desc=f"altering images, copy {number} of {copies}",
-        )
-        for number in range(1, copies + 1)
-    ]
-    return concatenate_datasets([rows, *altered]).select_columns(rows.column_names)
-
-
-# Functions of the module, not lambdas: `datasets` names its cache by them, and cannot hash lambdas
+# A function of the module, not a lambda: `datasets` names its cache by it, and cannot hash lambdas
 # whose callees are recursive.
-
-
 def _text_of_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The changed columns of a batch of rows without images."""
+    """Return the changed columns of a batch of rows without images."""
     messages = [without_image_parts(messages) for messages in batch["messages"]]
     return {"messages": messages, "images": [[] for _ in messages]}
-
-
-def _altered_row(row: dict[str, Any], number: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The changed columns of a row with altered images."""
-    name = f"row {row['id']!r}"
-    images = [altered_image(each, name, number, **options) for each in row["images"]]
-    return {"id": f"{row['id']} altered {number}", "images": images}

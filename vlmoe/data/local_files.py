@@ -1,19 +1,23 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Rows from local files: parquet, json(l), csv, folders of them, image folders, saved datasets.
 
-- A folder's splits follow the names of its files, and then of its sub-folders, as in `datasets`:
-  `train.jsonl`, `data/test-00000-of-00001.parquet`, `validation/rows.jsonl`. Where no name tells,
-  everything is `train`. Tables (csv, tsv), all text, are read where there is nothing else.
+- A folder's splits follow the names of its files, and then of its sub-folders: `train.jsonl`,
+  `data/test-00000-of-00001.parquet`, `validation/rows.jsonl`. If no name says, everything is
+  `train`. Tables (csv, tsv), all text, are read only where there is nothing else. The discovery of
+  `datasets` serves less: it silently drops `train.jsonl` beside a folder `validation`.
 - A folder with `metadata.jsonl` or `metadata.csv` files is an image folder: its splits are the
   folders of those files, and its rows name images in `file_name` (one) or `images` (a list).
 - A folder of pictures, each with its caption in a text file of the same name (`a.png`, `a.txt`),
   has the splits that its sub-folders are named after.
 - Image paths are relative to the file that names them, and stay below the folder that is read
-  (`image_column.py`).
+  (`images.py`).
+- Prepared data are found again in the cache of `datasets` by the content of their files.
+  `datasets` itself goes by path, size and time, and would return old rows for an overwritten file.
 """
 
 import csv
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -21,18 +25,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from ..hub.input_errors import reading
-from .caption_folders import caption_rows, captioned_pictures
-from .content_digest import content_digest
-from .conversations import IMAGE_COLUMNS
-from .image_column import ImageSources, with_image_column
+from .images import ImageSources, with_image_column
 from .json_rows import require_shallow, require_utf8
 from .row_datasets import as_conversations
+from .row_fields import IMAGE_COLUMNS
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
 METADATA = ("metadata.jsonl", "metadata.csv")
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SPLIT_WORDS = {
@@ -53,22 +56,34 @@ SPLIT_WORDS = {
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
 
 
-def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
-    """The rows of a file or folder, images as undecoded `datasets.Image` lists in `images`.
+class ImageRules(TypedDict):
+    """Fields of `ImageSources` that the user decides."""
 
-    `allowed` are fields of `ImageSources`, whose root is the folder, or that of the file.
+    allow_outside_images: bool
+    allow_image_urls: bool
+    faults: list[str] | None
 
-    Raises `FileNotFoundError` for a missing image file and `ValueError` for a split, file or folder
-    that does not fit, each naming the culprit.
+
+Split = TypeVar("Split")
+
+
+def read_local(path: Path, split: str, **rules: Unpack[ImageRules]) -> "Dataset":
+    """Read the rows of a file or folder, images as undecoded `datasets.Image` lists in `images`.
+
+    Images must lie in the folder, or in that of the file, unless `rules` allow others.
+
+    Raises:
+        FileNotFoundError: an image file does not exist.
+        ValueError: a split, file or folder does not fit; the message names it.
     """
     roots = _image_roots(path if path.is_dir() else path.parent)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         rows = _read_saved(path, split)
-        return _conversational(rows, str(path), ImageSources(path, roots, **allowed))
+        return _conversational(rows, str(path), ImageSources(path, roots, **rules))
     files = _pick_split(path, files_by_split(path), split)
     if files[0].suffix not in FORMATS:
-        sources = ImageSources(path, roots, **allowed)
-        return _conversational(caption_rows(files, sources), str(path), sources)
+        sources = ImageSources(path, roots, **rules)
+        return _conversational(_caption_rows(files, sources), str(path), sources)
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)
@@ -76,7 +91,7 @@ def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
         _conversational(
             _read_files(kind, group),
             ", ".join(map(str, group)),
-            ImageSources(folder, roots, **allowed),
+            ImageSources(folder, roots, **rules),
         )
         for (kind, folder), group in groups.items()
     ]
@@ -93,20 +108,22 @@ def read_local(path: Path, split: str, **allowed: Any) -> "Dataset":
 
 
 def _conversational(rows: "Dataset", name: str, sources: ImageSources) -> "Dataset":
-    """Rows of any form as conversations, with their images in one column."""
+    """Convert rows of any form to conversations, with their images in one column."""
     return with_image_column(as_conversations(rows, name, sources.faults), sources, name)
 
 
 def local_splits(path: Path) -> list[str]:
-    """The names of the splits of a file or folder."""
+    """List the splits of a file or folder."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return sorted(_saved_splits(path))
     return list(files_by_split(path))
 
 
 def _image_roots(folder: Path) -> tuple[Path, ...]:
-    """The folders that a dataset's image files must lie in: its own, and for a snapshot in the
-    Hub's cache, whose files are links, the one that they lead to."""
+    """Return the folders that a dataset's image files must lie in.
+
+    These are its own and, for a snapshot in the Hub's cache, the one its links lead to.
+    """
     folder = Path(os.path.realpath(folder))
     blobs = [
         parent.parent / "blobs"
@@ -117,7 +134,7 @@ def _image_roots(folder: Path) -> tuple[Path, ...]:
 
 
 def files_by_split(path: Path) -> dict[str, list[Path]]:
-    """The data files of a file or folder, by split."""
+    """Group the data files of a file or folder by split."""
     if path.is_file():
         if path.suffix not in FORMATS:
             raise ValueError(f"{path}: unknown file type; allowed are {', '.join(FORMATS)}.")
@@ -129,7 +146,7 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
         return _group((file, _split_of_folder(file.parent, path)) for file in metadata)
     files = [file for file in files if FORMATS[file.suffix] not in SEPARATORS] or files
     if not files:
-        pictures = captioned_pictures(path)
+        pictures = _captioned_pictures(path)
         if not pictures:
             raise ValueError(
                 f"{path} is a folder without any {', '.join(FORMATS)} file, and without pictures "
@@ -148,17 +165,17 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
 
 
 def _read_saved(path: Path, split: str) -> "Dataset":
-    """A split of a `save_to_disk` folder."""
+    """Read a split of a `save_to_disk` folder."""
     from datasets import Dataset
 
     rows = _pick_split(path, _saved_splits(path), split)
-    # The fingerprint that is saved may be that of the code that made the rows, not of the rows.
+    # The saved fingerprint may describe the code that made the rows, not the rows.
     digest = content_digest(file["filename"] for file in rows.cache_files)
     return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=digest)
 
 
 def _saved_splits(path: Path) -> dict[str, "Dataset"]:
-    """The splits of a `save_to_disk` folder."""
+    """Return the splits of a `save_to_disk` folder."""
     from datasets import Dataset, load_from_disk
 
     _refuse_unreadable_name(str(path))
@@ -167,16 +184,16 @@ def _saved_splits(path: Path) -> dict[str, "Dataset"]:
 
 
 def _refuse_unreadable_name(path: str) -> None:
-    """`datasets` would read another file, or none."""
+    """Raise `ValueError` for a path of which `datasets` would read another file, or none."""
     if "::" in path or os.path.expandvars(path) != path:
         raise ValueError(
-            f"{path}: `datasets` takes `::` for a chain of file systems, and $NAME for a variable; "
+            f"{path}: `datasets` reads `::` as a chain of file systems and $NAME as a variable; "
             "rename the file or folder."
         )
 
 
 def _read_files(kind: str, files: list[Path]) -> "Dataset":
-    """Files of one kind and folder through `datasets`."""
+    """Read files of one kind and folder with `datasets`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -187,7 +204,7 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
     options: dict[str, Any] = {}
     if kind in SEPARATORS:
         options = {"sep": SEPARATORS[kind], "keep_default_na": False}
-        options["na_values"] = {name: [""] for name in (*IMAGE_COLUMNS, "id")}  # nothing there
+        options["na_values"] = {name: [""] for name in (*IMAGE_COLUMNS, "id")}  # "": no image
         options["features"] = _columns_of_text(files[0], SEPARATORS[kind])
     for file in files if kind == "json" else ():
         require_utf8(file)
@@ -204,8 +221,8 @@ def _read_files(kind: str, files: list[Path]) -> "Dataset":
         raise ValueError(f"{names} cannot be read as {kind}: {error.__cause__ or error}") from error
 
 
-def _columns_of_text(file: Path, separator: str) -> Any:
-    """The columns of a table, each of texts: "007" is no number, and "NA" is not nothing."""
+def _columns_of_text(file: Path, separator: str) -> "Features":
+    """Return a table's columns as texts, so that "007" stays a text and "NA" a value."""
     from datasets import Features, Value
 
     require_utf8(file)
@@ -216,7 +233,7 @@ def _columns_of_text(file: Path, separator: str) -> Any:
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep `datasets` from logging, with the reason, an error that it raises as well."""
+    """Keep `datasets` from logging an error that it raises, too."""
     from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
 
     before = get_verbosity()
@@ -227,15 +244,15 @@ def _without_log() -> Iterator[None]:
         set_verbosity(before)
 
 
-def _pick_split(path: Path, splits: dict[str, Any], split: str) -> Any:
-    """The named split, or a `ValueError` that lists those there are."""
+def _pick_split(path: Path, splits: dict[str, Split], split: str) -> Split:
+    """Return the named split; raise `ValueError` with the existing ones if there is none."""
     if split not in splits:
         raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(sorted(splits))}.")
     return splits[split]
 
 
 def _group(files: Iterable[tuple[Path, str | None]]) -> dict[str, list[Path]]:
-    """Files by split; without a split's name, `train`."""
+    """Group files by split; those without one are `train`."""
     splits = defaultdict(list)
     for file, split in files:
         splits[split or "train"].append(file)
@@ -243,7 +260,7 @@ def _group(files: Iterable[tuple[Path, str | None]]) -> dict[str, list[Path]]:
 
 
 def _split_of_folder(folder: Path, root: Path) -> str | None:
-    """The split that a folder, or one between it and `root`, is named after."""
+    """Return the split that a folder, or one between it and `root`, is named after."""
     for part in reversed(folder.relative_to(root).parts):
         split = _split_name(part)
         if split is not None:
@@ -252,7 +269,7 @@ def _split_of_folder(folder: Path, root: Path) -> str | None:
 
 
 def _split_name(name: str) -> str | None:
-    """The split that a file or folder name tells."""
+    """Return the split that a file or folder is named after."""
     shard = SHARD_NAME.fullmatch(name)
     if shard is not None:
         return shard["split"]
@@ -260,3 +277,52 @@ def _split_name(name: str) -> str | None:
         if re.search(rf"(?<![a-zA-Z])({words})(?![a-zA-Z])", name):
             return split
     return None
+
+
+def _captioned_pictures(folder: Path) -> list[Path]:
+    """List the pictures below a folder, in order; none if no picture has a caption.
+
+    Raises:
+        ValueError: some pictures have captions and others do not; the message names the first.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    bare = [file for file in files if not file.with_suffix(".txt").is_file()]
+    if len(bare) == len(files):
+        return []
+    if bare:
+        raise ValueError(
+            f"{bare[0]} has no caption {bare[0].with_suffix('.txt').name} beside it, nor have "
+            f"{len(bare) - 1} other pictures; write the captions or move the pictures away."
+        )
+    return files
+
+
+def _caption_rows(files: list[Path], sources: ImageSources) -> "Dataset":
+    """Read pictures with their captions: `id` and `image`, the path in the folder, and `text`.
+
+    Raises:
+        ValueError: a caption is not UTF-8, or links out of the folder; the message names it.
+    """
+    from datasets import Dataset
+
+    texts = []
+    for file in files:
+        caption = file.with_suffix(".txt")
+        sources.require_inside(caption, str(caption), "a caption")
+        try:
+            texts.append(caption.read_text(encoding="utf-8-sig").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{caption} is not UTF-8: {error}. Save it as UTF-8.") from error
+    names = [str(file.relative_to(sources.folder)) for file in files]
+    return Dataset.from_dict({"id": names, "image": names, "text": texts})
+
+
+def content_digest(files: Iterable[Path | str], *parts: str) -> str:
+    """Digest `parts` and the contents of the files, in their order, at 1 to 2 s per GB."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(hashlib.blake2b(part.encode()).digest())
+    for file in files:
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Datasets whose rows have the forms of other projects (`row_formats.py`), as conversations.
+"""Datasets of any form (`row_formats.py`) become datasets of conversations with the same columns.
 
-The texts are read once and kept in the cache of `datasets`; images are neither decoded nor copied.
+Texts are read once and kept in the cache of `datasets`. Images are neither decoded nor copied.
 """
 
 import dataclasses
@@ -10,48 +10,56 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .conversations import COLUMNS, IMAGE_COLUMNS, NEEDED, has_image_parts, require_known_columns
-from .image_column import ImageSources, with_image_column
+from .images import ImageSources, with_features, with_image_column
+from .row_fields import COLUMNS, IMAGE_COLUMNS, NEEDED, AnyRow, StoredImage, require_known_columns
 from .row_formats import (
     INSIDE,
     MARKED,
     PICTURE_KEYS,
+    Picture,
     RowFormat,
     format_of,
+    has_image_parts,
     two_places,
 )
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset, Features
+    from datasets.features.features import FeatureType
 
 logger = logging.getLogger(__name__)
 
 PICTURE = r'"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
-"""Found in JSON that holds a picture."""
+"""Matches JSON that holds a picture."""
 NO_PARTS = r'^\s*([^\["\s]|\[\s*[^{\s])'
-"""Found in a content's JSON that is neither a string's nor that of a list of objects."""
+"""Matches the JSON of a content that is neither a string nor a list of objects."""
 ROWS_CHECKED_FOR_IMAGES = 100
 TEXT_FIELDS = ("content", "value", "question", "answer", "prompt", "completion", "text", "caption")
 """Fields that hold a text, or a list of parts or messages."""
 
 FAULTY: list[Any] = [[{"role": "faulty", "content": []}]]
-"""The messages of a row whose fault is kept in place of being raised."""
+"""The messages of a row whose error was collected, not raised."""
 
 
 def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = None) -> "Dataset":
-    """The rows with `messages` in place of the columns of another form; pictures that stood inside
-    the content are in `images`, as `{"bytes", "path"}`. Conversations are returned as they are.
+    """Replace the columns of another form by `messages`; return conversations as they are.
 
-    Raises `ValueError` naming the row for a key that nobody reads, unless there is a list of
-    `faults` to add it to, and for pictures both inside the content and in a column.
+    Pictures found inside the content go to `images`, as `{"bytes", "path"}`.
+
+    Raises:
+        ValueError: a message has an unknown key, which names the row (if `faults` is given, the
+            error is added to it instead), or there are pictures both inside the content and in a
+            column.
     """
-    rows = _encoded(rows, json=False)
+    rows = with_features(rows, _undecoded_features(rows, json=False))
     form = _format_of(rows)
     if form is None:
         return rows
     from datasets import concatenate_datasets
 
-    texts = _encoded(rows.select_columns(list(form.columns)))
+    texts = rows.select_columns(list(form.columns))
+    texts = with_features(texts, _undecoded_features(texts, json=True))
     converted = texts.add_column("image_count", _image_counts(rows)).map(
         _converted,
         with_indices=True,
@@ -82,8 +90,7 @@ def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = No
 def standard_dataset(rows: "Dataset", sources: ImageSources, name: str) -> "Dataset":
     """Convert a dataset of any form to one with the columns of `load_rows`.
 
-    What has them already, and a dataset that makes its rows by a format or transform, comes back as
-    it is.
+    A dataset that has them already, or that has a format or transform, comes back as it is.
     """
     from datasets import Image, List, Value
 
@@ -100,7 +107,12 @@ def standard_dataset(rows: "Dataset", sources: ImageSources, name: str) -> "Data
 
 
 def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
-    """The columns that this module promises, in their order."""
+    """Bring the rows to the columns that `load_rows` promises, in their order.
+
+    Raises:
+        ValueError: there are no rows, a column is missing or misspelled, or messages name images
+            that the rows do not have.
+    """
     from datasets import Image, List, Value
 
     if len(rows) == 0:
@@ -132,9 +144,9 @@ def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
 
 
 def _converted(
-    row: dict[str, Any], position: int, form: RowFormat, features: Any, source: str
+    row: AnyRow, position: int, form: RowFormat, features: "Features", source: str
 ) -> dict[str, Any]:
-    """One row of `as_conversations`."""
+    """Convert one row of `as_conversations`."""
     decoded = {each: _decoded(row[each], features[each], each) for each in features}
     name = f"{source}, row {position}"
     try:
@@ -148,8 +160,8 @@ def _converted(
     }
 
 
-def is_faulty(given: Any) -> bool:
-    """Whether a row, or an entry of `images`, stands for one whose fault was kept when reading."""
+def is_faulty(given: object) -> bool:
+    """Return whether a row, or an entry of `images`, replaces one whose error was collected."""
     if not isinstance(given, Mapping):
         return False
     if "messages" in given:
@@ -158,7 +170,7 @@ def is_faulty(given: Any) -> bool:
 
 
 def _format_of(rows: "Dataset") -> RowFormat | None:
-    """The form of rows, or None for conversations with `images` and for other rows."""
+    """Return the form of rows, or None for conversations with `images` and for unknown rows."""
     if "messages" not in rows.column_names:
         return format_of(rows.column_names)
     feature, stored = rows.features["messages"], _stored(rows, "messages")
@@ -167,8 +179,8 @@ def _format_of(rows: "Dataset") -> RowFormat | None:
     return MARKED if _image_column(rows) and _hold_markers(feature, stored) else None
 
 
-def _hold_markers(feature: Any, stored: Any) -> bool:
-    """Whether messages of this feature are plain texts, or have such with image markers."""
+def _hold_markers(feature: "FeatureType", stored: "pyarrow.Array") -> bool:
+    """Return whether messages of this feature are plain texts, or JSON with image markers."""
     import pyarrow.compute
     from datasets import Json, Value
 
@@ -185,16 +197,19 @@ def _hold_markers(feature: Any, stored: Any) -> bool:
     return False
 
 
-def _entry(picture: Any) -> dict[str, Any]:
-    """A picture as a `datasets.Image` stores it."""
+def _entry(picture: Picture) -> StoredImage:
+    """Return a picture as a `datasets.Image` stores it."""
     if isinstance(picture, dict):
         return {"bytes": picture.get("bytes"), "path": picture.get("path")}
     return {"bytes": None, "path": picture if isinstance(picture, str) else json.dumps(picture)}
 
 
-def _hold_pictures(feature: Any, stored: Any, name: str = "") -> bool:
-    """Whether messages of this feature, as Arrow stores them, hold pictures, or texts that
-    `datasets` would read as JSON: "3.50", or an answer that is a JSON object."""
+def _hold_pictures(feature: "FeatureType", stored: "pyarrow.Array", name: str = "") -> bool:
+    """Return whether messages of this feature, as Arrow stores them, hold pictures.
+
+    So do, for this purpose, texts that `datasets` would read as JSON: "3.50", or an answer that is
+    a JSON object. They need the same conversion.
+    """
     import pyarrow.compute
     from datasets import Json
 
@@ -223,8 +238,8 @@ def _hold_pictures(feature: Any, stored: Any, name: str = "") -> bool:
     return False
 
 
-def _stored(rows: "Dataset", column: str) -> Any:
-    """A column as Arrow stores it."""
+def _stored(rows: "Dataset", column: str) -> "pyarrow.Array":
+    """Return a column as Arrow stores it."""
     return rows.with_format("arrow").select_columns([column])[:][column]
 
 
@@ -233,7 +248,7 @@ def _image_column(rows: "Dataset") -> str | None:
 
 
 def _image_counts(rows: "Dataset") -> list[int]:
-    """How many images the image column of each row holds, none of them decoded."""
+    """Count the images in the image column of each row, without decoding them."""
     import pyarrow
     import pyarrow.compute
     from datasets import Json
@@ -251,21 +266,18 @@ def _image_counts(rows: "Dataset") -> list[int]:
     return values.is_valid().cast(pyarrow.int64()).to_pylist()
 
 
-def _encoded(rows: "Dataset", json: bool = True) -> "Dataset":
-    """The same rows with images, other media and, if `json`, untyped JSON left as stored: whoever
-    decodes media opens whatever paths and URLs the rows name."""
-    from datasets import Dataset, DatasetInfo, Features
+def _undecoded_features(rows: "Dataset", json: bool) -> "Features":
+    """Return features that decode no media and, if `json`, no untyped JSON.
 
-    features = Features(_undecoded(rows.features, json))
-    if features == rows.features:
-        return rows
-    rows = rows.flatten_indices(keep_in_memory=True) if rows._indices is not None else rows
-    info = DatasetInfo(features=features)
-    return Dataset(rows.data, info=info, split=rows.split, fingerprint=rows._fingerprint)
+    Decoding media would open whatever paths and URLs the rows name.
+    """
+    from datasets import Features
+
+    return Features(_undecoded(rows.features, json))
 
 
-def _undecoded(feature: Any, json: bool) -> Any:
-    """A feature whose images, other media and, if `json`, untyped JSON are not decoded."""
+def _undecoded(feature: "FeatureType", json: bool) -> "FeatureType":
+    """Return a feature that decodes no images, other media and, if `json`, untyped JSON."""
     from datasets import Json
 
     if isinstance(feature, Mapping):
@@ -277,11 +289,11 @@ def _undecoded(feature: Any, json: bool) -> Any:
     return dataclasses.replace(feature, decode=False)
 
 
-def _decoded(value: Any, feature: Any, name: str = "") -> Any:
-    """A stored value, its untyped JSON read.
+def _decoded(value: Any, feature: "FeatureType", name: str = "") -> Any:
+    """Read the untyped JSON of a stored value.
 
-    `datasets` stores a text that happens to be JSON as it is, such as "3.50" or the JSON object
-    that a model shall answer with; where `name` is that of a text, it is the text itself.
+    `datasets` stores a text that happens to be JSON, such as "3.50" or the JSON object that a model
+    shall answer with, as it is. Such a value of a text field (`name`) stays a text.
     """
     from datasets import Json
 
@@ -302,8 +314,8 @@ def _decoded(value: Any, feature: Any, name: str = "") -> Any:
     return value
 
 
-def _are_parts(read: Any) -> bool:
-    """Whether what was read from JSON is a list of content parts or of messages."""
+def _are_parts(read: object) -> bool:
+    """Return whether a value read from JSON is a list of content parts or of messages."""
     return (
         isinstance(read, list)
         and bool(read)
@@ -312,7 +324,7 @@ def _are_parts(read: Any) -> bool:
 
 
 def _features() -> "Features":
-    """The columns that a converted row has."""
+    """Return the columns of a converted row."""
     from datasets import Features, List, Value
 
     part = {"type": Value("string"), "text": Value("string")}

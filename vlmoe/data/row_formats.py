@@ -1,13 +1,13 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Rows in the forms that other projects write, as conversations.
 
-| form | what tells it | becomes |
+| form | recognized by | becomes |
 |---|---|---|
 | conversations | `messages`, pictures in `images` | itself, untouched |
 | pictures inside the content | a part `{"type": "image", "image" or "path" or "url": ...}` or \
 `{"type": "image_url", "image_url": {"url": ...}}` (OpenAI) | the same parts, pictures in `images` |
-| markers (LLaMA-Factory, ms-swift) | `messages` of plain texts beside images | `<image>` in what \
-is not the model's becomes an image part, and the line break beside it goes |
+| markers (LLaMA-Factory, ms-swift) | `messages` of plain texts beside images | `<image>` in a \
+turn of user or system becomes an image part; the line break beside it is removed |
 | LLaVA, ShareGPT | `conversations` of `{"from": ..., "value": ...}` | a turn each; markers as \
 above |
 | prompt and completion (TRL) | `prompt`, `completion`: texts, or lists of messages | one \
@@ -15,8 +15,8 @@ conversation |
 | questions | `question`, `answer` | the images, the question, the answer |
 | captions | `text` or `caption` beside an image | the images, the caption |
 
-Where a text names no image of its row, the images stand before the first user text. A converter is
-a function of one row; what it does not understand it passes on, for `parse_row` to refuse by name.
+If no text names an image, the images go before the first user text. A converter is a function of
+one row. It passes on values that it does not understand; `parse_row` then refuses them by name.
 """
 
 import base64
@@ -27,11 +27,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .conversations import (
+from .row_fields import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MESSAGE_KEYS,
-    has_image_parts,
+    AnyRow,
+    Messages,
+    is_list,
     require_known_keys,
 )
 
@@ -39,24 +41,26 @@ PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
 
-Messages = list[dict[str, Any]]
+Parts = list[dict[str, Any]]
+Picture = str | bytes | dict[str, Any]
+Converted = tuple[list[Messages], list[Picture]]
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A form of rows: what it is called, the columns it is read from, and its converter.
+    """A form of rows: its name, the columns it is read from, and its converter.
 
-    `convert(row, images, name)` gives the messages of a row with so many images in its columns, and
-    the pictures that stood inside its content.
+    `convert(row, images, name)` takes the number of images in the row's columns, and returns the
+    row's messages and the pictures found inside their content.
     """
 
     name: str
     columns: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any], int, str], tuple[list[Messages], list[Any]]]
+    convert: Callable[[AnyRow, int, str], Converted]
 
 
 def format_of(columns: Collection[str]) -> RowFormat | None:
-    """The form of rows with these columns, or None for conversations and for other rows."""
+    """Return the form of rows with these columns, or None for conversations and unknown rows."""
     if "messages" in columns:
         return None
     if "conversations" in columns:
@@ -71,11 +75,14 @@ def format_of(columns: Collection[str]) -> RowFormat | None:
     return None
 
 
-def conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A row of any form with `messages` and `images`; conversations are returned as they are.
+def conversational(row: AnyRow, name: str) -> AnyRow:
+    """Convert a row of any form to one with `messages` and `images`.
 
-    Raises `ValueError` that starts with `name` for a key that nobody reads, and for pictures both
-    inside the content and in a column.
+    Conversations, and rows of no known form, are returned unchanged.
+
+    Raises:
+        ValueError: a message has an unknown key, or there are pictures both inside the content and
+            in a column; the message starts with `name`.
     """
     column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
     form = format_of(row.keys())
@@ -86,7 +93,7 @@ def conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if form is None and column in (None, "images"):
         return row
     images = row[column] if column else []
-    images = list(images) if isinstance(images, list | tuple) else [images]
+    images = list(images) if is_list(images) else [images]
     if form is None:
         return {**{each: row[each] for each in row if each != column}, "images": images}
     messages, pictures = form.convert({each: row[each] for each in form.columns}, len(images), name)
@@ -96,41 +103,63 @@ def conversational(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return {**kept, "messages": messages, "images": pictures or images}
 
 
-def has_pictures(messages: Any) -> bool:
-    """Whether any part of a `messages` entry holds a picture itself."""
-    if isinstance(messages, list | tuple):
+def has_image_parts(messages: object) -> bool:
+    """Return whether a `messages` entry, however broken it is, has an image part."""
+    if is_list(messages):
+        return any(map(has_image_parts, messages))
+    content = messages.get("content") if isinstance(messages, Mapping) else None
+    return is_list(content) and any(map(_is_image_part, content))
+
+
+def without_image_parts(messages: Any) -> Any:
+    """Remove every image part of a `messages` entry; its nesting and its faults stay."""
+    if is_list(messages):
+        return [without_image_parts(item) for item in messages]
+    content = messages.get("content") if isinstance(messages, Mapping) else None
+    if not is_list(content):
+        return messages
+    return {**messages, "content": [part for part in content if not _is_image_part(part)]}
+
+
+def _is_image_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def has_pictures(messages: object) -> bool:
+    """Return whether any part of a `messages` entry holds a picture itself."""
+    if is_list(messages):
         return any(map(has_pictures, messages))
     content = messages.get("content") if isinstance(messages, Mapping) else None
-    return isinstance(content, list | tuple) and any(
+    return is_list(content) and any(
         isinstance(part, Mapping) and any(part.get(key) is not None for key in PICTURE_KEYS)
         for part in content
     )
 
 
-def are_plain(messages: Any) -> bool:
-    """Whether a conversation, or any of several, has plain texts in place of parts."""
-    if not isinstance(messages, list | tuple) or not messages:
+def are_plain(messages: object) -> bool:
+    """Return whether a conversation, or any of several, has plain texts in place of parts."""
+    if not is_list(messages) or not messages:
         return False
-    if isinstance(messages[0], list | tuple):
+    if is_list(messages[0]):
         return any(map(are_plain, messages))
     return all(
         isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in messages
     )
 
 
-def two_places(column: Any) -> str:
-    """The complaint about pictures both inside the content and in a column."""
+def two_places(column: str | None) -> str:
+    """Return the error for pictures both inside the content and in a column."""
     return (
-        f"pictures stand inside the content of messages and in the column {column!r}; keep one of "
-        "them."
+        f"there are pictures inside the content of messages and in the column {column!r}; keep one "
+        "of them."
     )
 
 
-def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
-    """Messages whose parts may hold pictures; all conversations of a row share them."""
+def _chat(row: AnyRow, count: int, name: str) -> Converted:
+    """Convert messages whose parts may hold pictures; a row's conversations share them."""
     given = row["messages"]
-    several = isinstance(given, list | tuple) and bool(given) and isinstance(given[0], list | tuple)
-    pictures: list[Any] = []
+    several = is_list(given) and bool(given) and is_list(given[0])
+    pictures: list[Picture] = []
     conversations = []
     for conversation in given if several else [given]:
         messages, own = _messages(conversation, name)
@@ -143,10 +172,10 @@ def _chat(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages]
     return conversations, pictures
 
 
-def _turns(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
-    """LLaVA's and ShareGPT's turns."""
+def _turns(row: AnyRow, count: int, name: str) -> Converted:
+    """Convert LLaVA's and ShareGPT's turns."""
     given = row["conversations"]
-    if not isinstance(given, list | tuple) or not all(isinstance(turn, dict) for turn in given):
+    if not is_list(given) or not all(isinstance(turn, dict) for turn in given):
         return [], []
     if any(turn.get("role") is not None for turn in given):
         messages, pictures = _messages(given, name)
@@ -161,12 +190,12 @@ def _turns(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages
     return [_with_images(messages, count)], []
 
 
-def _completion(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
-    """TRL's prompt and completion."""
+def _completion(row: AnyRow, count: int, name: str) -> Converted:
+    """Convert TRL's prompt and completion."""
     messages: Messages = []
-    pictures: list[Any] = []
+    pictures: list[Picture] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row[column], list | tuple):
+        if is_list(row[column]):
             more, own = _messages(row[column], name)
             messages, pictures = messages + more, pictures + own
         else:
@@ -174,19 +203,19 @@ def _completion(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Mes
     return [messages if pictures else _with_images(messages, count)], pictures
 
 
-def _question(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
-    """A question about the row's images and its answer."""
+def _question(row: AnyRow, count: int, name: str) -> Converted:
+    """Convert a question about the row's images and its answer."""
     return [_dialogue(_text_parts(row["question"]), _text_parts(row["answer"]), count)], []
 
 
-def _caption(row: Mapping[str, Any], count: int, name: str) -> tuple[list[Messages], list[Any]]:
-    """The row's images and their caption."""
+def _caption(row: AnyRow, count: int, name: str) -> Converted:
+    """Convert the row's images and their caption."""
     (caption,) = row.values()
     return [_dialogue([], _text_parts(caption), count)], []
 
 
-def _dialogue(asked: Any, answer: Any, count: int) -> Messages:
-    """A user turn with so many images, and the answer."""
+def _dialogue(asked: Parts | None, answer: Parts | None, count: int) -> Messages:
+    """Return a user turn with `count` images, and the answer."""
     messages: Messages = [
         {"role": "user", "content": asked},
         {"role": "assistant", "content": answer},
@@ -195,8 +224,10 @@ def _dialogue(asked: Any, answer: Any, count: int) -> Messages:
 
 
 def _with_images(messages: Messages, count: int) -> Messages:
-    """Messages with image parts for the row's `count` images, where they have none: at the markers
-    in texts that are not the model's, else before the first user text."""
+    """Add image parts for the row's `count` images to messages that have none.
+
+    They go to the markers in texts of user and system, or else before the first user text.
+    """
     if not count or has_image_parts(messages):
         return messages
     for message in messages:
@@ -209,17 +240,17 @@ def _with_images(messages: Messages, count: int) -> Messages:
     return messages
 
 
-def _messages(given: Any, name: str) -> tuple[Messages, list[Any]]:
-    """Messages with their content as parts, and the pictures of those parts in order."""
+def _messages(given: object, name: str) -> tuple[Messages, list[Picture]]:
+    """Return messages with their content as parts, and the pictures of those parts in order."""
     messages: Messages = []
-    pictures: list[Any] = []
-    for message in given if isinstance(given, list | tuple) else []:
+    pictures: list[Picture] = []
+    for message in given if is_list(given) else []:
         if not isinstance(message, dict):
             messages.append({"role": None, "content": None})
             continue
         require_known_keys(message, MESSAGE_KEYS, f"{name}: a message")
         content = message.get("content")
-        if isinstance(content, list | tuple):
+        if is_list(content):
             content, own = _parts(content, name)
             pictures += own
         else:
@@ -228,9 +259,10 @@ def _messages(given: Any, name: str) -> tuple[Messages, list[Any]]:
     return messages, pictures
 
 
-def _parts(content: Sequence[Any], name: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Parts without pictures in them, and those pictures."""
-    parts, pictures = [], []
+def _parts(content: Sequence[object], name: str) -> tuple[Parts, list[Picture]]:
+    """Separate the parts of a content from the pictures inside them."""
+    parts: Parts = []
+    pictures: list[Picture] = []
     for part in content:
         given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
         if given.get("type") in ("image", "image_url"):
@@ -244,8 +276,8 @@ def _parts(content: Sequence[Any], name: str) -> tuple[list[dict[str, Any]], lis
     return parts, pictures
 
 
-def _picture(key: str, value: Any) -> Any:
-    """What a picture key names: a path or URL, `{"bytes", "path"}`, or bytes."""
+def _picture(key: str, value: Any) -> Picture:
+    """Return what a picture key names: a path or URL, `{"bytes", "path"}`, or bytes."""
     if key == "image_url" and isinstance(value, dict):
         return value.get("url")
     if key == "base64" and isinstance(value, str):
@@ -256,25 +288,25 @@ def _picture(key: str, value: Any) -> Any:
     return value
 
 
-def _marked_parts(text: str) -> list[dict[str, Any]]:
-    """A text cut at its `<image>` markers."""
-    parts: list[dict[str, Any]] = []
+def _marked_parts(text: str) -> Parts:
+    """Cut a text at its `<image>` markers."""
+    parts: Parts = []
     for number, piece in enumerate(MARKER.split(text)):
         parts += [{"type": "image", "text": None}] if number else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
 
 
-def _text_parts(value: Any, marked: bool = False) -> list[dict[str, Any]] | None:
-    """A text, cut at image markers if `marked`; None, which `parse_row` refuses, without one."""
+def _text_parts(value: object, marked: bool = False) -> Parts | None:
+    """Return a text as parts, cut at image markers if `marked`; None, an error later, without."""
     text = _string(value)
     if text is None:
         return None
     return _marked_parts(text) if marked else [{"type": "text", "text": text}]
 
 
-def _string(value: Any) -> str | None:
-    """A string, or a number as one; None for anything else."""
+def _string(value: object) -> str | None:
+    """Return a string, or a number as one; None for anything else."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return value if isinstance(value, str) else None

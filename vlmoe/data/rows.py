@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.data import Dataset
 
-from .conversations import COLUMNS, AnyRow, require_messages, row_name, split_conversations
-from .image_column import ImageSources
+from .conversations import row_name, split_conversations
+from .images import ImageSources
 from .row_datasets import standard_dataset
+from .row_fields import COLUMNS, AnyRow, require_messages
 from .row_formats import conversational
 
 if TYPE_CHECKING:

@@ -29,9 +29,8 @@ from typing import Any
 
 import torch
 
-from ..data.collator import IGNORE_INDEX, VLMoECollator
+from ..data.collator import IGNORE_INDEX, VLMoECollator, VLMoEPreferenceCollator
 from ..data.long_rows import length_limit
-from ..data.preference_collator import VLMoEPreferenceCollator
 from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .card_trainer import ModelCardMixin

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from vlmoe.data.lru_cache import ByteBoundedCache
+from vlmoe.data.encoding import ByteBoundedCache
 
 
 def test_least_recently_used_value_is_dropped_first() -> None:
