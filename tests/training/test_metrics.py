@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import datasets
+import evaluate
 import pytest
 
 from vlmoe.training.metrics import (
@@ -33,6 +35,25 @@ def test_exact_match_ignores_case_and_outer_space_and_is_counted_by_type() -> No
     scores = exact_match(PREDICTIONS, REFERENCES, TYPES)
     assert scores == ExactMatch(0.8, **BY_TYPE, hits=[True, True, False, True, True])
     assert list(scores.exact_match_by_type) == ["color", "yes/no"]  # no type is left out
+
+
+class SharesOfEqual(evaluate.Metric):
+    """A metric of a user's own."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        strings = {name: datasets.Value("string") for name in ("predictions", "references")}
+        features = datasets.Features(strings)
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        pairs = list(zip(predictions, references, strict=True))
+        return {"share": sum(given == right for given, right in pairs) / len(pairs)}
+
+
+def test_metrics_of_the_evaluate_library_take_the_same_lists() -> None:
+    given = [normalize_answer(each) for each in PREDICTIONS]
+    result = SharesOfEqual(keep_in_memory=True).compute(predictions=given, references=REFERENCES)
+    assert result == {"share": exact_match(PREDICTIONS, REFERENCES, TYPES).exact_match}
 
 
 def test_answers_that_cannot_be_compared_are_refused() -> None:
