@@ -114,7 +114,13 @@ class ControlStrings:
         if model.get("unk_token") is not None:
             model["unk_token"] = renamed(model["unk_token"], model["unk_token"])
         if "merges" in model:
-            model["merges"] = [merge for merge in model["merges"] if not self._is_of_control(merge)]
+            pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            # No merge may take or make a control token.
+            model["merges"] = [
+                merge
+                for merge, pair in zip(model["merges"], pairs, strict=True)
+                if self.ids.keys().isdisjoint((*pair, "".join(pair)))
+            ]
         backend = type(self._tokenizer).from_str(json.dumps(state))
         for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
             name = token.content
@@ -124,11 +130,6 @@ class ControlStrings:
                     f"{name!r} another id than {token_id}; its vocabulary has gaps."
                 )
         return backend
-
-    def _is_of_control(self, merge: str | list[str]) -> bool:
-        """Return whether a merge of BPE takes or makes a control token."""
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        return not self.ids.keys().isdisjoint((*pair, "".join(pair)))
 
 
 class GuardedTokenizer:

@@ -10,10 +10,8 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self, TypeGuard
 
 import numpy as np
@@ -29,7 +27,7 @@ from transformers.processing_utils import (
 )
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..configuration.hub_code import HubCodeMixin
+from ..configuration.hub_code import HubCodeMixin, upcycling_module
 from .chat_template import DEFAULT_CHAT_TEMPLATE
 from .control_text import guarded_tokenizer
 from .image_checks import load_rgb_image
@@ -225,17 +223,8 @@ class VLMoEProcessor(HubProcessorMixin):
             ValueError: a file is missing or broken, the processor is of another kind, or its image
                 token, number of image tokens or image size does not fit `config`.
         """
-        dense_processor = _dense_processor()
-        dense = dense_processor.read_dense_processor(source, **kwargs)
-        processor = cls.for_config(
-            config,
-            dense.tokenizer,
-            dense.image_processor,
-            chat_template=dense.chat_template,
-            **dense_processor.layout_of(dense),
-        )
-        dense_processor.check_tiles(dense, config, processor.image_seq_len)
-        return processor
+        converter = upcycling_module("dense_processor")
+        return converter.processor_from_dense(cls, source, config, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -475,14 +464,6 @@ class VLMoEProcessor(HubProcessorMixin):
 def _key(source: ImageSource) -> str | Path | int:
     """Return a key that is equal for the same object, path or string."""
     return source if isinstance(source, str | Path) else id(source)
-
-
-def _dense_processor() -> ModuleType:
-    """Import the reader of dense models' processors, which is not saved with a model."""
-    try:
-        return import_module("vlmoe.upcycling.dense_processor")
-    except ImportError as error:
-        raise ImportError("A dense processor needs the package: pip install vlmoe") from error
 
 
 def _are_texts(text: object) -> TypeGuard[list[str]]:

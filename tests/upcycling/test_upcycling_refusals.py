@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.modeling_vlmoe import from_dense
+from vlmoe.configuration import hub_code
 from vlmoe.upcycling.dense_configs import REFUSED, text_fields, vlmoe_fields
 
 
@@ -136,7 +136,7 @@ def test_a_copy_of_the_code_from_the_hub_says_what_upcycling_needs(
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(from_dense, "import_module", missing)
+    monkeypatch.setattr(hub_code, "import_module", missing)
     with pytest.raises(ImportError, match="Upcycling needs the package: pip install vlmoe"):
         VLMoEForConditionalGeneration.from_dense("user/dense")
 

@@ -27,8 +27,10 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.tower_facts import tower_image_size
 from ..processing.image_layout import encode_images, tiling_option
+from ..processing.processing_vlmoe import VLMoEProcessor
 
 NO_BOUND = 2**31 - 1
 FAMILIES = ("Idefics3Processor", "InternVLProcessor", "LlavaProcessor", "SmolVLMProcessor")
@@ -237,3 +239,15 @@ def add_image_token(tokenizer: Any, image_token: str = "<image>") -> int:
 
 
 __all__ = ["add_image_token", "check_tiles", "layout_of", "read_dense_processor"]
+
+
+def processor_from_dense(
+    cls: type[VLMoEProcessor], source: Any, config: VLMoEConfig, **kwargs: Any
+) -> VLMoEProcessor:
+    """Make what `VLMoEProcessor.from_dense` returns."""
+    dense = read_dense_processor(source, **kwargs)
+    parts = config, dense.tokenizer, dense.image_processor
+    layout = {"chat_template": dense.chat_template} | layout_of(dense)
+    processor = cls.for_config(*parts, **layout)
+    check_tiles(dense, config, processor.image_seq_len)
+    return processor
