@@ -171,17 +171,6 @@ def open_encoded(content: bytes) -> Image.Image:
     return Image.open(BytesIO(content), formats=FORMATS)
 
 
-def has_image_header(content: bytes) -> bool:
-    """Whether encoded bytes begin as an image of a known format does."""
-    try:
-        open_encoded(content).close()
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # decoders raise almost anything on broken data
-        return False
-    return True
-
-
 def _download(url: str, where: str, limits: ImageLimits) -> ImageContent:
     """Read a web server's answer, up to the limit."""
     what = f"the image at {url[:200]}"

@@ -24,8 +24,8 @@ from ..processing.image_sources import (
     DEFAULT_LIMITS,
     ImageLimits,
     decode_text,
-    has_image_header,
     is_url,
+    open_encoded,
     require_web_url,
 )
 from .row_fields import IMAGE_COLUMNS, RowImage, StoredImage
@@ -198,3 +198,14 @@ def _rebuilt(rows: "Dataset", table: "pyarrow.Table", features: "Features") -> "
         split=rows.split,
         fingerprint=Hasher.hash((rows._fingerprint, repr(features))),
     )
+
+
+def has_image_header(content: bytes) -> bool:
+    """Return whether encoded bytes begin as an image of a known format does."""
+    try:
+        open_encoded(content).close()
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # decoders raise almost anything on broken data
+        return False
+    return True
