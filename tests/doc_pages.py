@@ -20,7 +20,7 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^print\(.*\)\n# (.+)$", re.MULTILINE)
 SHORT = {
-    "train": ["--max_steps", "2", "--save_strategy", "no", "--use_cpu", "True"],
+    "train": ["--max_steps", "2", "--use_cpu", "True"],
     "evaluate": ["--max_rows", "2"],
     "inspect": [],
 }

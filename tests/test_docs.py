@@ -22,6 +22,7 @@ from transformers import (
 
 import vlmoe
 from vlmoe import VLMoEForConditionalGeneration
+from vlmoe_cli import main
 
 INSTALLS = "installs packages"
 EXCEPTIONS = {
@@ -32,6 +33,11 @@ EXCEPTIONS = {
     "make demo": "takes ten minutes; test_demo.py runs the command on a few images",
     "vlmoe demo --output_dir outputs/demo": "the same",
     "vlmoe demo --max_train_rows 8 --max_test_rows 2 --output_dir outputs/try": "test_demo.py",
+    "make test": "runs this test",
+    "make test-all": "the same",
+    "make conformance": "downloads transformers' sources",
+    "make docs": "installs packages; `.ci/run` builds the docs",
+    "make lint": "installs packages; `.ci/run` lints",
     "accelerate launch examples/accelerate_loop.py outputs/tiny my_data outputs/accelerate": (
         "starts a process; test_accelerate_loop.py runs the script"
     ),
@@ -122,3 +128,10 @@ def test_readme_states_the_lowest_accuracy_of_the_demo() -> None:
     assert (
         f"The lowest accuracy of three seeds is {lowest:.2%}." in (ROOT / "README.md").read_text()
     )
+
+
+def test_the_reference_has_every_public_name_and_command() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    names = {name for name in dir(vlmoe) if not name.startswith("_")}
+    assert set(re.findall(r"^::: vlmoe\.(\w+)$", pages, re.MULTILINE)) == names
+    assert set(re.findall(r"^\{\{ help (\S+) \}\}$", pages, re.MULTILINE)) == set(main.MODULES)
