@@ -1,51 +1,18 @@
 """Every kind of source gives the same rows, and bad ones a clear error."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from builders import assistant, plain_chat, png, user
-from PIL import Image
+from builders import plain_chat, png
+from row_files import answers, as_dataset, conversation, picture, write_json, write_pictures
 
 from vlmoe.data.augmentation import altered_image
 from vlmoe.data.conversations import parse_row
 from vlmoe.data.images import open_image
 from vlmoe.data.loading import load_rows
-
-
-def picture(seed: int) -> Image.Image:
-    """A small image without symmetry."""
-    return Image.frombytes("RGB", (3, 2), bytes((7 * i + 31 * seed) % 256 for i in range(18)))
-
-
-def conversation(number: int, images: int = 1) -> list[dict[str, Any]]:
-    return [user(f"question {number}?", images), assistant(f"answer {number}")]
-
-
-def write_json(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_pictures(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        picture(number).save(folder / f"{number}.png")
-
-
-def as_dataset(count: int = 3) -> datasets.Dataset:
-    """Rows with decoded images embedded, as a dataset on the Hub has them."""
-    rows = {
-        "messages": [conversation(number) for number in range(count)],
-        "images": [[{"bytes": png(picture(number)), "path": None}] for number in range(count)],
-        "source": ["made up"] * count,
-    }
-    dataset = datasets.Dataset.from_dict(rows)
-    return dataset.cast_column("images", datasets.List(datasets.Image()))
 
 
 def check(rows: datasets.Dataset, numbers: list[int]) -> None:
@@ -387,83 +354,6 @@ def test_unknown_split_of_a_file_is_refused(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.jsonl", [{"messages": conversation(0, images=0)}])
     with pytest.raises(ValueError, match=r"a\.jsonl has no split 'test'; it has: train"):
         load_rows(str(path), "test")
-
-
-def test_derived_rows_are_found_in_the_cache_again(tmp_path: Path) -> None:
-    as_dataset().save_to_disk(tmp_path / "one")
-    first = load_rows(str(tmp_path / "one"), altered_copies=1, with_images=False)
-    files = sorted(tmp_path.rglob("*.arrow"))
-    again = load_rows(str(tmp_path / "one"), altered_copies=1, with_images=False)
-    assert first.to_dict() == again.to_dict()
-    assert sorted(tmp_path.rglob("*.arrow")) == files
-
-
-def write_again(path: Path, content: bytes) -> None:
-    """Other content of the same size and time, as a tool that restores times may leave it."""
-    before = path.stat()
-    assert len(content) == before.st_size
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def answers(rows: datasets.Dataset) -> list[str]:
-    return [parse_row(row, 0).conversations[0][-1].text() for row in rows]
-
-
-@pytest.mark.parametrize("options", [{}, {"with_images": False}, {"altered_copies": 1}])
-@pytest.mark.parametrize("form", ["messages", "question and answer"])
-def test_a_data_file_of_the_same_size_and_time_is_read_again(
-    tmp_path: Path, options: dict[str, Any], form: str
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        json.dumps({"messages": conversation(1, images=0)})
-        if form == "messages"
-        else json.dumps({"question": "question 1?", "answer": "answer 1"})
-    )
-    assert set(answers(load_rows(str(path), **options))) == {"answer 1"}
-    write_again(path, path.read_bytes().replace(b"answer 1", b"answer 2"))
-    assert set(answers(load_rows(str(path), **options))) == {"answer 2"}
-
-
-def test_a_saved_dataset_is_known_by_its_content(tmp_path: Path) -> None:
-    rows = as_dataset(2).remove_columns("images")
-    for answer in ("answer 0", "answer 5"):
-        messages = [conversation(0, images=0), conversation(0, images=0)]
-        for turns in messages:
-            turns[1]["content"][0]["text"] = answer
-        made = rows.remove_columns("messages").add_column(
-            "messages", messages, new_fingerprint="the same"
-        )
-        made.save_to_disk(tmp_path / "saved")
-        for options in ({}, {"with_images": False}, {"altered_copies": 1}):
-            loaded = load_rows(str(tmp_path / "saved"), **options)
-            assert set(answers(loaded)) == {answer}, options
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "metadata.jsonl"])
-def test_altered_copies_follow_an_overwritten_picture(tmp_path: Path, name: str) -> None:
-    column = "file_name" if name == "metadata.jsonl" else "image"
-    write_json(tmp_path / name, [{"messages": conversation(0), column: "a.png"}])
-    source = str(tmp_path if name == "metadata.jsonl" else tmp_path / name)
-    for color in ("red", "blue"):
-        Image.new("RGB", (8, 8), color).save(tmp_path / "a.png", compress_level=0)
-        os.utime(tmp_path / "a.png", (1e9, 1e9))
-        rows = load_rows(source, altered_copies=2)
-        seen = {open_image(row["images"][0], "x").getpixel((4, 4)) for row in rows}
-        assert seen == {Image.new("RGB", (1, 1), color).getpixel((0, 0))}
-
-
-def test_altered_copies_of_unchanged_pictures_are_found_again(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
-    rows = [{"messages": conversation(n), "image": f"{n}.png"} for n in range(2)]
-    path = str(write_json(tmp_path / "rows.jsonl", rows))
-    first = load_rows(path, altered_copies=1)
-    files = sorted(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
-    again = load_rows(path, altered_copies=1)
-    assert first.to_dict() == again.to_dict()
-    assert sorted(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) == files
-    assert any("cache-" in file.name for file in files)
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
