@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What all commands share: errors in one line, exit codes, and where to read on."""
+"""The boundary that all commands share: exit codes, and errors in one line."""
 
 import os
 import sys
@@ -20,10 +20,10 @@ def run_command(
 ) -> int:
     """Run `command` with the arguments and return the exit code.
 
-    Wrong input is reported in one line on stderr with exit code 2: whatever was raised while it was
-    read (`vlmoe.hub.input_errors`), other ValueErrors, OSErrors such as a missing file or a
-    full disk, an ImportError of an extra, and memory that does not suffice. `--traceback` or
-    VLMOE_TRACEBACK=1 shows where it came from. Other errors are bugs: they keep their traceback.
+    Wrong input is reported in one line on stderr with exit code 2. That covers every error raised
+    while input is read (`vlmoe.hub.input_errors`), other ValueErrors, OSErrors such as a missing
+    file or a full disk, the ImportError of a missing extra, and insufficient memory. `--traceback`
+    or VLMOE_TRACEBACK=1 prints the traceback too. Other errors are bugs and keep their traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
     show_traceback = TRACEBACK_FLAG in arguments or os.environ.get("VLMOE_TRACEBACK", "") not in (
@@ -48,14 +48,14 @@ def run_command(
 
 
 def is_outside_fault(error: Exception) -> bool:
-    """Whether an error tells of the user's input or machine, not of a bug."""
+    """Return whether the user's input or machine caused an error, and not a bug."""
     if isinstance(error, (ValueError, OSError, ImportError, MemoryError)):
         return True
     return type(error).__name__ in _OUTSIDE or _NO_MEMORY in str(error)
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error; of one from a data loader's worker, without its traceback."""
+    """Return the message of an error, without the traceback that a data loader's worker adds."""
     message = str(error)
     if "Original Traceback" in message:
         message = message.rpartition(f"\n{type(error).__name__}: ")[2]
@@ -68,12 +68,12 @@ def one_line(error: Exception) -> str:
 
 
 def readable(text: str, what: str) -> str:
-    """A text from the command line, also where the locale's encoding is not that of the terminal.
+    """Return a text from the command line, decoded as UTF-8 where the locale could not decode it.
 
-    Python keeps bytes that its locale does not know as lone surrogates; they are read as UTF-8.
+    Python keeps bytes that the locale's encoding does not define as lone surrogates.
 
     Raises:
-        ValueError: they are no UTF-8; the message names `what`.
+        ValueError: the bytes are no UTF-8; the message names `what`.
     """
     try:
         text.encode("utf-8")
@@ -87,15 +87,14 @@ def readable(text: str, what: str) -> str:
 
 
 def _print_any_text() -> None:
-    """Let a terminal or file that is not Unicode show `\\xe9` for what it lacks: an error while
-    printing would lose the answer."""
+    """Escape characters that a terminal or file cannot show: an error would lose the answer."""
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _end_progress_bars() -> None:
-    """End the lines of bars that are under way, so that the error has its own."""
+    """End the lines of unfinished progress bars, so that the error gets its own line."""
     tqdm = sys.modules.get("tqdm")
     for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
         bar.close()

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Which numbers an option takes."""
+"""The ranges of numbers that training arguments take."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        """Whether the number lies in the range."""
+        """Return whether the number lies in the range."""
         inside = self.least <= value <= self.most and self.above < value < self.below
         return inside and math.isfinite(value)
 
     def __str__(self) -> str:
-        """The range in words: `above 0 and at most 1`."""
+        """Return the range in words: `above 0 and at most 1`."""
         bounds = {
             "{:.10g} or more": self.least,
             "above {:.10g}": self.above,
