@@ -3,7 +3,8 @@
 
 - `{{ help COMMAND }}`: the output of `vlmoe COMMAND --help`;
 - `{{ fields CLASS }}`: a table of the fields of a configuration class and their defaults;
-- `results/upcycling.png`: the figure that the benchmark keeps beside its numbers.
+- `../../benchmarks/results/FIGURE`: a figure that a benchmark keeps beside its numbers; pages in
+  results/ link to it where a reader of the repository finds it.
 """
 
 import dataclasses
@@ -18,20 +19,21 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parent.parent
-FIGURES = {"results/upcycling.png": ROOT / "benchmarks" / "results" / "upcycling.png"}
+FIGURES = ROOT / "benchmarks" / "results"
 
 
 def on_files(files: "Files", config: Any) -> "Files":
-    """Add the figures that live outside docs/."""
+    """Add the figures of the benchmarks to the pages about them."""
     from mkdocs.structure.files import File
 
-    for uri, source in FIGURES.items():
-        files.append(File.generated(config, uri, abs_src_path=str(source)))
+    for path in FIGURES.glob("*.png"):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the placeholders of a page."""
+    markdown = markdown.replace("](../../benchmarks/results/", "](")
     markdown = re.sub(r"\{\{ help (.*?) ?\}\}", lambda found: help_text(found[1]), markdown)
     return re.sub(r"\{\{ fields (\w+) \}\}", lambda found: field_table(found[1]), markdown)
 
