@@ -1,2 +1,40 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Files that are read and written: checks, locks, provenance, the model card."""
+"""Files that are read and written: checks, locks, provenance, the model card, pushes.
+
+Read push_to_hub.py and model_card.py first; whole_model.py and file_checks.py judge folders,
+atomic_files.py and folder_lock.py keep them whole.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .card_folder import write_card as write_card
+    from .folder_lock import FolderInUseError as FolderInUseError
+    from .input_errors import InputError as InputError
+    from .model_card import write_model_card as write_model_card
+    from .push_to_hub import PushResult as PushResult
+    from .push_to_hub import push as push
+    from .whole_model import model_problems as model_problems
+
+_MODULES = {
+    "FolderInUseError": "folder_lock",
+    "InputError": "input_errors",
+    "PushResult": "push_to_hub",
+    "model_problems": "whole_model",
+    "push": "push_to_hub",
+    "write_card": "card_folder",
+    "write_model_card": "model_card",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

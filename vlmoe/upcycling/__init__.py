@@ -3,9 +3,40 @@
 
 After "Sparse Upcycling" (https://arxiv.org/abs/2212.05055). Read in this order:
 
-- dense_configs.py: which dense models fit, and what they are called in our configuration;
-- options.py: what is asked for, and the sparse configuration that follows;
-- weight_plan.py: where each tensor of the sparse model comes from;
-- exactness.py: dense and sparse logits side by side, and the report;
-- conversion.py: `from_dense`, `from_vision_text`.
+- dense_to_sparse.py: `upcycle`, from a folder or Hub id to a folder;
+- dense_configs.py: the dense models that fit, and their fields in our configuration;
+- options.py: the options, and the sparse configuration that follows from them;
+- weight_plan.py: the origin of each tensor of the sparse model;
+- sample.py, exactness.py: dense and sparse logits on the same inputs;
+- conversion.py: `from_dense`, `from_vision_text`; folder.py: shard by shard into a folder.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dense_to_sparse import UpcyclingResult as UpcyclingResult
+    from .dense_to_sparse import upcycle as upcycle
+    from .exactness import UpcyclingError as UpcyclingError
+    from .options import Upcycling as Upcycling
+    from .report import UpcyclingReport as UpcyclingReport
+
+_MODULES = {
+    "Upcycling": "options",
+    "UpcyclingError": "exactness",
+    "UpcyclingReport": "report",
+    "UpcyclingResult": "dense_to_sparse",
+    "upcycle": "dense_to_sparse",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
