@@ -181,7 +181,7 @@ def test_the_model_without_lora_has_its_balance_losses_again_and_saves_them(
         ({"experts": []}, r"`experts` is empty"),
         ({"shared_experts": True}, r"`shared_experts=True`, but VLMoE.* has no linear layer"),
         ({"rank_scaling": "half"}, r"`rank_scaling` is 'half'; allowed"),
-        ({"target_modules": ["q_proj"]}, r"`target_modules` is what this function finds out"),
+        ({"target_modules": ["q_proj"]}, r"`target_modules` is determined by this function"),
         ({"use_dora": True}, r"`use_dora` is True.*norms of DoRA"),
         ({"lora_bias": True}, r"`lora_bias` is True"),
         ({"lora_dropout": 0.1}, r"`lora_dropout` is 0.1.*add_expert_lora\(model, dropout"),

@@ -295,7 +295,7 @@ def hooked(model: torch.nn.Module) -> None:
 
 
 REFUSED: dict[Callable[..., Any], str] = {
-    lambda model: model.merge_adapter(): r"cannot be merged into quantised experts\. Save",
+    lambda model: model.merge_adapter(): r"cannot be merged into quantized experts\. Save",
     lambda model: model.merge_and_unload(): r"without `quantization_config`, and merge there",
     vlmoe.disable_routed_lora: r"layers\.0\.mlp\.experts: .* PEFT's own path cannot compute",
     hooked: r"needs the routed path, which cannot run here: VLMoEExperts has hooks\. Change that",

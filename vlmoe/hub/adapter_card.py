@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What an adapter's files tell others of its base model: a Hub id, never a path of this machine.
+"""Keep paths of this machine out of an adapter's files: its base model is a Hub id or unnamed.
 
 PEFT writes the base model's path into the card's metadata, where the Hub refuses it, and into
 adapter_config.json, where it finds the model again. So the card is rewritten where it is saved, and
@@ -24,9 +24,9 @@ BASE = "base_model_name_or_path"
 
 
 def pushed_instead(folder: Path) -> dict[str, bytes]:
-    """By name, the content of an adapter's files that others get in place of those in `folder`.
+    """Return, by name, the contents to push in place of an adapter's own files.
 
-    Without an adapter, and where its base model is one of the Hub, there are none.
+    There are none without an adapter, or for a base model of the Hub.
     """
     if not (folder / CONFIG_FILE).is_file():
         return {}
@@ -35,8 +35,8 @@ def pushed_instead(folder: Path) -> dict[str, bytes]:
     if not base or hub_models(base):
         return {}
     logger.warning(
-        "The base model of this adapter, %s, is a folder of this machine, which others are not "
-        "told. Push it too, and write its repo into %s as %s.",
+        "The base model of this adapter, %s, is a folder of this machine, so the pushed config "
+        "names none. Push it too, and write its repo into %s as %s.",
         base,
         folder / CONFIG_FILE,
         BASE,
@@ -48,7 +48,7 @@ def pushed_instead(folder: Path) -> dict[str, bytes]:
 
 
 def tidy_adapter_card(folder: Path, pipeline_tag: str) -> None:
-    """Take the base model's path out of the card that PEFT wrote, and say what the model does."""
+    """Remove the base model's path from the card that PEFT wrote, and set its pipeline tag."""
     config, card = folder / CONFIG_FILE, folder / CARD_FILE
     if not config.is_file() or not card.is_file():
         return
@@ -58,7 +58,7 @@ def tidy_adapter_card(folder: Path, pipeline_tag: str) -> None:
 
 
 def hide_base_model(folder: Path) -> None:
-    """Take the base model's path out of the adapter's config, too."""
+    """Remove the base model's path from the adapter's config, too."""
     for name, content in pushed_instead(folder).items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
@@ -66,7 +66,7 @@ def hide_base_model(folder: Path) -> None:
 
 def _card_without_path(file: Path, base: str, pipeline_tag: str | None = None) -> str:
     card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    data: Any = card.data
+    data: Any = card.data  # CardData takes any attribute
     data.pipeline_tag = pipeline_tag or data.pipeline_tag
     data.base_model = hub_models(data.base_model)
     marks = [tag for tag in data.tags or () if tag.startswith("base_model:")]

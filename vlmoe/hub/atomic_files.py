@@ -1,12 +1,12 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Files that are either whole or absent, whenever the process dies.
+"""Write files that are either whole or absent, whenever the process dies.
 
 A file is written under a hidden name beside its destination, flushed to disk, and renamed: on POSIX
 a rename within one file system is atomic. A folder of files is staged in a hidden folder inside its
 destination and moved file by file, the one without which nothing loads (`config.json`) removed
-first and moved last. Hidden names tell host and process, so that what a killed one left is known.
-Published files may be read by whom the umask allows, also where safetensors wrote them for the
-owner alone.
+first and moved last. Hidden names hold host and process, so that leftovers of a killed process are
+recognized. Published files get the permissions of the umask, though safetensors writes them for
+their owner alone.
 """
 
 import itertools
@@ -19,7 +19,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .input_errors import writing
 from .json_files import json_text
@@ -27,7 +26,7 @@ from .json_files import json_text
 logger = logging.getLogger(__name__)
 
 HIDDEN_FOLDERS = (".incoming.*", ".removed-*")
-"""What a killed process leaves in a folder; see `staging_folder` and `remove_folder`."""
+"""Leftovers of a killed process in a folder; see `staging_folder` and `remove_folder`."""
 
 REPLACED_WEIGHTS = "_replaced-weights"
 _LOADED_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json")
@@ -38,8 +37,7 @@ _umask_guard = threading.Lock()
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an
-    error.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
     The suffix is kept, since image writers choose their format by it.
 
@@ -67,7 +65,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, data: Any) -> None:
+def write_json(path: str | Path, data: object) -> None:
     """Write `data` as indented JSON, atomically.
 
     Raises:
@@ -79,7 +77,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def staging_folder(destination: str | Path) -> Path:
-    """An empty hidden folder inside `destination`, on the same file system, of this process."""
+    """Make an empty hidden folder of this process inside `destination`, on its file system."""
     staging = Path(destination) / f".incoming.{_host()}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -87,8 +85,7 @@ def staging_folder(destination: str | Path) -> Path:
 
 
 def publish_folder(staging: Path, destination: str | Path, last: str = "config.json") -> None:
-    """Move all files of `staging` into `destination`, so that a kill leaves nothing half written
-    that loads.
+    """Move all files of `staging` into `destination`; a kill leaves no half-written model.
 
     `last` is removed from the destination first and arrives last: between the two moments the
     folder cannot be loaded as a model, and afterwards it is whole. Weight files of an older model
@@ -116,8 +113,9 @@ def publish_folder(staging: Path, destination: str | Path, last: str = "config.j
 
 
 def refuse_mixing(destination: str | Path, *, is_adapter: bool) -> None:
-    """Refuse to put a model into the folder of an adapter, or an adapter into that of a model:
-    neither would load.
+    """Refuse to put a model into an adapter's folder, or an adapter into a model's.
+
+    Neither would load.
 
     Raises:
         ValueError: names the folder and what it holds.
@@ -132,8 +130,7 @@ def refuse_mixing(destination: str | Path, *, is_adapter: bool) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that other code finds by name: first rename it out of sight, then delete what
-    it holds."""
+    """Rename a folder out of sight, then delete it: other code finds it by name."""
     hidden = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
@@ -155,7 +152,7 @@ def open_to_readers(folder: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number that makes it new."""
+    """Return `path`, or `path` with the first number that makes it new."""
     candidates = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return path if not path.exists() else next(each for each in candidates if not each.exists())
 

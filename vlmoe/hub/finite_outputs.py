@@ -1,12 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Answers are made of numbers: logits that are NaN or infinite end evaluation, inspection and
-generation with an error that names the layer where they began.
+"""Refuse NaN or infinite logits, with an error that names the layer where they began.
 
-Weights are looked at when they are loaded (`require_finite`); this finds what overflows on the way.
+Evaluation, inspection and generation use it. Weights are checked when they are loaded
+(`require_finite`); this finds activations that overflow.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ def require_finite_logits(
     """Raise unless each row's largest logit is a finite number.
 
     Args:
-        logits: (..., vocabulary); -inf are tokens that must not be said.
+        logits: (..., vocabulary); -inf masks a token.
         model, inputs: run once more, after a failure, to find the layer.
 
     Raises:
@@ -37,17 +36,17 @@ def require_finite_logits(
 
 
 def finite_logits(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> LogitsProcessorList:
-    """The `logits_processor` with which `generate` raises as `require_finite_logits` does."""
+    """Return a `logits_processor` with which `generate` raises as `require_finite_logits` does."""
     return LogitsProcessorList([_FiniteLogits(model, inputs)])
 
 
 @torch.no_grad()
-def first_non_finite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """The name of the module that first gives NaN or infinite numbers in a forward, if any."""
+def first_non_finite_module(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first module whose output is NaN or infinite, if any."""
     found: list[str] = []
 
-    def look_at(name: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
+    def look_at(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: object, output: object) -> None:
             floats = (
                 t for t in tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point()
             )

@@ -1,12 +1,12 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""One writer at a time in a folder.
+"""Allow one writer at a time in a folder.
 
-A writer holds an `flock` on the file `_vlmoe.lock` in its folder. The operating system gives the
-lock back when the process ends, however it ends. The file says in JSON who holds it and since when.
+A writer holds an `flock` on the file `_vlmoe.lock` in its folder. The operating system releases the
+lock when the process ends, however it ends. The file names its holder and start time in JSON.
 
-- The holder deletes the file when it is done. One that a killed process left is nobody's: the next
-  writer takes it over. A file is deleted only under its own lock, and a lock on a file that is no
-  longer in the folder does not count: two writers never hold different files of one name.
+- The holder deletes the file at the end. The next writer takes over a file that a killed process
+  left. A file is deleted only under its own lock, and a lock on a file that is no longer in the
+  folder does not count: two writers never hold different files of one name.
 - In one process the lock is re-entrant. Processes that the holder starts inherit it, by a token in
   their environment.
 - Names with a leading underscore are not pushed to the Hub, by `Trainer` or by `vlmoe push`.
@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from .atomic_files import HIDDEN_FOLDERS, remove_unfinished_files
 
@@ -62,6 +62,16 @@ class _Lock:
     depth: int = 1
 
 
+class Holder(TypedDict, total=False):
+    """The process that holds a lock, as the lock's file names it."""
+
+    pid: int
+    host: str
+    since: str
+    command: str
+    token: str
+
+
 _locks: dict[Path, _Lock] = {}
 _guard = threading.RLock()
 
@@ -70,11 +80,11 @@ _guard = threading.RLock()
 def folder_lock(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
     """Keep other writers out of a folder, which is made if need be.
 
-    What killed writers left there unfinished is removed. A folder that was made for the lock, and
-    that nothing was written into, is removed in the end.
+    Unfinished files of killed writers are removed. A folder that was made for the lock is removed
+    at the end if it is empty.
 
     Args:
-        folder: what is written into.
+        folder: to write into.
         beside: put the file beside the folder, hidden, for one that comes by a rename.
 
     Raises:
@@ -106,7 +116,7 @@ def launch_lock(folder: str | Path, takes_it: bool = True) -> Iterator[None]:
     All ranks must enter this.
 
     Args:
-        folder: what the launch writes into.
+        folder: of the launch's output.
         takes_it: whether this rank does: the first one, or the first of its machine where each
             machine keeps its own files.
 
@@ -165,7 +175,7 @@ def _release(lock: _Lock) -> None:
 
 
 def _close_in_child() -> None:
-    """A forked process inherits the lock, but must not keep it when its parent has died."""
+    """Close an inherited lock in a forked process, which must not hold it after its parent."""
     for lock in _locks.values():
         if lock.descriptor is not None:
             os.close(lock.descriptor)
@@ -177,7 +187,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def require_writable(path: str | Path) -> None:
-    """Refuse a file that could not be written, before the work that it is to hold the result of.
+    """Refuse a file that could not be written, before the work whose result it will hold.
 
     Raises:
         OSError: names the path and what is in the way.
@@ -195,7 +205,7 @@ def require_writable(path: str | Path) -> None:
 
 
 def refuse_dangling(folder: Path) -> None:
-    """Refuse a path that leads through a link to nothing: making what it names is not meant.
+    """Refuse a path through a dangling link, whose target must not be made by accident.
 
     Raises:
         OSError: names the link and what it leads to.
@@ -206,7 +216,7 @@ def refuse_dangling(folder: Path) -> None:
 
 
 def _open(file: Path, shown: str) -> tuple[int, list[Path]]:
-    """The lock's file, open, and the folders that had to be made."""
+    """Open the lock's file; return it and the folders that had to be made."""
     only_this = getattr(os, "O_NOFOLLOW", 0)
     refuse_dangling(Path(shown).expanduser())
     made: list[Path] = []
@@ -231,12 +241,12 @@ def _open(file: Path, shown: str) -> tuple[int, list[Path]]:
 
 
 def _unwritable(path: str, error: OSError) -> OSError:
-    """The error for a path that cannot be written to, without the names of our own files."""
+    """Make the error for a path that cannot be written to, without names of our own files."""
     return OSError(f"{path} cannot be written to: {error.strerror or error}. Choose another place.")
 
 
 def _locked(descriptor: int, shown: str) -> bool:
-    """Whether the lock is now held; where the file system has none, it is taken for held."""
+    """Try to lock; return True, too, where the file system has no locks."""
     if fcntl is None:
         _warn_without_locks(shown, "this system has no flock")
         return True
@@ -252,15 +262,15 @@ def _locked(descriptor: int, shown: str) -> bool:
 @functools.cache
 def _warn_without_locks(shown: str, reason: str) -> None:
     logger.warning(
-        "%s cannot be locked (%s): nothing would stop a second process that writes there. See to "
-        "it that there is none.",
+        "%s cannot be locked (%s), so a second process could write there at the same time. Make "
+        "sure that only one does.",
         shown,
         reason,
     )
 
 
 def _is_in_place(descriptor: int, file: Path) -> bool:
-    """Whether the open file is the one in the folder."""
+    """Tell whether the open file is the one in the folder."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(file))
     except FileNotFoundError:
@@ -268,13 +278,13 @@ def _is_in_place(descriptor: int, file: Path) -> bool:
 
 
 def _take_over(lock: _Lock, shown: str) -> None:
-    """Write down who holds the lock, then clean up what a killed holder left."""
+    """Write the holder into the file, then remove leftovers of a killed holder."""
     assert lock.descriptor is not None
     before = _read(lock.descriptor)
     if before:
         logger.warning("%s was left by %s, which has ended.", shown, _described(before))
     word = [each for each in sys.argv[1:2] if not each.startswith("-")]
-    holder = {
+    holder: Holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -290,30 +300,30 @@ def _take_over(lock: _Lock, shown: str) -> None:
     remove_unfinished_files(lock.file.parent)
 
 
-def _holder(descriptor: int) -> dict[str, Any]:
-    """Who holds the lock; nothing if it is not written there."""
+def _holder(descriptor: int) -> Holder:
+    """Read the holder of the lock; empty if it is not written there."""
     end = time.monotonic() + _READING_SECONDS
     while not (holder := _read(descriptor)) and time.monotonic() < end:
         time.sleep(0.01)
     return holder
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read(descriptor: int) -> Holder:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:  # empty, or being written
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return Holder(**holder) if isinstance(holder, dict) else {}
 
 
-def _described(holder: dict[str, Any]) -> str:
+def _described(holder: Holder) -> str:
     return (
         f"process {holder.get('pid', '?')} on {holder.get('host', '?')} "
         f"({holder.get('command', '?')}, since {holder.get('since', '?')})"
     )
 
 
-def _in_use(shown: str, holder: dict[str, Any]) -> str:
+def _in_use(shown: str, holder: Holder) -> str:
     return (
         f"{shown} is being written to by {_described(holder)}: wait until it has ended, stop it, "
         "or choose another folder."

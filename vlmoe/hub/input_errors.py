@@ -1,9 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Whatever goes wrong while a user's input is read, as that input's fault in one line.
+"""Report a fault of a user's input in one line that names the input.
 
-Libraries raise what they please at a damaged file: KeyError, TypeError, RecursionError, classes of
-their own. Where an input is read, and nowhere else, all of it becomes `InputError`; an error of our
-code elsewhere stays what it is.
+At a damaged file libraries raise KeyError, TypeError, RecursionError and their own classes. Where
+an input is read, and nowhere else, all of them become `InputError`.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """A fault of what the user gave: an option, a file, a row."""
+    """A fault of the user's input: an option, a file, a row."""
 
 
 @contextmanager
@@ -43,8 +42,8 @@ def writing(path: str | Path) -> Iterator[None]:
     """Name the file or folder where an error of the disk, of the block, names none.
 
     Raises:
-        OSError: `path cannot be written: reason`, for an OSError without a path, and for what
-            safetensors and torch raise of a full disk; other errors pass through unchanged.
+        OSError: `path cannot be written: reason`, for an OSError without a path, and for the
+            errors of safetensors and torch at a full disk; other errors pass through unchanged.
     """
     try:
         yield
@@ -59,7 +58,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The message of an error in one line, led by its class where the message alone says little."""
+    """Return the message of an error in one line, led by its class where that helps."""
     message = str(error)
     if "Original Traceback" in message:  # of a data loader's worker
         message = message.rpartition(f"\n{type(error).__name__}: ")[2]

@@ -6,6 +6,7 @@ at all. Fields outside the table are not judged here; the config checks the numb
 """
 
 from pathlib import Path
+from typing import Any
 
 from .input_errors import InputError
 from .json_files import read_json
@@ -75,7 +76,7 @@ def json_problem(file: Path) -> str | None:
     return None
 
 
-def _problem(value: object, allowed: tuple[type, ...]) -> str | None:
+def _problem(value: Any, allowed: tuple[type, ...]) -> str | None:
     if value is None:
         return None
     if type(value) not in allowed:

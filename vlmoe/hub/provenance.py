@@ -1,10 +1,10 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""How weights came about: the stages of training, kept beside them in training_stages.json.
+"""Training provenance: the stages of training, kept beside the weights in training_stages.json.
 
-Each stage is a dict: what it started from, its data, hyper-parameters, how far it went, the machine
-and the versions. A run that starts from a saved folder takes over the stages written there, so that
-the list goes back to the first weights. The model card is rendered from it (model_card.py). Paths
-are left out: of a local folder or file only its name is kept.
+Each stage is a dict: start, data, hyperparameters, steps, machine and versions. A run that starts
+from a saved folder takes over the stages written there, so that the list goes back to the first
+weights. The model card is rendered from it (model_card.py). Paths are left out: of a local folder
+or file only its name is kept.
 """
 
 import platform
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from .input_errors import InputError
-from .json_files import read_json
+from .json_files import JsonObject, read_json
 
 STAGES_FILE = "training_stages.json"
 RESULTS_FILE = "train_results.json"
 REPORT_NAME = "upcycling_report.json"  # of a conversion
 PRESET_LICENSE = "apache-2.0"
-"""The licence of weights that were trained from a preset: the package's own."""
+"""The license of weights that were trained from a preset: the package's own."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -35,7 +36,7 @@ PACKAGES = ("vlmoe", "torch", "transformers", "accelerate", "datasets", "tokeniz
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """What a Trainer cannot tell of its run.
+    """Facts about a run that a Trainer does not know.
 
     Attributes:
         preset: the preset whose sizes the model has, if it was trained from scratch.
@@ -56,8 +57,8 @@ class RunOrigin:
     evaluation: str | None = None
 
 
-def read_stages(folder: str | Path) -> list[dict[str, Any]]:
-    """The stages behind the weights in `folder`; an empty list where none are written there.
+def read_stages(folder: str | Path) -> list[JsonObject]:
+    """Read the stages behind the weights in `folder`; an empty list if none are recorded.
 
     The last one holds the results of train_results.json as `results`.
     """
@@ -71,18 +72,18 @@ def read_stages(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def describe_stage(
-    model: Any,
-    start: dict[str, Any],
+    model: VLMoEForConditionalGeneration,
+    start: JsonObject,
     origin: RunOrigin,
     arguments: TrainingArguments,
     state: TrainerState,
-) -> dict[str, Any]:
-    """The stage that is being trained, at its present step.
+) -> JsonObject:
+    """Describe the stage that is being trained, at its present step.
 
     Args:
         model: the model, without wrappers.
         start: see `starting_point`.
-        origin: what Trainer cannot tell.
+        origin: facts that Trainer does not know.
         arguments: Trainer's arguments.
         state: Trainer's state.
     """
@@ -112,9 +113,11 @@ def describe_stage(
     }
 
 
-def starting_point(model: Any, preset: str | None) -> dict[str, Any]:
-    """What training starts from: `kind` (preset, hub, folder or config), `name`, and of a saved
-    model the licence and base model that its card names, if it has one that can be read."""
+def starting_point(model: PreTrainedModel, preset: str | None) -> JsonObject:
+    """Return the start of a training: `kind` (preset, hub, folder or config) and `name`.
+
+    For a saved model, license and base model of its card are added; see `saved_model`.
+    """
     source = model.name_or_path
     if preset is not None:
         return {"kind": "preset", "name": preset, "license": PRESET_LICENSE}
@@ -123,9 +126,8 @@ def starting_point(model: Any, preset: str | None) -> dict[str, Any]:
     return saved_model(source)
 
 
-def saved_model(source: str) -> dict[str, Any]:
-    """`kind` (hub or folder), `name`, and the licence and base model that its card names, if it has
-    one that can be read."""
+def saved_model(source: str) -> JsonObject:
+    """Return `kind` (hub or folder), `name`, and license and base model of a readable card."""
     folder = Path(source)
     if folder.is_dir():
         card = _card_data(folder / "README.md") if (folder / "README.md").is_file() else {}
@@ -136,8 +138,8 @@ def saved_model(source: str) -> dict[str, Any]:
     return {"kind": "hub", "name": source, **known, "base_model": source}
 
 
-def hyperparameters(arguments: TrainingArguments, dtype: str) -> dict[str, Any]:
-    """The arguments that decide what is learned, as plain values.
+def hyperparameters(arguments: TrainingArguments, dtype: str) -> JsonObject:
+    """Return the arguments that affect the weights, as plain values.
 
     Args:
         arguments: Trainer's arguments.
@@ -164,7 +166,7 @@ def hyperparameters(arguments: TrainingArguments, dtype: str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or of the processor."""
+    """Return the name of a GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -176,7 +178,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
+    """Return the versions of Python and of the packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -187,15 +189,14 @@ def versions() -> dict[str, str]:
 
 
 def dataset_name(source: str | None) -> tuple[str | None, bool]:
-    """The name of a dataset without its path, and whether it is a local file or folder."""
+    """Return the name of a dataset without its path, and whether it is a local file or folder."""
     path = Path(source or "").expanduser()
     is_local = bool(source) and path.exists()
     return (path.resolve().name if is_local else source), is_local
 
 
 def hub_models(names: Any) -> Any:
-    """The name of a model, or names, if it may be a Hub id and is no file or folder here; else
-    None."""
+    """Return a model's name, or names, that may be Hub ids and are no files here; else None."""
     if isinstance(names, list):
         return [name for name in names if hub_models(name)] or None
     is_id = isinstance(names, str) and _HUB_ID.fullmatch(names) and not Path(names).exists()
@@ -203,7 +204,7 @@ def hub_models(names: Any) -> Any:
 
 
 def saved_json(file: Path, kind: type = dict) -> Any:
-    """The content of a JSON file, or None where there is no such file.
+    """Return the content of a JSON file, or None if there is no such file.
 
     Raises:
         InputError: it is not valid JSON, or not of the kind; the message names the file.
@@ -212,7 +213,7 @@ def saved_json(file: Path, kind: type = dict) -> Any:
 
 
 def _card_data(source: str | Path) -> Any:
-    """The metadata of a card, from a file or the Hub; empty where there is none to be read."""
+    """Return the metadata of a card, from a file or the Hub; empty if it cannot be read."""
     try:
         return ModelCard.load(source, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):

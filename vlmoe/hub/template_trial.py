@@ -1,9 +1,9 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A chat template that somebody else made is tried in a child process before it is used.
+"""Try a foreign chat template in a child process before it is used.
 
-transformers' sandbox keeps a template from running code, not from looping for ever or filling the
-memory. The child renders short chats with a limit of time and of address space, and without torch:
-0.7 s of processor time. A template that misbehaves only for other chats is not found.
+transformers' sandbox keeps a template from running code, not from endless loops or filling the
+memory. The child renders short chats under limits of time and address space, without torch, in
+0.7 s of processor time. It does not find a template that misbehaves for other chats only.
 """
 
 import json
@@ -11,7 +11,6 @@ import logging
 import subprocess
 import sys
 from functools import lru_cache
-from typing import Any
 
 SECONDS = 10
 START_SECONDS = 120
@@ -21,7 +20,7 @@ MEMORY = 2**30
 MAX_CHARACTERS = 1_000_000
 """The longest text that the short chats may become."""
 FAULT = 3
-PROBES: tuple[tuple[bool, list[dict[str, Any]]], ...] = (
+PROBES: tuple[tuple[bool, list[dict[str, object]]], ...] = (
     (True, [{"role": "user", "content": "a"}]),
     (True, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]),
     (
@@ -35,7 +34,7 @@ PROBES: tuple[tuple[bool, list[dict[str, Any]]], ...] = (
 )
 
 
-def try_templates(template: Any, source: str) -> None:
+def try_templates(template: str | dict[str, str] | None, source: str) -> None:
     """Render short chats by the chat template or templates of `source`, unless it is our own.
 
     Args:
@@ -62,7 +61,7 @@ def try_templates(template: Any, source: str) -> None:
 
 @lru_cache
 def _fault(template: str) -> str | None:
-    """What is wrong with a template, as a predicate; None for a sound one."""
+    """Describe what is wrong with a template, as a predicate; None for a sound one."""
     child = subprocess.Popen(
         [sys.executable, "-P", __file__],
         stdin=subprocess.PIPE,
@@ -90,7 +89,7 @@ def _fault(template: str) -> str | None:
 
 
 def _first_line(child: "subprocess.Popen[str]") -> str:
-    """What the child says once it is ready; nothing if it could not start in time."""
+    """Read the child's first line, which it prints once it is ready; empty if it is late."""
     from threading import Timer
 
     timer = Timer(START_SECONDS, child.kill)
@@ -108,14 +107,14 @@ def _last_line(text: str) -> str:
 @lru_cache
 def _say_unlimited() -> None:
     logging.getLogger(__name__).warning(
-        "This system cannot limit the memory of a process: a chat template is tried with a limit "
-        "of %s seconds alone.",
+        "This system cannot limit the memory of a process: a chat template is tried under a limit "
+        "of %s seconds only.",
         SECONDS,
     )
 
 
 def _limit_memory() -> bool:
-    """Limit the address space of this process; whether the system can."""
+    """Limit the address space of this process; return False if the system cannot."""
     try:
         import resource
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Which parameters LoRA on a sparse model adapts, written down as a plain `peft.LoraConfig`.
+"""Name the parameters that LoRA adapts on a sparse model, as a plain `peft.LoraConfig`.
 
-PEFT's own ways to name them fail in silence: `target_modules="all-linear"` finds no expert, since
-experts are 3-D parameters and no linear layers, and names that match nothing are left out.
+PEFT's own ways to name them fail silently: `target_modules="all-linear"` finds no expert, since
+experts are 3-D parameters and not linear layers, and names without a match are ignored.
 """
 
 import re
@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 _LINEAR_PARTS = ("attention", "shared_experts", "connector")
 _CONNECTORS = ("connector", "multi_modal_projector", "merger")
 _ROUTERS = ("router", "gate")
-# field: values that experts can be adapted with, and why not with others
-_ALLOWED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+# field: values that experts can be adapted with, and the reason
+_ALLOWED_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "use_dora": ((False,), "the norms of DoRA need the adapted weights of all experts"),
     "lora_bias": ((False,), "the experts have no bias of this form"),
     "fan_in_fan_out": ((False,), "the layout of the experts is known"),
@@ -107,8 +107,10 @@ def _config(
     alpha: float,
     options: Mapping[str, Any],
 ) -> LoraConfig:
-    """Without patterns for the experts where they can have `r`: PEFT finds patterns of parameters,
-    but warns that it does not."""
+    """Make the config, with as few patterns for experts as possible.
+
+    PEFT applies patterns of parameters, but warns that they match nothing.
+    """
     of_experts = [rank for part, rank in ranks.items() if part not in (*_LINEAR_PARTS, "router")]
     config_rank = r if r in of_experts else min(of_experts)
     patterns = {part: rank for part, rank in ranks.items() if rank != config_rank}
@@ -125,11 +127,11 @@ def _config(
     )
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, object]) -> None:
     for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         if field in options:
             raise ValueError(
-                f"`{field}` is what this function finds out; say what to adapt by `experts`, "
+                f"`{field}` is determined by this function: choose the parts by `experts`, "
                 "`attention`, `router`, `shared_experts`, `connector`, or write a LoraConfig."
             )
     for field, (allowed, why) in _ALLOWED_OPTIONS.items():
@@ -146,7 +148,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _expert_matches(
     model: PreTrainedModel, experts: Sequence[str] | Mapping[str, int]
 ) -> list[_Match]:
-    """The asked parameters of all banks, a bank being a module with a 3-D `down_proj`."""
+    """Find the asked parameters of all banks: modules with a 3-D `down_proj`."""
     banks = {
         name: module
         for name, module in model.named_modules()
@@ -203,7 +205,7 @@ def _linear_matches(model: PreTrainedModel, banks: Iterable[str], part: str) -> 
 
 
 def _router_matches(model: PreTrainedModel, banks: Iterable[str]) -> list[_Match]:
-    """Routers are modules beside the experts, with a weight (experts, hidden)."""
+    """Find the routers: modules beside the experts, with a weight (experts, hidden)."""
     matches = []
     for block in dict.fromkeys(name.rpartition(".")[0] for name in banks):
         for name in _ROUTERS:
@@ -222,7 +224,7 @@ def _ranks(
     rank_scaling: str | None,
     parts: Iterable[str],
 ) -> dict[str, int]:
-    """Rank of each part: a parameter of the experts, or a kind of layer."""
+    """Return the rank of each part: a parameter of the experts, or a kind of layer."""
     given = dict(experts) if isinstance(experts, Mapping) else dict.fromkeys(experts, r)
     for field, rank in {"r": r, **{f"experts[{n!r}]": v for n, v in given.items()}}.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
@@ -244,19 +246,19 @@ def _ranks(
 
 
 def _suffixes(matches: Iterable[_Match]) -> list[str]:
-    """Names from the layer on, equal in all layers: "mlp.experts.down_proj"."""
+    """Return names from the layer on, equal in all layers: "mlp.experts.down_proj"."""
     return sorted({".".join(match.name.split(".")[-3:]) for match in matches})
 
 
 def _targets(model: PreTrainedModel, matches: list[_Match]) -> list[str]:
-    """Suffixes, or whole names where a suffix is also that of a parameter that is not asked for."""
+    """Return suffixes, or whole names where another parameter has the same suffix."""
     asked, endings = {match.name for match in matches}, tuple(_suffixes(matches))
     found = {name for name, _ in model.named_parameters() if name.endswith(endings)}
     return _suffixes(matches) if found == asked else sorted(asked)
 
 
 def _pattern(matches: Iterable[_Match], part: str) -> str:
-    """A regular expression that matches all names of one part."""
+    """Make a regular expression that matches all names of one part."""
     names = [match for match in matches if match.part == part]
     if part not in _LINEAR_PARTS:
         return "|".join(_suffixes(names)).replace(".", r"\.")

@@ -1,31 +1,35 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Saved LoRA adapters: checked before anything is loaded, and written with one key per expert.
+"""Check saved LoRA adapters before they are loaded, and write them with one key per expert.
 
 PEFT keeps the adapters of all experts of a bank in two matrices, A (r * experts, in) and
-B (out, r * experts), under the name of the bank. Servers read the names of the experts as they were
-before the bank was fused: `experts.3.gate_proj.lora_A.weight` (r, in), `...lora_B.weight` (out, r).
+B (out, r * experts), under the name of the bank. Servers read the names of unfused
+experts: `experts.3.gate_proj.lora_A.weight` (r, in), `...lora_B.weight` (out, r).
 """
 
+import os
 import re
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..hub.atomic_files import atomic_path, refuse_mixing, write_json
 from ..hub.file_checks import content_problems
 from ..hub.finite_weights import require_finite
 from ..hub.folder_lock import folder_lock
 from ..hub.input_errors import reading
-from ..hub.json_files import read_json
+from ..hub.json_files import JsonObject, read_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _BANK_KEY = re.compile(r"^(.*\.experts)((?:\.base_layer)*)\.lora_([AB])\.weight$")
 
-_FIELDS: dict[str, Any] = {
+_FIELDS: dict[str, type | tuple[type, ...]] = {
     "r": int,
     "lora_alpha": (int, float),
     "target_parameters": (list, NoneType),
@@ -38,8 +42,8 @@ _FIELDS: dict[str, Any] = {
 Tensors = dict[str, torch.Tensor]
 
 
-def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Configuration of a LoRA adapter whose files are whole.
+def adapter_config(folder: str | os.PathLike[str]) -> JsonObject:
+    """Read the configuration of a LoRA adapter whose files are intact.
 
     Raises:
         FileNotFoundError: the folder, or a file of the adapter, is missing.
@@ -60,8 +64,8 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
-    """Configuration and tensors of a LoRA adapter.
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[JsonObject, Tensors]:
+    """Read configuration and tensors of a LoRA adapter.
 
     Raises:
         FileNotFoundError, ValueError: as `adapter_config`, or a tensor is not finite.
@@ -72,8 +76,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> Any:
-    """`model` with the adapter, by PEFT, after names and shapes have been compared.
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> "PeftModel":
+    """Put the adapter on `model`, by PEFT, after a comparison of names and shapes.
 
     Raises:
         FileNotFoundError, ValueError: as `read_adapter`, or the adapter does not fit the model,
@@ -102,7 +106,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     return adapted
 
 
-def export_per_expert(folder: str | Path, output: str | Path) -> int:
+def export_per_expert(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> int:
     """Write the adapter with one pair of matrices per expert and projection; return their number.
 
     In the banks of Qwen3-MoE, Qwen3-VL-MoE, OLMoE, Mixtral and VLMoE the first half of B belongs to
@@ -122,7 +126,7 @@ def export_per_expert(folder: str | Path, output: str | Path) -> int:
         return _export(folder, output)
 
 
-def _export(folder: str | Path, output: Path) -> int:
+def _export(folder: str | os.PathLike[str], output: Path) -> int:
     config, tensors = read_adapter(folder)
     parameters = {name.rpartition(".")[2] for name in config.get("target_parameters") or ()}
     if others := sorted(parameters - {"gate_up_proj", "down_proj"}):
@@ -142,7 +146,8 @@ def _export(folder: str | Path, output: Path) -> int:
                 f"{name} belongs to none of the parameters that the config names: {order}."
             )
         parameter = order[len(order) - 1 - depth]  # the innermost wrapper is that of the first
-        rank = ranks[parameter] = _by_pattern(config.get("rank_pattern"), parameter, config["r"])
+        rank = int(_by_pattern(config.get("rank_pattern"), parameter, config["r"]))
+        ranks[parameter] = rank
         for key, value in _per_expert(tensor, parameter, letter, rank, name).items():
             exported[f"{bank}.{key}.lora_{letter}.weight"] = value.contiguous().clone()
             pairs += letter == "A"
@@ -154,15 +159,15 @@ def _export(folder: str | Path, output: Path) -> int:
     return pairs
 
 
-def _by_pattern(patterns: dict[str, Any] | None, parameter: str, default: Any) -> Any:
-    """The value of the pattern that ends in the parameter's name; all banks have the same."""
+def _by_pattern(patterns: JsonObject | None, parameter: str, default: float) -> float:
+    """Return the value of the pattern for a parameter's name; all banks have the same."""
     found = [v for key, v in (patterns or {}).items() if key.endswith(f"experts.{parameter}")]
     found = found or [v for k, v in (patterns or {}).items() if k.endswith(f"\\.{parameter}")]
     return found[0] if found else default
 
 
 def _per_expert(tensor: torch.Tensor, parameter: str, letter: str, rank: int, name: str) -> Tensors:
-    """`3.up_proj`: its A (r, in) or B (out, r)."""
+    """Return, by `3.up_proj`, the matrix A (r, in) or B (out, r)."""
     dim = 0 if letter == "A" else 1
     if tensor.shape[dim] % rank:
         raise ValueError(
@@ -182,8 +187,8 @@ def _per_expert(tensor: torch.Tensor, parameter: str, letter: str, rank: int, na
     return parts
 
 
-def _unfused_config(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, Any]:
-    """The same adapter for linear layers `experts.N.gate_proj`, `up_proj`, `down_proj`."""
+def _unfused_config(config: JsonObject, ranks: dict[str, int]) -> JsonObject:
+    """Rewrite the config for linear layers `experts.N.gate_proj`, `up_proj`, `down_proj`."""
     leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     alphas = {p: _by_pattern(config.get("alpha_pattern"), p, config["lora_alpha"]) for p in ranks}
     names = {rf"experts\.\d+\.{leaf}": p for p in ranks for leaf in leaves[p]}

@@ -3,7 +3,7 @@
 
 A bank in int8 stays so in both passes. The weights of one expert are made from its numbers and
 scales where its matrix product needs them, into a buffer that the next expert overwrites, and made
-anew in the backward pass: nothing of the bank's size in floating point exists, nor is it saved.
+again in the backward pass: no floating-point copy of a bank is made or saved.
 
 Shapes: E experts, S rows sorted by expert, in and out the features of a projection.
 """
@@ -23,11 +23,11 @@ except ImportError:  # then no tensor is one
 
 Tensor = torch.Tensor
 
-CHUNK = 1 << 19  # numbers that are dequantised at once
+CHUNK = 1 << 19  # numbers that are dequantized at once
 
 
 def is_int8(tensor: Tensor) -> bool:
-    """Whether it is what `vlmoe.expert_int8_config` makes: int8 weights with a scale per row."""
+    """Tell whether these are int8 weights with a scale per row, as `expert_int8_config` makes."""
     return (
         isinstance(tensor, Int8Tensor)
         and tensor.act_quant_kwargs is None
@@ -37,12 +37,12 @@ def is_int8(tensor: Tensor) -> bool:
 
 
 def stored(weight: Any) -> tuple[Tensor, Tensor | None]:
-    """Plain weights and None, or the numbers (E, ., .) and scales (E, ., 1) of int8 weights."""
+    """Return plain weights and None, or numbers (E, ., .) and scales (E, ., 1) of int8 ones."""
     return (weight.qdata, weight.scale) if is_int8(weight) else (weight, None)
 
 
 def check_quantized_bank(name: str, bank: nn.Module) -> None:
-    """Before a bank with torchao's tensors is routed, refuse what cannot be computed.
+    """Refuse a bank with torchao's tensors that the routed path cannot compute.
 
     Raises:
         ValueError: the weights are of another kind than `expert_int8_config` makes, or the bank
@@ -73,7 +73,7 @@ class TrainableTorchAoHfQuantizer(TorchAoHfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """What `Trainer` asks before it takes a quantised model with adapters."""
+        """Return True, so that `Trainer` accepts a quantized model with adapters."""
         return True
 
 
@@ -84,7 +84,7 @@ def let_trainer_train(model: nn.Module) -> None:
         quantizer.__class__ = TrainableTorchAoHfQuantizer
 
 
-def _has_zero_points(tensor: Any) -> bool:
+def _has_zero_points(tensor: Int8Tensor) -> bool:
     return tensor.zero_point is not None and bool(tensor.zero_point.any())
 
 
@@ -114,7 +114,7 @@ class Int8Experts:
 def int8_grouped_linear(
     x: Tensor, numbers: Tensor, scale: Tensor, ends: Tensor, is_transposed: bool
 ) -> Tensor:
-    """(S, in) -> (S, out), an expert after the other, on any device; measured on none but CPUs.
+    """(S, in) -> (S, out), one expert after the other, on any device; measured on CPUs only.
 
     Args:
         x: rows sorted by expert.

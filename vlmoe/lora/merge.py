@@ -73,12 +73,11 @@ def _base_of(adapter: PeftModel | Source, given: Source | None) -> Source:
 
 
 def _merged(adapter: PeftModel | Source, source: Source) -> PreTrainedModel:
-    is_loaded = isinstance(adapter, PeftModel)
-    base = adapter.get_base_model() if is_loaded else load_model(source)
+    base = adapter.get_base_model() if isinstance(adapter, PeftModel) else load_model(source)
     if quantized_experts(base):
         raise ValueError(
             f"The experts of {source} are quantized, and LoRA cannot be merged into them: give the "
             "model as it was before quantization as `base_model` (--model)."
         )
-    adapted = adapter if is_loaded else load_adapter(base, adapter)
+    adapted = adapter if isinstance(adapter, PeftModel) else load_adapter(base, adapter)
     return adapted.merge_and_unload(safe_merge=True)

@@ -95,7 +95,7 @@ def routed_lora_forward(
 
 
 def _ends(group: Tensor, groups: int) -> Tensor:
-    """(groups,): where the rows of each group end, from the sorted groups of all rows."""
+    """Return (groups,), the end of each group's rows, from the sorted groups of all rows."""
     counted = group.float() if group.device.type in ("cpu", "mps") else group.int()
     # histc: bincount's output has a length that depends on values
     count = torch.histc(counted, bins=groups, min=0, max=groups - 1)
@@ -105,7 +105,7 @@ def _ends(group: Tensor, groups: int) -> Tensor:
 def _factors(
     adapters: Sequence[ExpertAdapter | None], num_experts: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A (E, r, in) and B (E, r, out) of all adapters together, scaling included in B."""
+    """Stack A (E, r, in) and B (E, r, out) of all adapters, with the scaling in B."""
     given = [each for each in adapters if each is not None]
     a = [each.lora_a.unflatten(0, (num_experts, -1)) for each in given]
     b = [
@@ -121,7 +121,7 @@ def _factors(
 def _factors_by_group(
     adapters: Sequence[ExpertAdapter | None], num_experts: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A (E * n, r, in) and B (E * n, r, out) of n - 1 adapters apart, and zeros for none.
+    """Lay out A (E * n, r, in) and B (E * n, r, out) of n - 1 adapters, and zeros for none.
 
     r is the largest rank; smaller ones end in zeros.
     """

@@ -127,7 +127,7 @@ def _project_back(
 
 
 def _grad_a(block: _Block, back: Tensor | None, x: Tensor, grad_a: Tensor) -> None:
-    """The gradient of A (E, r, in) from that of x A^T (R, r)."""
+    """Return the gradient of A (E, r, in) from that of x A^T (R, r)."""
     if back is not None:
         each = (block.experts, back.split(block.sizes), x.to(back.dtype).split(block.sizes))
         for expert, back_e, x_e in zip(*each, strict=True):

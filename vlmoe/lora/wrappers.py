@@ -1,11 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """PEFT's adapters on experts, computed by the routed path; needs peft.
 
-PEFT wraps the bank once for each adapted parameter, one `ParamWrapper` in another, and
-all of its operations work on these. `enable_routed_lora` gives the outermost wrapper of each bank
-another class, a subclass of the same name (PEFT finds wrappers by that name), which looks through
-the chain. Configuration, parameters, files and every operation stay PEFT's, and the model's code
-knows nothing of it: a copy from the Hub runs PEFT's own path.
+PEFT wraps the bank once for each adapted parameter, one `ParamWrapper` in another, and all of its
+operations work on these. `enable_routed_lora` changes the class of the outermost wrapper of each
+bank to a subclass of the same name (PEFT finds wrappers by that name), which computes the whole
+chain. Configuration, parameters, files and every operation stay PEFT's. The model's code does not
+depend on it: a copy from the Hub runs PEFT's own path.
 """
 
 import re
@@ -51,7 +51,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """As the bank: (tokens, hidden), choice (tokens, k), weights (tokens, k) -> like x.
+        """Compute as the bank: (tokens, hidden), choice (tokens, k), weights (tokens, k) -> like x.
 
         `adapter_names`, one for each row of the batch, comes from PEFT's hooks, as for its linear
         layers.
@@ -83,7 +83,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
                 raise ValueError(f"{name} has no data: it is on the meta device. {IN_MEMORY}")
         if _is_quantized(self):
             raise ValueError(
-                "LoRA on quantised experts needs the routed path, which cannot run here: "
+                "LoRA on quantized experts needs the routed path, which cannot run here: "
                 f"{reason}. Change that, or load the model without `quantization_config`."
             )
         if self.training and (self.expert_dropout or self.trained_experts is not None):
@@ -95,12 +95,12 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
 
 class LoraModel(peft_lora.LoraModel):
-    """PEFT's model of a model with quantised experts: it refuses to merge, before anything is."""
+    """PEFT's model of a model with quantized experts; it refuses to merge before it starts."""
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         raise ValueError(
-            "LoRA cannot be merged into quantised experts. Save the adapter, load the base model "
+            "LoRA cannot be merged into quantized experts. Save the adapter, load the base model "
             "without `quantization_config`, and merge there."
         )
 
@@ -119,18 +119,18 @@ def enable_routed_lora(
 
     The options are settings of this run: they are in no file, and PEFT can load what was trained.
 
-    Experts may be int8 (`vlmoe.expert_int8_config`), dequantised one at a time; then what needs
+    Experts may be int8 (`vlmoe.expert_int8_config`), dequantized one at a time; then what needs
     plain weights raises: merging, and all that would fall back to PEFT's own path.
 
     Args:
-        model: changed in place; each call sets all options anew.
+        model: changed in place; each call sets all options.
         dropout: probability of dropping elements of the adapters' inputs in training.
         train_experts: by number of the layer, the experts whose adapters train; those of other
             layers do not. B must be zero for all that do not train, and stays so. None: all train.
 
     Raises:
         ValueError: no expert is adapted, a bank's layout does not fit, its weights are offloaded or
-            quantised in another way, or an option is wrong; nothing is changed then.
+            quantized in another way, or an option is wrong; nothing is changed then.
     """
     outermost = _outermost_wrappers(model)
     if not outermost:
@@ -155,16 +155,16 @@ def enable_routed_lora(
 
 
 def disable_routed_lora(model: nn.Module) -> None:
-    """Give the experts' LoRA back to PEFT's own path, in place; idempotent.
+    """Return the experts' LoRA to PEFT's own path, in place; idempotent.
 
     Raises:
-        ValueError: the experts are quantised, which PEFT's own path cannot compute.
+        ValueError: the experts are quantized, which PEFT's own path cannot compute.
     """
     routed = {n: m for n, m in model.named_modules() if isinstance(m, ParamWrapper)}
     for name, wrapper in routed.items():
         if _is_quantized(wrapper):
             raise ValueError(
-                f"{name}: the experts are quantised, which PEFT's own path cannot compute; leave "
+                f"{name}: the experts are quantized, which PEFT's own path cannot compute; leave "
                 "the model routed, or load it without `quantization_config`."
             )
     for wrapper in routed.values():
@@ -175,10 +175,10 @@ def disable_routed_lora(model: nn.Module) -> None:
 def hotswap_expert_lora(
     model: nn.Module, folder: str, adapter_name: str = "default", **kwargs: Any
 ) -> None:
-    """`peft.utils.hotswap.hotswap_adapter`, with a look at experts' adapters before it.
+    """Check experts' adapters, then call `peft.utils.hotswap.hotswap_adapter`.
 
-    PEFT takes an adapter of another rank, too, and copies a smaller A over the first rows of the
-    larger: right for a linear layer, but here these rows are other experts'.
+    PEFT accepts an adapter of another rank, too, and copies a smaller A over the first rows of the
+    larger. That is right for a linear layer, but here these rows belong to other experts.
 
     Args:
         model: a PEFT model with adapters on experts, routed or not.
@@ -211,7 +211,7 @@ def hotswap_expert_lora(
 
 
 def _chain(outermost: nn.Module) -> list[peft_layers.ParamWrapper]:
-    """The wrappers of one bank, from outside in."""
+    """Return the wrappers of one bank, from outside in."""
     chain, module = [], outermost
     while isinstance(module, peft_layers.ParamWrapper):
         chain.append(module)
@@ -224,7 +224,7 @@ def _is_quantized(wrapper: peft_layers.ParamWrapper) -> bool:
 
 
 def _outermost_wrappers(model: nn.Module) -> dict[str, peft_layers.ParamWrapper]:
-    """By name, the outermost wrapper of each bank: of modules with an adapted 3-D parameter."""
+    """Return, by name, the outermost wrapper of each bank with an adapted 3-D parameter."""
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, peft_layers.ParamWrapper)}
     inner = {id(wrapper.base_layer) for wrapper in wrappers.values()}
     return {
@@ -254,7 +254,7 @@ def _check_layout(name: str, wrapper: peft_layers.ParamWrapper) -> None:
 
 
 def _adapter_of_token(names: Sequence[str], own: list[str], x: torch.Tensor) -> torch.Tensor:
-    """(tokens,): the place of each token's adapter in `own`; after the last for other names."""
+    """Return (tokens,), the index of each token's adapter in `own`; `len(own)` for others."""
     if len(x) % len(names):
         raise ValueError(
             f"`adapter_names` has {len(names)} names, which do not divide the {len(x)} tokens of "
@@ -270,7 +270,7 @@ def _adapters(
     trained: torch.Tensor | None = None,
     keep_places: bool = False,
 ) -> dict[str, list[ExpertAdapter | None]]:
-    """By parameter, the adapters of these names; with `keep_places` None for those it has not."""
+    """Return, by parameter, the adapters of these names; with `keep_places` None for missing."""
     adapters: dict[str, list[ExpertAdapter | None]] = {}
     for wrapper in chain:
         each = [_adapter(wrapper, n, trained) if n in wrapper.lora_A else None for n in names]
@@ -283,7 +283,7 @@ def _trained_experts(
     outermost: Mapping[str, peft_layers.ParamWrapper],
     train_experts: Mapping[int, Sequence[int]] | None,
 ) -> dict[str, torch.Tensor | None]:
-    """By name of the wrapper, what its `trained_experts` is to be."""
+    """Return, by name of the wrapper, its `trained_experts`."""
     if train_experts is None:
         return dict.fromkeys(outermost)
     found = {name: re.findall(r"\.layers\.(\d+)\.", f".{name}.") for name in outermost}
@@ -332,21 +332,21 @@ def _adapter(
         raise ValueError(
             f"Adapter {name!r} on {wrapper.parameter_name} has A {tuple(a.shape)} and B "
             f"{tuple(b.shape)}; rank {wrapper.r[name]} and {wrapper.num_experts} experts make "
-            f"{expected} rows and columns. Load it anew under another name."
+            f"{expected} rows and columns. Load it again under another name."
         )
     scaling = wrapper.scaling[name]
     return ExpertAdapter(a, b, scaling if trained is None else scaling * trained.to(b.device))
 
 
-def _foreign(hook: Any) -> bool:
-    """Whether a hook is another than PEFT's, which hands `adapter_names` to each wrapper."""
+def _foreign(hook: object) -> bool:
+    """Tell whether a hook is not PEFT's, which passes `adapter_names` to each wrapper."""
     return getattr(hook, "func", None) is not _adapter_names_pre_forward_hook
 
 
 def _why_not_routed(
-    chain: list[peft_layers.ParamWrapper], args: tuple[Any, ...], kwargs: dict[str, Any]
+    chain: list[peft_layers.ParamWrapper], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> str | None:
-    """Why PEFT's forward must run, or None."""
+    """Return the reason why PEFT's forward must run, or None."""
     bank = chain[-1].base_layer
     if len(args) != 2 or kwargs:
         return f"{type(bank).__name__} is called with other arguments than tokens, choice, weights"

@@ -1,35 +1,53 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Dense vision-language models that VLMoE's configuration can express exactly, field by field.
+"""Translate configurations of dense models that VLMoE can express exactly, field by field.
 
-What does not fit exactly is refused by name, with the reason; nothing is converted approximately.
+Other models are refused by name, with the reason; nothing is converted approximately.
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from transformers import PreTrainedConfig
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import MODEL_TYPE
+from ..hub.json_files import JsonObject
 
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SAME_NAME = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings"),
-    *("initializer_range", "rms_norm_eps", "rope_parameters", "attention_dropout", "use_cache"),
-    *("layer_types", "sliding_window", "no_rope_layers", *GRANITE),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_dropout",
+    "use_cache",
+    "layer_types",
+    "sliding_window",
+    "no_rope_layers",
+    *GRANITE,
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
 )
 TEXT_BACKBONES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
 PIXTRAL_TOWER = "its tower takes images of any size, and VLMoE's tiles have one"
+PARALLEL = "its attention and MLP run in parallel from one LayerNorm, and it rotates other pairs"
 M_ROPE = "its positions have three axes (M-RoPE)"
 REFUSED = {
     "gemma": "its norms multiply by one plus their weight, and it scales token embeddings alone",
     "gemma2": "it has norms after attention and MLP, too, and caps its logits",
     "gemma3": "it has norms after attention and MLP, two rotary tables, and attends both ways",
     "gemma3_text": "it has norms after attention and MLP, too, and two rotary tables",
-    "olmo2": "its norms stand after attention and MLP, and span all heads at once",
-    "cohere": "its attention and MLP run in parallel from one LayerNorm, and it turns other pairs",
-    "cohere2": "its attention and MLP run in parallel from one LayerNorm, and it turns other pairs",
+    "olmo2": "its norms come after attention and MLP, and span all heads at once",
+    "cohere": PARALLEL,
+    "cohere2": PARALLEL,
     "qwen2_vl": M_ROPE,
     "qwen2_5_vl": M_ROPE,
     "qwen2_vl_text": M_ROPE,
@@ -48,7 +66,7 @@ REFUSED = {
 
 
 def refuse(model_type: str, reason: str) -> NoReturn:
-    """Raise `ValueError`: a model of this type is not converted, and why."""
+    """Raise the `ValueError` for a model that is not converted."""
     raise ValueError(
         f"A model of type {model_type!r} cannot be upcycled: {reason}. Allowed: "
         f"{', '.join((*FAMILIES, MODEL_TYPE))} with a language model of type "
@@ -56,8 +74,8 @@ def refuse(model_type: str, reason: str) -> NoReturn:
     )
 
 
-def vlmoe_fields(dense: PreTrainedConfig, tied: bool) -> dict[str, Any]:
-    """Fields of the `VLMoEConfig` that says what a dense model's configuration says.
+def vlmoe_fields(dense: PreTrainedConfig, tied: bool) -> JsonObject:
+    """Return the fields of the `VLMoEConfig` that matches a dense model's configuration.
 
     `vision_config` and `text_config` are dicts among them, the latter without any field of experts.
 
@@ -84,8 +102,8 @@ def vlmoe_fields(dense: PreTrainedConfig, tied: bool) -> dict[str, Any]:
     }
 
 
-def text_fields(dense: PreTrainedConfig, tied: bool) -> dict[str, Any]:
-    """Fields of the `VLMoETextConfig` of a dense decoder.
+def text_fields(dense: PreTrainedConfig, tied: bool) -> JsonObject:
+    """Return the fields of the `VLMoETextConfig` of a dense decoder.
 
     Raises:
         ValueError: as `vlmoe_fields`.
@@ -110,8 +128,8 @@ def text_fields(dense: PreTrainedConfig, tied: bool) -> dict[str, Any]:
     }
 
 
-def vision_fields(dense: PreTrainedConfig) -> dict[str, Any]:
-    """A vision encoder's configuration as a dict.
+def vision_fields(dense: PreTrainedConfig) -> JsonObject:
+    """Return a vision encoder's configuration as a dict.
 
     Raises:
         ValueError: the tower takes images of any size.
@@ -121,7 +139,7 @@ def vision_fields(dense: PreTrainedConfig) -> dict[str, Any]:
     return dense.to_dict()
 
 
-def _llava(dense: Any) -> dict[str, Any]:
+def _llava(dense: PreTrainedConfig) -> JsonObject:
     return {
         "vision_feature_layer": dense.vision_feature_layer,
         "vision_use_last_hidden_state": False,
@@ -131,7 +149,7 @@ def _llava(dense: Any) -> dict[str, Any]:
     }
 
 
-def _internvl(dense: Any) -> dict[str, Any]:
+def _internvl(dense: PreTrainedConfig) -> JsonObject:
     factor = round(1 / dense.downsample_ratio)
     if factor * dense.downsample_ratio != 1:
         reason = f"its `downsample_ratio` is {dense.downsample_ratio}, not one over a whole number"
@@ -146,7 +164,7 @@ def _internvl(dense: Any) -> dict[str, Any]:
     }
 
 
-def _idefics3(dense: Any) -> dict[str, Any]:
+def _idefics3(dense: PreTrainedConfig) -> JsonObject:
     return {
         "pixel_shuffle_factor": dense.scale_factor,
         "projector_num_layers": 1,
@@ -157,8 +175,8 @@ def _idefics3(dense: Any) -> dict[str, Any]:
 FAMILIES = {"llava": _llava, "internvl": _internvl, "idefics3": _idefics3, "smolvlm": _idefics3}
 
 
-def _vlmoe(dense: Any, tied: bool) -> dict[str, Any]:
-    """A VLMoE without experts, such as one that was trained dense."""
+def _vlmoe(dense: PreTrainedConfig, tied: bool) -> JsonObject:
+    """Translate a VLMoE without experts, such as one that was trained dense."""
     text = dense.text_config
     sparse = [i for i in range(text.num_hidden_layers) if text.is_sparse_layer(i)]
     if sparse or dense.vision_num_experts or dense.projector_num_experts:

@@ -2,6 +2,8 @@
 """Load the dense models of a conversion, and refuse those that cannot be converted exactly."""
 
 import os
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +20,7 @@ from ..hub.finite_weights import require_finite
 from ..hub.meta_loading import meta_device_map, quietly
 from ..modeling_vlmoe.whole_weights import NotWholeError, damaged_file, untied, weight_problems
 
-Dense = PreTrainedModel | str | os.PathLike[str]
+Dense: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 """A dense model: loaded, a folder or a Hub id."""
 
 MODEL_CLASSES = {
@@ -84,7 +86,7 @@ def _loaded(source: str | os.PathLike[str], kind: str) -> tuple[PreTrainedModel,
             raise NotWholeError(str(source), type(model).__name__, problems)
         return load(source, dtype="auto"), missing
     except SafetensorError as error:
-        raise OSError(damaged_file(source, error)) from error
+        raise OSError(damaged_file(Path(source), error)) from error
 
 
 def _refuse_quantized(config: PreTrainedConfig, name: str) -> None:

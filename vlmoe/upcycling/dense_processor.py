@@ -1,27 +1,30 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Reads the processor of a dense vision-language model, for `VLMoEProcessor.from_dense`.
+"""Read the processor of a dense vision-language model, for `VLMoEProcessor.from_dense`.
 
 - Llava: image tokens without markers, one tile per image.
 - Idefics3 and SmolVLM: a marker before each tile, rows and columns, the whole image last.
 - InternVL: the tokens of all tiles between two markers, the whole image last.
 
 The source's own class is not built: InternVL's and SmolVLM's ask for packages that their videos
-need. What it would read is read here: tokenizer, chat template, image processor, its own settings.
+need. The same parts are read here: tokenizer, chat template, image processor, settings.
 """
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
 from transformers import (
     AddedToken,
     AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     ImageProcessingMixin,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -33,6 +36,10 @@ from ..processing.image_layout import encode_images, tiling_option
 from ..processing.processing_vlmoe import VLMoEProcessor
 
 NO_BOUND = 2**31 - 1
+Source: TypeAlias = (
+    ProcessorMixin | tuple[BaseImageProcessor, PreTrainedTokenizerBase] | str | os.PathLike[str]
+)
+"""A dense model's processor, a pair of its parts, a folder or a Hub id."""
 FAMILIES = ("Idefics3Processor", "InternVLProcessor", "LlavaProcessor", "SmolVLMProcessor")
 
 _ANYRES = "it packs the tiles of an image into one grid without padding, a newline feature per row"
@@ -53,18 +60,20 @@ class DenseProcessor:
     """The parts of a dense model's processor."""
 
     name: str  # of the class, one of FAMILIES
-    image_processor: Any
-    tokenizer: Any
+    image_processor: BaseImageProcessor
+    tokenizer: PreTrainedTokenizerBase
     chat_template: str | dict[str, str] | None
-    settings: Mapping[str, Any]  # what processor_config.json says, or the processor's attributes
+    settings: Mapping[str, Any]  # of processor_config.json, or the processor's attributes
 
 
-def read_dense_processor(source: Any, **kwargs: Any) -> DenseProcessor:
-    """The processor of a dense model; see `VLMoEProcessor.from_dense`."""
+def read_dense_processor(source: Source, **kwargs: Any) -> DenseProcessor:
+    """Read the processor of a dense model; see `VLMoEProcessor.from_dense`."""
     if isinstance(source, tuple | list):
         image_processor, tokenizer = source
-        name, settings, template = _family_of(image_processor), {}, None
-    elif hasattr(source, "image_processor"):
+        name = _family_of(image_processor)
+        settings: Mapping[str, Any] = {}
+        template = None
+    elif isinstance(source, ProcessorMixin):
         image_processor, tokenizer = source.image_processor, source.tokenizer
         name, settings = type(source).__name__, vars(source)
         template = source.chat_template
@@ -76,7 +85,7 @@ def read_dense_processor(source: Any, **kwargs: Any) -> DenseProcessor:
     return _as_called(DenseProcessor(name, *parts, template, settings))
 
 
-def _from_files(source: Any, **kwargs: Any) -> DenseProcessor:
+def _from_files(source: str | os.PathLike[str], **kwargs: Any) -> DenseProcessor:
     """Read a local folder or a repository of the Hub, in transformers' old or new set of files."""
     with _reading(source, "the processor's settings and chat template"):
         settings, _ = ProcessorMixin.get_processor_dict(source, **kwargs)
@@ -90,8 +99,8 @@ def _from_files(source: Any, **kwargs: Any) -> DenseProcessor:
     return _as_called(DenseProcessor(name, image_processor, tokenizer, template, settings))
 
 
-def _class_named_elsewhere(source: Any, **kwargs: Any) -> str | None:
-    """The processor's class where processor_config.json does not say, in transformers' order."""
+def _class_named_elsewhere(source: str | os.PathLike[str], **kwargs: Any) -> str | None:
+    """Find the processor's class without processor_config.json, in transformers' order."""
     image_processor, _ = ImageProcessingMixin.get_image_processor_dict(source, **kwargs)
     tokenizer = get_tokenizer_config(source, **kwargs)
     name = image_processor.get("processor_class") or tokenizer.get("processor_class")
@@ -102,8 +111,8 @@ def _class_named_elsewhere(source: Any, **kwargs: Any) -> str | None:
 
 
 @contextmanager
-def _reading(source: Any, what: str) -> Iterator[None]:
-    """Turn whatever a reader raises into a `ValueError` that names the source."""
+def _reading(source: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turn any error of a reader into a `ValueError` that names the source."""
     try:
         yield
     except Exception as error:  # readers raise almost anything on broken files
@@ -113,15 +122,15 @@ def _reading(source: Any, what: str) -> Iterator[None]:
         ) from error
 
 
-def _family_of(image_processor: Any) -> str:
-    """The processor's class that an image processor given without one belongs to."""
+def _family_of(image_processor: BaseImageProcessor) -> str:
+    """Return the processor's class that a bare image processor belongs to."""
     kind = type(image_processor).__name__.partition("ImageProcessor")[0]
     name = "InternVLProcessor" if kind == "GotOcr2" else f"{kind}Processor"
     return name if name in FAMILIES or name in REFUSED else "LlavaProcessor"
 
 
 def _known_family(name: str | None, where: str) -> str:
-    """The name of a processor's class; refused, with the reason, if its layout cannot be kept."""
+    """Return the name of a processor's class; refuse one whose layout cannot be kept."""
     if name in FAMILIES:
         return name
     reason = f" ({REFUSED[name]})" if name in REFUSED else ""
@@ -133,7 +142,7 @@ def _known_family(name: str | None, where: str) -> str:
 
 
 def _as_called(dense: DenseProcessor) -> DenseProcessor:
-    """Do to tokenizer and image processor what the source's class does at building and calls."""
+    """Prepare tokenizer and image processor as the source's class does at building and calls."""
     tokenizer, image_processor = dense.tokenizer, dense.image_processor
     if dense.name == "Idefics3Processor":
         tokens = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
@@ -148,8 +157,8 @@ def _as_called(dense: DenseProcessor) -> DenseProcessor:
     return dense
 
 
-def layout_of(dense: DenseProcessor) -> dict[str, Any]:
-    """How the source writes an image, as arguments of `VLMoEProcessor`.
+def layout_of(dense: DenseProcessor) -> dict[str, str]:
+    """Return the source's layout of an image, as arguments of `VLMoEProcessor`.
 
     Raises:
         ValueError: an InternVL tokenizer does not name its image tokens.
@@ -187,7 +196,7 @@ def layout_of(dense: DenseProcessor) -> dict[str, Any]:
     }
 
 
-def check_tiles(dense: DenseProcessor, config: Any, image_seq_len: int) -> None:
+def check_tiles(dense: DenseProcessor, config: VLMoEConfig, image_seq_len: int) -> None:
     """Check that the source makes the tiles that the vision tower takes.
 
     Raises:
@@ -212,8 +221,8 @@ def check_tiles(dense: DenseProcessor, config: Any, image_seq_len: int) -> None:
             )
 
 
-def _stated_seq_len(dense: DenseProcessor, config: Any) -> int | None:
-    """Image tokens of one tile as the source's settings say; None where they do not."""
+def _stated_seq_len(dense: DenseProcessor, config: VLMoEConfig) -> int | None:
+    """Return the image tokens of one tile by the source's settings, if they hold it."""
     settings = dense.settings
     if dense.name != "LlavaProcessor":
         name = "image_seq_length" if dense.name == "InternVLProcessor" else "image_seq_len"
@@ -226,8 +235,8 @@ def _stated_seq_len(dense: DenseProcessor, config: Any) -> int | None:
     return (height // patch) * (width // patch) + additional - dropped
 
 
-def add_image_token(tokenizer: Any, image_token: str = "<image>") -> int:
-    """The id of a tokenizer's image token, which is added as a special token where it is missing.
+def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> int:
+    """Return the id of a tokenizer's image token; add it as a special token if it is missing.
 
     For a language model that never saw images: its embeddings need at least `len(tokenizer)` rows
     afterwards, and `VLMoEConfig.image_token_id` is the id that is returned.

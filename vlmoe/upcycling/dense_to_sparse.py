@@ -92,7 +92,7 @@ def upcycle(
             if vision is None:
                 make = partial(_processor_of_dense, sources[0], chat_template)
                 return Conversion.begin(sources[0], asked, processor_for=make)
-            return _begin_vision_text(*sources, asked, connector, chat_template)
+            return _begin_vision_text(sources[0], sources[1], asked, connector, chat_template)
 
     bases = [saved_model(each) for each in sources]
     report = upcycle_folder(begin, folder, request, bases=bases, max_shard_size=max_shard_size)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What is asked of an upcycling, and the sparse configuration that follows from it."""
+"""The options of an upcycling, and the sparse configuration that follows from them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,17 +9,30 @@ from typing import Any
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import VLMoETextConfig
+from ..hub.json_files import JsonObject
 
 EXPERT_INITS = ("copy", "shared", "drop", "noise")
 TEXT_FIELDS = (
-    *("router_aux_loss_coef", "router_aux_loss_scope", "router_z_loss_coef"),
-    *("router_local_entropy_coef", "router_global_entropy_coef", "router_global_entropy_experts"),
-    *("router_bias_update_rate", "router_modality_bias", "modality_experts"),
-    *("scoring_func", "n_group", "topk_group", "output_router_logits"),
+    "router_aux_loss_coef",
+    "router_aux_loss_scope",
+    "router_z_loss_coef",
+    "router_local_entropy_coef",
+    "router_global_entropy_coef",
+    "router_global_entropy_experts",
+    "router_bias_update_rate",
+    "router_modality_bias",
+    "modality_experts",
+    "scoring_func",
+    "n_group",
+    "topk_group",
+    "output_router_logits",
 )
 TOP_FIELDS = (
-    *("vision_num_experts", "vision_num_experts_per_tok", "vision_sparse_layers"),
-    *("projector_num_experts", "projector_num_experts_per_tok"),
+    "vision_num_experts",
+    "vision_num_experts_per_tok",
+    "vision_sparse_layers",
+    "projector_num_experts",
+    "projector_num_experts_per_tok",
 )
 
 
@@ -34,10 +47,10 @@ class Upcycling:
             fine-grained experts (https://arxiv.org/abs/2401.06066): the layer has `num_experts *
             expert_split` experts, and a token is sent to `num_experts_per_tok * expert_split`. The
             shards of a copy have equal router rows, so that they are chosen together until training
-            tells them apart: exact at step 0.
+            separates them: exact at step 0.
         expert_init: `"copy"`: each expert is the dense MLP. `"shared"`: the dense MLP becomes a
             shared expert, and routed experts add nothing yet (`down_proj` zero, `gate_up_proj`
-            copied). `"drop"`: copies with `drop_ratio` of the inner units drawn anew, from a normal
+            copied). `"drop"`: copies with `drop_ratio` of the inner units redrawn from a normal
             distribution with the weight's mean and deviation (Drop-Upcycling,
             https://arxiv.org/abs/2502.19261). `"noise"`: copies plus normal noise of `noise_ratio`
             times the weight's deviation. The last two are not exact.
@@ -63,7 +76,7 @@ class Upcycling:
     noise_ratio: float = 0.05
     router_std: float | None = None
     seed: int = 0
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: JsonObject = field(default_factory=dict)
 
     @classmethod
     def of(cls, num_experts: int, num_experts_per_tok: int, **options: Any) -> "Upcycling":
@@ -96,13 +109,13 @@ class Upcycling:
 
     @property
     def exactness(self) -> str:
-        """How far the sparse model computes what the dense one does."""
+        """Return how far the sparse model keeps the dense function."""
         if self.expert_init in ("drop", "noise"):
             return "not exact"
         return "exact" if self.expert_split == 1 else "exact at step 0 only"
 
     def sparse_layer_indices(self, num_layers: int) -> list[int]:
-        """The decoder layers that get experts.
+        """Return the decoder layers that get experts.
 
         Raises:
             ValueError: `sparse_layers` names no layer, or one that there is not.
@@ -122,8 +135,8 @@ class Upcycling:
             )
         return chosen
 
-    def sparse_config(self, dense: dict[str, Any]) -> VLMoEConfig:
-        """The configuration of the sparse model, from the fields of the dense one.
+    def sparse_config(self, dense: JsonObject) -> VLMoEConfig:
+        """Make the configuration of the sparse model from the fields of the dense one.
 
         Args:
             dense: as `dense_configs.vlmoe_fields` gives them.
@@ -152,7 +165,7 @@ class Upcycling:
         return VLMoEConfig(**dense | top | {"text_config": sparse_text})
 
     def _check_whole_copies(self, text: VLMoETextConfig) -> None:
-        """Every choice of a router must be of whole copies, else the function changes."""
+        """Require that routers choose whole copies; otherwise the function changes."""
         if self.num_experts % text.n_group:
             raise ValueError(
                 f"`n_group` is {text.n_group}; allowed: divisors of `num_experts` "
@@ -164,11 +177,11 @@ class Upcycling:
                 raise ValueError(
                     f"`modality_experts` gives {modality} tokens the experts {experts}, some of "
                     f"them without the others of their copy; allowed: whole copies of "
-                    f"{self.expert_split} neighbouring experts."
+                    f"{self.expert_split} neighboring experts."
                 )
 
 
-def _require(name: str, value: Any, allowed: Sequence[str]) -> None:
+def _require(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         close = get_close_matches(str(value), allowed, 1)
         meant = f" (did you mean {close[0]}?)" if close else ""

@@ -1,8 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Where each tensor of the sparse model comes from.
+"""Plan the origin of each tensor of the sparse model.
 
-`plan_weights` gives an `Origin` for every tensor of the sparse model, which names the tensors of
-the dense model that it is made of and makes it. Making one tensor needs no other: a conversion can
+`plan_weights` gives an `Origin` for every tensor of the sparse model, which names its dense
+sources and makes it. Making one tensor needs no other: a conversion can
 be done in any order, in parts, and again. What is drawn at random depends on the seed and on the
 tensor's name alone.
 
@@ -40,14 +40,14 @@ class Piece:
     rows: tuple[int, int] | None = None
 
     def of(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The piece of the dense model's weights; a view."""
+        """Return the piece of the dense model's weights; a view."""
         tensor = weights[self.name]
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a tensor of the sparse model comes about.
+    """The origin of a tensor of the sparse model.
 
     `kind`: copied, repeated (the same for each expert), split (among the shards of a copy),
     perturbed (repeated, then changed at random), extended (with rows for new tokens) or new.
@@ -59,13 +59,13 @@ class Origin:
     dtype: torch.dtype | None = None  # by default that of the sources
 
     def tensor(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, from the dense model's weights."""
+        """Make the tensor from the dense model's weights."""
         made = self.make(*(piece.of(weights) for piece in self.sources))
         return made if self.dtype is None else made.to(self.dtype)
 
 
 def dense_pieces(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str, Piece]:
-    """The dense model's tensors under VLMoE's names: renamed, Phi-3's fused projections cut.
+    """Return the dense tensors under VLMoE's names; cut Phi-3's fused projections.
 
     Args:
         weights: the dense model's, under its own names; their values are not read.
@@ -102,7 +102,7 @@ def _renamed(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Planner:
-    """Finds the origin of each tensor; for the fields see `plan_weights`."""
+    """A search for the origin of each tensor; for the fields see `plan_weights`."""
 
     weights: Mapping[str, Tensor]
     pieces: Mapping[str, Piece]
@@ -140,7 +140,7 @@ class _Planner:
         return Origin("extended", (piece,), lambda rows: _with_mean_rows(rows, shape[0]))
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Origin:
-        """Random weights, equal for the shards of a copy; biases start at zero."""
+        """Draw weights, equal for the shards of a copy; biases start at zero."""
         if not name.endswith(".weight"):
             in_fp32 = name.endswith("e_score_correction_bias")
             dtype = torch.float32 if in_fp32 else self.dtype
@@ -156,7 +156,7 @@ class _Planner:
         return Origin("new", (), rows, self.dtype)
 
     def _experts(self, name: str, shape: tuple[int, ...], sources: tuple[Piece, ...]) -> Origin:
-        """A bank: of the decoder gate_up_proj (E, 2 I, H) or down_proj (E, H, I)."""
+        """Fill a bank: in the decoder gate_up_proj (E, 2 I, H) or down_proj (E, H, I)."""
         options, is_down = self.options, name.endswith("down_proj")
         if not name.startswith(DECODER):
             return Origin("repeated", sources, lambda dense: dense.expand(shape))
@@ -181,7 +181,7 @@ def plan_weights(
     dtype: torch.dtype,
     new_parts: tuple[str, ...] = (),
 ) -> dict[str, Origin]:
-    """The origin of every tensor of the sparse model.
+    """Return the origin of every tensor of the sparse model.
 
     Args:
         target: the sparse model's parameters and saved buffers; their values are not read.
@@ -202,13 +202,13 @@ def plan_weights(
     if left:
         raise ValueError(
             f"The dense model has {', '.join(left[:3])}{' and others' * (len(left) > 3)}, which "
-            "VLMoE has no place for: converting it would change what it computes."
+            "VLMoE cannot hold: the conversion would change its function."
         )
     return plan
 
 
 def _expert_sources(mlp: str, bank: str) -> list[str]:
-    """The dense weights that a bank of experts is made of: of decoder, vision tower, connector."""
+    """Name the dense weights of a bank in decoder, vision tower or connector."""
     if mlp.startswith(DECODER):
         parts = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
         return [f"{mlp}.{part}.weight" for part in parts.get(bank, [])]
@@ -237,7 +237,7 @@ def _repeat(shards: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _perturbed(
     name: str, dense: tuple[Tensor, ...], shape: tuple[int, ...], options: Upcycling
 ) -> Tensor:
-    """Copies of gate and up, or of down, each changed at random in its own way."""
+    """Copy gate and up, or down, for each expert, and change each copy at random."""
     bank = torch.empty(shape, dtype=dense[0].dtype)
     inner = 1 if len(dense) == 1 else 0  # the dimension of the inner units in a dense weight
     layer = name.rpartition(".")[0]
@@ -259,7 +259,7 @@ def _perturbed(
 
 
 def _with_mean_rows(rows: Tensor, count: int) -> Tensor:
-    """Token embeddings, with the mean of all for each token that is new."""
+    """Extend token embeddings by the mean of all for each new token."""
     if count <= len(rows):
         return rows[:count]
     mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
@@ -267,13 +267,13 @@ def _with_mean_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def _new_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """As VLMoE initialises linears and norms."""
+    """Initialize as VLMoE initializes linears and norms."""
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
     return torch.randn(shape, generator=_generator(name, seed)) * std
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
-    """Random numbers of a tensor, whatever else is drawn before it."""
+    """Seed by the tensor's name, so that the order of the tensors does not matter."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
