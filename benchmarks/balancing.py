@@ -28,7 +28,7 @@ EVALUATION_BATCH = "256"
 
 
 def train(recipe: str, model: str, folder: Path, seed: int, extra: list[str]) -> Path:
-    """The folder of a trained stage."""
+    """Return the folder of a trained stage."""
     if not (folder / "train_results.json").exists():
         command = ["train", "--config", str(recipe_file(recipe)), "--model", model]
         _vlmoe([*command, "--output_dir", str(folder), "--seed", str(seed), *extra])
@@ -36,7 +36,7 @@ def train(recipe: str, model: str, folder: Path, seed: int, extra: list[str]) ->
 
 
 def run_arm(fields: dict[str, float], seed: int, folder: Path, tokenizer: str) -> dict[str, Any]:
-    """What `vlmoe evaluate` finds on the whole test set."""
+    """Train a run in two stages, and evaluate it on the whole test set, once."""
     results = folder / "evaluation.json"
     if not results.exists():
         extra = ["--tokenizer", tokenizer]
@@ -49,7 +49,7 @@ def run_arm(fields: dict[str, float], seed: int, folder: Path, tokenizer: str) -
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """What the table and the result file keep of one run."""
+    """Gather the figures of one run for the table and the result file."""
     load = results["expert_load"]
     return {
         "accuracy": results["exact_match"],

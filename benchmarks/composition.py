@@ -95,7 +95,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A random scene, its things in reading order."""
+    """Draw a random scene, its things in reading order."""
     number = rng.randint(*OBJECTS)
     names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
     cells = sorted(rng.sample(range(CELLS * CELLS), number))
@@ -112,7 +112,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def picture(scene: Scene) -> bytes:
-    """The PNG of a scene, without anti-aliasing."""
+    """Encode a scene as PNG, without anti-aliasing."""
     image = Image.new("RGB", (CELLS * CELL, CELLS * CELL), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for thing in scene:
@@ -137,7 +137,7 @@ def description(scene: Scene) -> str:
 
 
 def single_descriptions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """Some things described, by their place and by their name."""
+    """Describe some things, by their place and by their name."""
     for thing in rng.sample(scene, DESCRIBED):
         by_place = f"describe the {thing.place}."
         yield Question("description", by_place, by_place, f"{thing.size} {thing.name}")
@@ -180,7 +180,7 @@ def _kind(word: str) -> str:
 def _numbered(
     kind: str, template: str, text: str, number: int, allowed: range
 ) -> Iterator[Question]:
-    """A question for a number, unless the answer is one that rarely comes up."""
+    """Ask for a number, unless the answer is one that rarely comes up."""
     if number in allowed:
         yield Question(kind, template, text, NUMBERS[number])
 
@@ -216,7 +216,7 @@ def _sides(thing: Thing, scene: Scene) -> Iterator[Question]:
 
 
 def _besides(thing: Thing, other: Thing) -> Iterator[Question]:
-    """What lies in the next cell; a colour is likelier when the thing does not have it."""
+    """Ask for the thing in the next cell; a color is likelier when the thing does not have it."""
     for relation, (right, down) in RELATIONS.items():
         if (other.column, other.row) == (thing.column + right, thing.row + down):
             for asked in ("color", "shape", "size"):
@@ -274,8 +274,10 @@ def _yes_no(holds: bool) -> str:
 
 
 def balanced(asked: list[tuple[int, Question]], rng: random.Random) -> dict[int, list[Question]]:
-    """Of (picture, question) those that are kept, by picture: as many of each answer of a template
-    as there are of its rarest one, and none where only one answer came up."""
+    """Keep as many questions for each answer of a template as its rarest answer has, by picture.
+
+    A template with a single answer is left out.
+    """
     groups: dict[str, dict[str, list[tuple[int, Question]]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -291,7 +293,7 @@ def balanced(asked: list[tuple[int, Question]], rng: random.Random) -> dict[int,
 
 
 def composition_rows(images: Mapping[str, int], seed: int = 0) -> dict[str, "Dataset"]:
-    """The splits as conversational rows, one per picture, as easy-VQA's.
+    """Write the splits as conversational rows, one per picture, as easy-VQA's.
 
     Args:
         images: how many pictures each split has. `descriptions` are those of `train`, with

@@ -29,7 +29,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the table and the result file keep of one run."""
+    """Gather the figures of one run for the table and the result file."""
     load = metrics["expert_load"]
     baselines = {name: b["exact_match"] for name, b in metrics["baselines"].items()}
     return {

@@ -183,7 +183,7 @@ def measure(
 
 
 def ratios(paths: dict[str, list]) -> dict[str, float]:
-    """The first path's figures divided by the second's, run by run: medians, times' extremes."""
+    """Divide the first path's figures by the second's, run by run: medians, times' extremes."""
     pairs = list(zip(*paths.values(), strict=True))
     time_ratios = [peer["cpu_seconds"] / ours["cpu_seconds"] for peer, ours in pairs]
     memory = [peer["peak_mib"] / max(ours["peak_mib"], 0.1) for peer, ours in pairs]

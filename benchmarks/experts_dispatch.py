@@ -150,7 +150,7 @@ def fits(cell: Cell, name: str) -> bool:
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float | str]:
-    """The best peer's time divided by auto's, run by run: median and extremes.
+    """Divide the best peer's time by auto's, run by run: median and extremes.
 
     The best is the one of the lowest median, for all runs: the lowest of each run would be that
     of the luckiest.

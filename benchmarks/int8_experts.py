@@ -47,7 +47,7 @@ def answer(folder: str, batch: dict[str, torch.Tensor], dtype: torch.dtype, int8
 
 
 def storages(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors behind a parameter."""
+    """Return the plain tensors behind a parameter."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [

@@ -91,7 +91,7 @@ def read_smollm2() -> tuple[Any, Any]:
 def greedy_texts(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to the end token: one batch, padded on the left."""
+    """Generate the new tokens of each prompt, up to the end token: a batch, padded on the left."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats,
@@ -108,7 +108,7 @@ def greedy_texts(
 
 
 def dense_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The language model, as a folder that any tool reads."""
+    """Write the language model as a folder that any tool reads."""
     model, tokenizer = read_smollm2()
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
@@ -116,7 +116,7 @@ def dense_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def vision_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A vision encoder: the given one, or one that has learned to caption."""
+    """Return a vision encoder: the given one, or one that has learned to caption."""
     from transformers import AutoConfig, AutoModel
 
     import vlmoe
@@ -137,7 +137,7 @@ def vision_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_captions(folder: Path) -> dict[str, Any]:
-    """The tiny preset, trained by two epochs of the recipe for captions."""
+    """Train the tiny preset by two epochs of the recipe for captions."""
     from vlmoe.configuration.configuration_vlmoe import PRESETS
     from vlmoe_cli.train import train
     from vlmoe_cli.training_arguments import parse_training
@@ -151,7 +151,7 @@ def train_captions(folder: Path) -> dict[str, Any]:
 
 
 def upcycle_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The sparse model and what its report says."""
+    """Make the sparse model, and return it with its report."""
     from vlmoe import upcycle
     from vlmoe.upcycling.report import UpcyclingReport
 
@@ -346,13 +346,13 @@ def answer_of(row: Mapping[str, Any]) -> str:
 
 
 def peak_gib() -> float:
-    """The largest resident size of this process."""
+    """Return the largest resident size of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds; it is computed and written where there is none."""
+    """Read a result file; compute and write it where there is none."""
     from vlmoe.hub.atomic_files import write_json
 
     if not path.is_file():
@@ -386,7 +386,7 @@ def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures in short."""
+    """Summarize the figures."""
     report, text, learned = results["upcycle"], results["text"], results["learn"]
     total = {name: report["parameters"][name]["total"] for name in ("dense", "sparse")}
     active = report["parameters"]["sparse"]["text_token"]

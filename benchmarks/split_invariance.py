@@ -148,7 +148,7 @@ class Recorder(TrainerCallback):
 def gradients(
     name: str, coefficient: float, accumulation: int, checkpointing: bool, folder: str
 ) -> Gradients:
-    """The gradients of one step of Trainer, in as many processes as it finds."""
+    """Compute the gradients of one step of Trainer, in as many processes as it finds."""
     arguments = TrainingArguments(
         output_dir=folder,
         gradient_accumulation_steps=accumulation,
@@ -176,7 +176,7 @@ def gradients(
 
 
 def every_gradient(ranks: int, folder: str) -> dict[tuple[Any, ...], Gradients]:
-    """The gradients of every model, case and way to split the rows over that many ranks."""
+    """Compute the gradients of every model, case and way to split the rows over that many ranks."""
     return {
         (name, case, way): gradients(name, coefficient, *way[1:], folder)
         for name in MODELS

@@ -32,7 +32,7 @@ BUDGET = 0.02
 
 
 def make_step(images: int, questions: int) -> tuple[torch.nn.Module, Callable[[], None]]:
-    """The model and one training step of it."""
+    """Return the model and one training step of it."""
     torch.manual_seed(0)
     config = VLMoEConfig.from_preset("tiny")
     model = VLMoEForConditionalGeneration(config).train()
@@ -68,7 +68,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 @contextmanager
 def named_hooks() -> Iterator[None]:
-    """The recorder's hooks under the name `telemetry` in the profiler."""
+    """Show the recorder's hooks under the name `telemetry` in the profiler."""
     recorder = expert_load._LoadRecorder
 
     def named(hook: Callable) -> Callable:

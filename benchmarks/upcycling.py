@@ -1,6 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Does upcycling help? A dense model at its plateau goes on as it is, or with experts; beside
-them sparse and dense models that were trained from scratch for as long.
+"""Does upcycling help? A dense model at its plateau is trained on as it is, or with experts.
+
+Sparse and dense models trained from scratch for as long are the controls.
 
     OMP_NUM_THREADS=1 python benchmarks/upcycling.py
     OMP_NUM_THREADS=1 python benchmarks/upcycling.py --tasks composition --seeds 0 \\
@@ -85,8 +86,10 @@ def run_arm(name: str, seed: int, data: Path, folder: Path, recipe: Recipe) -> d
 
 
 def seen_accuracy(model: Any, processor: Any, rows: dict[str, Any]) -> float:
-    """Accuracy on questions of the first training pictures, as many as there are for validation,
-    to tell overfitting; of the types that the test has."""
+    """Measure accuracy on as many training pictures as validation has, to show overfitting.
+
+    Only question types of the test count.
+    """
     types = {each for row in rows["test"]["question_type"] for each in row}
     pictures = range(min(len(rows["train"]), len(rows["validation"])))
     asked = rows["train"].select(pictures)
@@ -98,7 +101,7 @@ def seen_accuracy(model: Any, processor: Any, rows: dict[str, Any]) -> float:
 def describe(
     arm: Arm, model: Any, trained: Any, parts: list[dict[str, float]], answers: Evaluation
 ) -> dict[str, Any]:
-    """What is kept of an arm: accuracy, sizes, costs, and whether each answer is right."""
+    """Gather an arm's accuracy, sizes, costs, and whether each answer is right."""
     records = answers.predictions
     history = [entry for entry in trained.log_history if "eval_exact_match" in entry]
     return {

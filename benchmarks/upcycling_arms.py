@@ -55,7 +55,7 @@ class Arm:
 
 
 def twin_width(experts: int) -> int:
-    """The width of a dense MLP with as many parameters as `experts` experts and their router."""
+    """Return the width of a dense MLP of the same size as `experts` experts and their router."""
     return round(experts * WIDTH + EXPERTS / 3)  # an MLP has 3 * hidden per unit of width
 
 
@@ -81,7 +81,7 @@ ARMS = {
 
 
 def build(arm: Arm, seed: int, tokenizer: Path, dense: Path) -> tuple[Any, VLMoEProcessor]:
-    """The model of an arm before its first step, and its processor.
+    """Build the model of an arm before its first step, and its processor.
 
     Args:
         arm: which.
@@ -99,7 +99,7 @@ def build(arm: Arm, seed: int, tokenizer: Path, dense: Path) -> tuple[Any, VLMoE
 
 
 def new_model(mlp_width: int | None, tokenizer: Path) -> tuple[Any, VLMoEProcessor]:
-    """A model with random weights: dense of that width, or sparse where it is None."""
+    """Build a model with random weights: dense of that width, or sparse where it is None."""
     text = dict(SIZES["text_config"])
     if mlp_width is not None:
         text |= {"intermediate_size": mlp_width, "mlp_only_layers": list(range(LAYERS))}

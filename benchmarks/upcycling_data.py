@@ -24,8 +24,10 @@ HELD_OUT = 300
 
 
 def prepare(task: str, folder: Path, max_images: int | None) -> Path:
-    """A folder with the task's splits `descriptions`, `train`, `validation` and `test`, a tokenizer
-    and what `majority` says."""
+    """Prepare a folder with the splits `descriptions`, `train`, `validation` and `test`.
+
+    It also holds a tokenizer and the figures of `majority`.
+    """
     if not folder.exists():
         staging = folder.with_name(f".{folder.name}")
         shutil.rmtree(staging, ignore_errors=True)

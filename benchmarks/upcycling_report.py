@@ -19,8 +19,10 @@ COMPARED = [name for name in ARMS if name not in (PLATEAU, BASELINE, "question_o
 
 
 def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
-    """Gather the finished runs below `output_dir` into `results` and a PNG beside it, and return
-    the table."""
+    """Gather the finished runs below `output_dir` into `results` and a PNG beside it.
+
+    Returns the table.
+    """
     tasks = {path.parents[2].name for path in output_dir.glob("*/*/*/result.json")}
     found = {task: finished(output_dir / task) for task in sorted(tasks)}
     summaries = {task: summary(runs) for task, runs in found.items()}
@@ -40,7 +42,7 @@ def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
 
 
 def finished(folder: Path) -> Runs:
-    """The results in a task's folder, arms in their order."""
+    """Read the results in a task's folder, arms in their order."""
     runs: Runs = {}
     for name in ARMS:
         seeds = sorted(int(file.parts[-3]) for file in folder.glob(f"*/{name}/result.json"))
@@ -68,7 +70,7 @@ def summary(runs: Runs) -> dict[str, Any]:
 
 
 def difference(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, float]:
-    """The paired bootstrap of two arms' runs, one of each seed in the same order."""
+    """Bootstrap the pairs of two arms' runs, one of each seed in the same order."""
     right = [
         np.array([[int(digit) for digit in run["right"]] for run in arm]) for arm in (ours, peer)
     ]
@@ -76,8 +78,10 @@ def difference(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[s
 
 
 def winner(arms: dict[str, Any]) -> str | None:
-    """Which arm is best by its mean difference to the baseline, and whether the two are told apart
-    by its interval; None until the baseline and another arm have run."""
+    """Find the arm with the best mean difference to the baseline, and whether it is significant.
+
+    None until the baseline and another arm have run.
+    """
     gaps = _compared(arms)
     if not gaps:
         return None
@@ -91,13 +95,13 @@ def winner(arms: dict[str, Any]) -> str | None:
 
 
 def _compared(arms: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The differences to the baseline, of the arms that have one."""
+    """Return the differences to the baseline, of the arms that have one."""
     found = {name: arms.get(name, {}).get("minus baseline") for name in COMPARED}
     return {name: gap for name, gap in found.items() if gap is not None}
 
 
 def table(task: str, runs: Runs, found: dict[str, Any]) -> str:
-    """The task's arms, one line each, in Markdown."""
+    """Write the task's arms, one line each, in Markdown."""
     kinds = sorted({kind for seeds in runs.values() for run in seeds.values()
                     for kind in run["accuracy_by_type"]})  # fmt: skip
     head = ["arm", "accuracy", "each seed", f"points above {ARMS[BASELINE].label}", *kinds]
@@ -141,14 +145,16 @@ def _mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def _gaps_of_seeds(arm: dict[str, Any], baseline: dict[str, Any]) -> list[float]:
-    """An arm's accuracy above the baseline's, in points, for each seed that both have run."""
+    """Subtract the baseline's accuracy from an arm's, in points, for each seed of both."""
     ours, peer = arm["seeds"], baseline["seeds"]
     return [100 * (ours[s]["accuracy"] - peer[s]["accuracy"]) for s in ours if s in peer]
 
 
 def plot(summaries: dict[str, dict[str, Any]], path: Path) -> Path:
-    """Each arm's difference to the baseline in points, with its interval and each seed's, one panel
-    per task."""
+    """Plot each arm's difference to the baseline in points, with its interval and each seed's.
+
+    There is one panel per task.
+    """
     figure = new_figure(5.2 * len(summaries) + 1.5, 3.4)
     panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
     for axis, (task, found) in zip(panels, summaries.items(), strict=True):

@@ -61,7 +61,7 @@ class Recipe:
     patience: int = 2
 
     def shortened(self, steps: int) -> "Recipe":
-        """The same with at most so many steps of every kind."""
+        """Return the same recipe with at most so many steps of every kind."""
         quarter = max(1, steps // 4)
         most = {"see_steps": steps, "most_steps": steps, "further_steps": steps}
         most |= {"steady_steps": 2 * quarter, "decay_steps": quarter}
@@ -172,9 +172,11 @@ def _train(
 
 
 class StopAtPlateau(TrainerCallback):
-    """Ends training, not before `least_steps`, when the last `patience` evaluations have not beaten
-    the best one before them by `gain`. It reads Trainer's log, which a checkpoint keeps, and
-    remembers nothing itself."""
+    """End training when the last `patience` evaluations have not improved by `gain`.
+
+    They are compared with the best evaluation before them, and not before `least_steps`. The
+    callback reads Trainer's log, which a checkpoint keeps, and has no state.
+    """
 
     def __init__(self, gain: float, patience: int, least_steps: int = 0):
         self.gain, self.patience, self.least_steps = gain, patience, least_steps
@@ -195,8 +197,11 @@ class StopAtPlateau(TrainerCallback):
 
 
 class StepTimes(TrainerCallback):
-    """Adds seconds of the steps to Trainer's log, which a checkpoint keeps: CPU seconds of this
-    process, their sum and median since the last entry, and the median by the clock."""
+    """Add the seconds of the steps to Trainer's log, which a checkpoint keeps.
+
+    These are the process's CPU seconds, their sum and median since the last entry, and the median
+    by the clock.
+    """
 
     def __init__(self) -> None:
         self.cpu: list[float] = []
@@ -235,5 +240,5 @@ def times(log_history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def one_thread() -> None:
-    """What the time of a tiny model is measured on."""
+    """Use one thread, as in every measurement of a tiny model's time."""
     torch.set_num_threads(1)
