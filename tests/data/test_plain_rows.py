@@ -166,3 +166,13 @@ def test_a_batch_without_rows_is_refused(processor: VLMoEProcessor) -> None:
     for collator in (VLMoECollator, VLMoEPromptCollator, VLMoEPreferenceCollator):
         with pytest.raises(ValueError, match="no rows"):
             collator(processor)([])  # type: ignore[operator]
+
+
+def test_the_room_names_its_public_things() -> None:
+    import vlmoe.data
+
+    assert vlmoe.data.load_rows is load_rows and vlmoe.data.as_rows is as_rows
+    assert all(getattr(vlmoe.data, name) is not None for name in vlmoe.data.__all__)
+    assert {*vlmoe.data.__all__} <= {*dir(vlmoe.data)}
+    with pytest.raises(AttributeError, match="no attribute 'load_row'"):
+        vlmoe.data.load_row  # noqa: B018

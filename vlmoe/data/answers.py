@@ -117,7 +117,7 @@ def prompt_inputs(
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     if system:
-        messages = [{"role": "system", "content": system}, *messages]  # type: ignore[dict-item]
+        messages = [{"role": "system", "content": system}, *messages]
     with reading("The question, by the model's processor and chat template", keep=(ValueError,)):
         return processor.apply_chat_template(
             messages,

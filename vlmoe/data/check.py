@@ -1,14 +1,14 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Checking a dataset without training: what it holds, every fault by row, and what a model sees."""
+"""Check a dataset without training: its contents, every fault by row, what a model sees."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..figures.plots import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
@@ -19,6 +19,7 @@ from .encoding import EncodedConversation
 from .images import open_image
 from .long_rows import RowMeasure
 from .row_datasets import is_faulty
+from .row_fields import Rows
 
 EXAMPLES = 3
 COLORS = (BLUE, ORANGE, GREEN, GREY)
@@ -29,13 +30,13 @@ LEARNED = ("«", "»")
 
 @dataclass
 class SplitReport:
-    """What a split holds.
+    """The contents of a split.
 
     Attributes:
         name: its name.
         rows: how many rows were read.
         lengths: tokens of each conversation, its images included.
-        label_lengths: of these, the ones with a loss.
+        label_lengths: tokens with a loss of each conversation.
         sizes: (width, height) of each image.
         question_types: how many conversations have each.
         faults: all of them, each naming its row.
@@ -53,7 +54,7 @@ class SplitReport:
 
 
 def check_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     collator: VLMoECollator,
     name: str = "train",
     *,
@@ -61,13 +62,13 @@ def check_rows(
     limit: int | None = None,
     progress: bool = True,
 ) -> SplitReport:
-    """Read every row as training would, and keep what is wrong in place of raising it.
+    """Read every row as training would, and collect errors instead of raising them.
 
     Args:
         rows: as `load_rows` gives them.
         collator: one without `max_length`, whose processor counts the tokens.
         name: the split's name.
-        faults: what was found when the rows were read.
+        faults: the errors that reading the rows collected.
         limit: the longest conversation in tokens that the model takes.
         progress: show a progress bar.
     """
@@ -92,7 +93,7 @@ def check_rows(
 
 
 def report_text(reports: Sequence[SplitReport], limit: int | None) -> str:
-    """The reports as text: a table, the first conversations as the model sees them, all faults."""
+    """Format the reports: a table, the first conversations as the model sees them, all faults."""
     lines = [
         f"{'split':<12} {'rows':>9} {'conversations':>13} {'images':>9} {'tokens':>17} "
         f"{'learned':>15} {'faults':>7}"
@@ -112,8 +113,8 @@ def report_text(reports: Sequence[SplitReport], limit: int | None) -> str:
         if report.examples:
             opened, closed = LEARNED
             lines.append(
-                f"\nThe first conversations of {report.name} as the model sees them, with what is "
-                f"learned in {opened}{closed}:"
+                f"\nThe first conversations of {report.name} as the model sees them, learned "
+                f"tokens in {opened}{closed}:"
             )
             lines += report.examples
     for report in reports:
@@ -158,27 +159,30 @@ def plot_data(reports: Sequence[SplitReport], path: str | Path, limit: int | Non
 
 
 def as_seen(
-    encoded: EncodedConversation, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], tok: Any
+    encoded: EncodedConversation,
+    sizes: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """A conversation as the model sees it, its images as `[image WIDTHxHEIGHT: N tokens]`."""
+    """Show a conversation as the model sees it, its images as `[image WIDTHxHEIGHT: N tokens]`."""
     text = ""
     for position, (ids, mask) in enumerate(zip(encoded.segments, encoded.masks, strict=True)):
         if position:
             width, height = sizes[position - 1]
             text += f"[image {width}x{height}: {lengths[position - 1]} tokens]"
         for learned, run in groupby(zip(ids.tolist(), mask.tolist(), strict=True), lambda x: x[1]):
-            piece = tok.decode([token for token, _ in run])
+            piece = tokenizer.decode([token for token, _ in run])
             text += f"{LEARNED[0]}{piece}{LEARNED[1]}" if learned else piece
     return text
 
 
 def _check_images(parsed: ParsedRow, measure: RowMeasure, report: SplitReport) -> list[int] | None:
-    """The number of tokens of each image of a row; None where one cannot be used."""
+    """Count the tokens of each image of a row; None if one cannot be used."""
     limits, allow_urls = measure.processor.image_limits, measure.collator.encode_image.allow_urls
     sizes: list[tuple[int, int]] = []
     for position, image in enumerate(parsed.images):
         if is_faulty(image):
-            continue  # named when it was read
+            continue  # its error was collected when it was read
         try:
             where = f"{parsed.name}, image {position}"
             sizes.append(open_image(image, where, limits=limits, allow_urls=allow_urls).size)
@@ -205,7 +209,7 @@ def _check_conversation(
         return
     learned = int(sum(mask.sum() for mask in encoded.masks))
     if not learned:
-        report.faults.append(f"{name}: a conversation has no token with a loss; it has no answer.")
+        report.faults.append(f"{name}: no token with a loss, since a conversation has no answer.")
     if image_lengths is None:
         return
     if len(report.examples) < EXAMPLES:
@@ -216,7 +220,7 @@ def _check_conversation(
 
 
 def _check_lengths(report: SplitReport, count: int, name: str, limit: int) -> None:
-    """Name a row of which one of the last `count` conversations is too long."""
+    """Report a row if one of the last `count` conversations is too long."""
     longest = max(report.lengths[-count:], default=0)
     if longest > limit:
         report.faults.append(f"{name}: a conversation has {longest} tokens, more than {limit}.")

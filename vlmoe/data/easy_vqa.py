@@ -1,11 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""easy-VQA as conversational rows: 5,000 images of one coloured shape, 48,248 questions.
+"""easy-VQA as conversational rows: 5,000 images of one colored shape, 48,248 questions.
 
 The data come from the `easy-vqa` package (https://github.com/vzhou842/easy-VQA, MIT): splits
 `train` (4,000 images, 38,575 questions) and `test` (1,000 images, 9,673 questions), 13 answers.
 
 - `question_rows(split)`: a row per image, holding all its questions as conversations.
-- `caption_rows(split)`: a row per image, "describe the image." answered "a {color} {shape}". Colour
+- `caption_rows(split)`: a row per image, "describe the image." answered "a {color} {shape}". Color
   and shape follow from the image's own questions of that split and from nothing else.
 """
 
@@ -44,7 +44,7 @@ def question_type(question: str) -> str:
 
 
 def question_rows(split: str) -> "Dataset":
-    """Every image of a split with its questions; `question_type` has one entry per question."""
+    """Return a row per image of a split; its `question_type` has one entry per question."""
     rows = []
     for image_id, path, questions in _images(split):
         rows.append(
@@ -59,9 +59,9 @@ def question_rows(split: str) -> "Dataset":
 
 
 def caption_rows(split: str) -> "Dataset":
-    """Every image of a split whose colour and shape its questions determine, with a caption.
+    """Return every image of a split whose color and shape its questions determine, with a caption.
 
-    How many images are left out is logged.
+    The log says how many images are left out.
     """
     rows, left_out = [], 0
     for image_id, path, questions in _images(split):
@@ -89,7 +89,7 @@ def caption_rows(split: str) -> "Dataset":
 def derive_color_and_shape(
     questions: Iterable[tuple[str, str]],
 ) -> tuple[str | None, str | None]:
-    """What (question, answer) pairs about one image say of its one shape; None where they do not.
+    """Derive color and shape of an image from questions and answers; None if they do not say.
 
     Direct answers ("what is the blue shape?", "rectangle"), confirmations ("is there a red shape?",
     "yes"; "is there not a red shape?", "no") and exclusion of all other possibilities count.
@@ -152,15 +152,14 @@ def conversation(question: str, answer: str) -> list[dict[str, Any]]:
 
 
 def dataset(rows: list[dict[str, Any]]) -> "Dataset":
-    """Rows with the columns id, messages, images and question_type as a dataset with images left
-    encoded."""
+    """Make a dataset of rows with id, messages, images (left encoded) and question_type."""
     from datasets import Dataset
 
     return Dataset.from_list(rows, features=_features())
 
 
 def _features() -> "Features":
-    """The columns of the rows."""
+    """Return the columns of the rows."""
     from datasets import Features, Image, List, Value
 
     part = {"type": Value("string"), "text": Value("string")}

@@ -1,8 +1,8 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A look at data files before they are parsed: their encoding, and how deep JSON is nested.
+"""Check data files before they are parsed: their encoding, and the depth of JSON.
 
-Arrow's parser of JSON calls itself for every level, and takes the whole process with it where the
-stack ends. The scan goes over the bytes in chunks and builds no objects: 3 to 5 s per GB.
+Arrow's JSON parser recurses once per level: deep nesting overflows the stack and kills the
+process. The scan goes over the bytes in chunks and builds no objects: 3 to 5 s per GB.
 """
 
 import re
@@ -15,7 +15,7 @@ from ..hub.json_files import MAX_JSON_DEPTH
 
 CHUNK_BYTES = 1 << 24
 MAX_LINE_BYTES = (1 << 31) - 1
-"""Of a row, or of a whole file that is one list: what Arrow takes at once."""
+"""The longest row, or whole file that is one list, that Arrow takes at once."""
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}\n'))
 STRING = re.compile(rb'"[^"\n]*["\n]')
 STEPS = np.zeros(256, dtype=np.int64)
@@ -49,10 +49,12 @@ def require_shallow(file: Path) -> None:
                 )
             line = len(chunk) - chunk.rfind(b"\n") - 1 if b"\n" in chunk else line
             chunk = carried + chunk
-            carried = chunk[len(chunk.rstrip(b"\\")) :]  # what it escapes is in the next chunk
+            carried = chunk[
+                len(chunk.rstrip(b"\\")) :
+            ]  # the escaped character is in the next chunk
             structure, in_string = _structure(chunk[: len(chunk) - len(carried)], in_string)
             levels = depth + np.cumsum(STEPS[np.frombuffer(structure, np.uint8)])
-            levels -= np.minimum.accumulate(np.minimum(levels, 0))  # a surplus of ] opens nothing
+            levels -= np.minimum.accumulate(np.minimum(levels, 0))  # unmatched ] do not count
             if levels.max(initial=0) > MAX_JSON_DEPTH:
                 raise InputError(
                     f"{file}: nested too deep, or never closed; JSON is read to a depth of "
@@ -62,9 +64,9 @@ def require_shallow(file: Path) -> None:
 
 
 def _structure(chunk: bytes, in_string: bool) -> tuple[bytes, bool]:
-    """The brackets of a chunk outside its strings, and whether it ends inside a string."""
+    """Return the brackets of a chunk outside strings, and whether it ends inside a string."""
     unescaped = chunk.replace(b"\\\\", b"").replace(b'\\"', b"")
     marks = (b'"' if in_string else b"") + unescaped.translate(None, NOT_STRUCTURE)
-    marks = marks.replace(b'""', b"")  # fast, and whoever opens or closes a string stays the same
+    marks = marks.replace(b'""', b"")  # shortens the regex's work; parity of quotes stays
     outside, quote, _ = STRING.sub(b"", marks).partition(b'"')
     return outside, bool(quote)

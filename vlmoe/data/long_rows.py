@@ -1,19 +1,19 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Rows that do not fit the model, or of which nothing can be learned: found before training.
+"""Find rows that do not fit the model, or that nothing can be learned from, before training.
 
-Which rows are used is decided before the first step, by the rows alone: every rank and every
-resumed run sees the same, and no batch shrinks. A row is measured by its rendered and tokenised
-text only where its bytes, an upper bound of its tokens, do not show that it fits: 0.2 to 1 ms each
-for a row of 35 to 1,100 tokens, about 0.02 ms for the others. Of images at most the header is read,
-and that only where the processor cuts images into tiles.
+The rows to use are chosen before the first step and from the rows alone, so every rank and every
+resumed run uses the same, and no batch shrinks. Most rows are measured by their bytes, an upper
+bound of their tokens: about 0.02 ms each. A row that this bound does not show to fit is rendered
+and tokenized: 0.2 to 1 ms for 35 to 1,100 tokens. At most the header of an image is read, and only
+if the processor cuts images into tiles.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..processing.image_layout import tiles_on
@@ -21,6 +21,7 @@ from ..processing.image_sources import encoded_image, open_encoded
 from .collator import VLMoECollator
 from .conversations import Conversation, Turn, count_images, parse_messages, parse_row, row_name
 from .encoding import ImageEncoder
+from .row_fields import AnyRow, RowImage, Rows
 from .shortening import shortened
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,14 @@ SHORTEST = (Turn("user", ("a",)), Turn("assistant", ("a",)))
 
 @dataclass(frozen=True)
 class UsableRows:
-    """The rows to use, and how many were dropped, or are shortened when they are collated."""
+    """The rows to use, and the number of those dropped, or shortened when collated."""
 
-    rows: Any
+    rows: Rows
     dropped: int = 0
     shortened: int = 0
 
     def log(self, what: str, limit: int | None) -> None:
-        """Say once how many rows were too long, and what happens to them."""
+        """Log once how many rows were too long, and what happens to them."""
         count = self.dropped or self.shortened
         if count:
             done = (
@@ -49,11 +50,13 @@ class UsableRows:
             logger.warning("%s rows with more than %s tokens: %s; %s.", what, limit, count, done)
 
 
-def length_limit(config: Any, max_length: int | None = None) -> int | None:
-    """The longest sequence: `max_length`, by default as many tokens as a model of this config has
-    positions.
+def length_limit(config: PreTrainedConfig, max_length: int | None = None) -> int | None:
+    """Return the longest sequence: `max_length`, by default the positions of a model's config.
 
-    None where neither says. Raises `ValueError` for more than the model has positions.
+    None if neither is given.
+
+    Raises:
+        ValueError: `max_length` is more than the model has positions.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_length is not None and max_length > positions:
@@ -64,10 +67,13 @@ def length_limit(config: Any, max_length: int | None = None) -> int | None:
     return positions if max_length is None else max_length
 
 
-def prompt_limit(model: Any, new_tokens: int, max_length: int | None = None) -> int | None:
-    """The longest prompt: at most `max_length`, and what `new_tokens` leave of the positions.
+def prompt_limit(
+    model: PreTrainedModel, new_tokens: int, max_length: int | None = None
+) -> int | None:
+    """Return the longest prompt: `max_length`, or the positions left by `new_tokens` if fewer.
 
-    Raises `ValueError` where they leave nothing.
+    Raises:
+        ValueError: no position is left.
     """
     limit, positions = length_limit(model.config, max_length), length_limit(model.config)
     if positions is None or limit is None:
@@ -80,19 +86,19 @@ def prompt_limit(model: Any, new_tokens: int, max_length: int | None = None) -> 
     return min(limit, positions - new_tokens)
 
 
-def require_room(model: Any, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise `ValueError` for a question that does not fit the model beside its answer."""
+def require_room(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `ValueError` for a question that does not fit the model with its answer."""
     limit = prompt_limit(model, new_tokens)
     if limit is not None and prompt_tokens > limit:
         raise ValueError(
-            f"the question has {prompt_tokens} tokens, its images included; beside an answer of "
+            f"the question has {prompt_tokens} tokens, its images included; with an answer of "
             f"{new_tokens} tokens the model's {limit + new_tokens} positions hold {limit}. Shorten "
             "it, or lower max_new_tokens."
         )
 
 
 def usable_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     collator: VLMoECollator,
     on_long_rows: str = "error",
     *,
@@ -100,18 +106,18 @@ def usable_rows(
 ) -> UsableRows:
     """Check that every row fits in `collator.max_length` tokens and has something to learn.
 
-    Images are not opened but for those of the first row, which is collated as in training.
+    Only the images of the first row are opened: it is collated as in training.
 
     Args:
         rows: as `load_rows` gives them.
-        collator: what will collate them; its cache keeps what is tokenised here.
+        collator: will collate them; its cache keeps the texts that are tokenized here.
         on_long_rows: "error" refuses a longer row; "drop" leaves it out, with all its
             conversations; "shorten-prompt" counts it, for a collator that shortens prompts.
         progress: show a progress bar.
 
     Raises:
-        ValueError: for another `on_long_rows`; naming the row, when it is malformed or has no
-            token with a loss, when it is too long, or stays so when shortened; when no row is left.
+        ValueError: `on_long_rows` is unknown; a row is malformed, has no token with a loss, is too
+            long, or stays so when shortened (the message names it); no row is left.
     """
     if on_long_rows not in ON_LONG_ROWS:
         raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: {', '.join(ON_LONG_ROWS)}.")
@@ -135,7 +141,7 @@ def usable_rows(
     collator([rows[kept[0]]])
     if on_long_rows != "drop":
         return UsableRows(rows, shortened=long)
-    select: Callable[[list[int]], Any] = getattr(rows, "select", lambda ps: [rows[p] for p in ps])
+    select: Callable[[list[int]], Rows] = getattr(rows, "select", lambda ps: [rows[p] for p in ps])
     return UsableRows(select(kept) if long else rows, dropped=long)
 
 
@@ -156,17 +162,17 @@ class RowMeasure:
         self.template_length = collator.text_length(SHORTEST)
         (self.image_length,) = self.image_lengths([(64, 64)])
 
-    def light(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """The rows without their images, where these all have the same length."""
+    def light(self, rows: Rows) -> Rows:
+        """Drop the rows' images if all images have the same number of tokens."""
         columns = getattr(rows, "column_names", ())
         return rows if self.tiles or "images" not in columns else rows.remove_columns("images")  # type: ignore[attr-defined]
 
     def image_lengths(self, sizes: list[tuple[int, int]]) -> list[int]:
-        """The number of tokens of images of the sizes (height, width)."""
+        """Return the number of tokens of images of the sizes (height, width)."""
         return self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
 
-    def __call__(self, row: Mapping[str, Any], position: int, shorten: bool) -> str | None:
-        """What is too long about a row, or None; raises `ValueError` as `usable_rows` does."""
+    def __call__(self, row: AnyRow, position: int, shorten: bool) -> str | None:
+        """Return the error of a row that is too long, or None; raise others as `usable_rows`."""
         name = row_name(row, position)
         if self.tiles:
             parsed = parse_row(row, position)
@@ -181,7 +187,7 @@ class RowMeasure:
     def _excess(
         self, conversation: Conversation, images: int, name: str, shorten: bool
     ) -> str | None:
-        """The same of one conversation."""
+        """Return the error of a conversation that is too long, or None."""
         texts = [part for turn in conversation for part in turn.parts if part]
         bound = images + sum(len(text.encode(errors="replace")) for text in texts)
         bound += self.template_length * len(conversation)
@@ -195,7 +201,7 @@ class RowMeasure:
             raise ValueError(
                 f"{name}: a conversation has no token with a loss: it has "
                 f"{'only empty assistant turns' if answers else 'no assistant turn'}, so nothing "
-                "can be learned of it. Give it an answer, or leave the row out."
+                "can be learned from it. Give it an answer, or leave the row out."
             )
         length = images + sum(map(len, encoded.segments))
         if self.limit is None or length <= self.limit:
@@ -210,20 +216,22 @@ class RowMeasure:
                 )
         return f"{name}: a conversation has {length} tokens, more than max_length={self.limit}."
 
-    def _image_length(self, image: Any, name: str) -> int:
-        """The number of tokens of an image; it is decoded only where its header cannot be read."""
+    def _image_length(self, image: RowImage, name: str) -> int:
+        """Count an image's tokens; it is decoded only if its header cannot be read."""
         size = _size(image, self.collator.encode_image)
         if size is None:
             return len(self.collator.encode_image(image, f"{name}, an image").token_ids)
         return self.image_lengths([size])[0]
 
 
-def _size(image: Any, encoder: ImageEncoder) -> tuple[int, int] | None:
-    """(height, width) of an image as it is shown, read from its header; None if it cannot be."""
+def _size(image: RowImage, encoder: ImageEncoder) -> tuple[int, int] | None:
+    """Read (height, width) of an image as it is shown from its header; None if that fails."""
     limits = encoder.processor.image_limits
     try:
         encoded = encoded_image(image, "", limits=limits, allow_urls=encoder.allow_urls)
         opened = image if encoded is None else open_encoded(encoded.content)
+        if not isinstance(opened, Image.Image):  # an array or tensor
+            return None
         width, height = opened.size
         turned = opened.getexif().get(0x0112) in TURNED
     except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError):

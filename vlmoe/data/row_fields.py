@@ -3,13 +3,10 @@
 
 import difflib
 import functools
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, TypeGuard
 
-import numpy as np
-import torch
-from PIL import Image
+from ..processing.image_sources import ImageSource
 
 COLUMNS = ("messages", "images", "question_type")
 IMAGE_COLUMNS = ("images", "image", "file_name")
@@ -32,6 +29,8 @@ REMOVED = (
 
 AnyRow = Mapping[str, Any]
 """A row of any form; `Row` and `QuestionRow` are the two common ones."""
+Rows = Sequence[AnyRow]
+"""Anything with a length and rows by number: a list, a `datasets.Dataset`, `ConversationRows`."""
 Messages = list[dict[str, Any]]
 """One conversation as a row holds it."""
 
@@ -43,7 +42,7 @@ class StoredImage(TypedDict):
     path: str | None
 
 
-RowImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor | StoredImage
+RowImage = ImageSource
 """An image as a row holds it; a string is a path, base64, a `data:` URL, or, if allowed, a URL."""
 
 

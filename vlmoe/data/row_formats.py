@@ -42,7 +42,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model"
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
 
 Parts = list[dict[str, Any]]
-Picture = str | bytes | dict[str, Any]
+Picture = str | bytes | dict[str, Any] | None
 Converted = tuple[list[Messages], list[Picture]]
 
 

@@ -16,16 +16,13 @@ from torch.utils.data import Dataset
 from .conversations import row_name, split_conversations
 from .images import ImageSources
 from .row_datasets import standard_dataset
-from .row_fields import COLUMNS, AnyRow, require_messages
+from .row_fields import COLUMNS, AnyRow, Rows, require_messages
 from .row_formats import conversational
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-Rows = Sequence[AnyRow]
-"""Anything with a length and rows by number: a list, a `datasets.Dataset`, `ConversationRows`."""
 
 
 def as_rows(rows: "Rows | datasets.Dataset", name: str = "rows") -> Rows:

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Taking text off the questions of a conversation that is too long for the model."""
+"""Cut text from the questions of a conversation that is too long for the model."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,16 @@ from .conversations import IMAGE, Conversation
 def shortened(
     conversation: Conversation, room: int, length: Callable[[Conversation], int]
 ) -> Conversation:
-    """The conversation with at most `room` tokens, where its questions' text suffices for that.
+    """Shorten a conversation to `room` tokens, or as far as its questions' text allows.
 
-    Characters are taken from the beginning of the first question, then of the next; where all
-    questions are gone, of the system message. Images, answers and what the chat template writes
-    stay. The same conversation and room give the same result.
+    Characters are cut from the beginning of the first question, then of the next; if all questions
+    are gone, of the system message. Images, answers and the chat template's text stay. The same
+    conversation and room give the same result.
 
     Args:
-        conversation: what is too long; one that fits is returned as it is.
+        conversation: one that is too long; one that fits is returned as it is.
         room: the largest number of tokens.
-        length: the number of tokens of a conversation.
+        length: counts the tokens of a conversation.
     """
     if length(conversation) <= room:
         return conversation
@@ -36,7 +36,7 @@ def shortened(
         if length(shorter) > room:
             conversation = shorter
             continue
-        too_long, fits = 0, len(text)  # characters taken off
+        too_long, fits = 0, len(text)  # characters cut
         while fits - too_long > 1:
             middle = (too_long + fits) // 2
             if length(_with_text(conversation, place, text[middle:])) <= room:
@@ -52,7 +52,7 @@ def _text(conversation: Conversation, place: tuple[int, int]) -> str:
 
 
 def _with_text(conversation: Conversation, place: tuple[int, int], text: str) -> Conversation:
-    """The conversation with another text in one place."""
+    """Replace the text in one place."""
     turns = list(conversation)
     parts = list(turns[place[0]].parts)
     parts[place[1]] = text

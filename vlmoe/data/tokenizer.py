@@ -1,10 +1,10 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A tokenizer trained on one's own texts: byte-level BPE with the tokens of the chat format.
+"""Train a tokenizer on your own texts: byte-level BPE with the tokens of the chat format.
 
 Every byte is in the vocabulary, so any string can be encoded and decoded. Special tokens get the
-first ids, in the order given, and are never split or merged. A space is put before each piece of
-text between them, and one taken off again when decoding: a word is the same token at the beginning
-of an answer as in the middle of a question, and has to be learned once.
+first ids, in the order given, and are never split or merged. Each piece of text between them gets a
+leading space, removed again in decoding. A word is then the same token at the beginning of an
+answer as in the middle of a question, and has to be learned once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ CHAT_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>", IMAGE)
 
 
 def tile_markers(rows: int = 4, cols: int = 4) -> tuple[str, ...]:
-    """The tokens that mark tiles: `<global-img>` for the thumbnail, then `<row_r_col_c>` from 1."""
+    """Return the markers of tiles: `<global-img>` for the thumbnail, `<row_1_col_1>` and so on."""
     grid = [f"<row_{row}_col_{col}>" for row in range(1, rows + 1) for col in range(1, cols + 1)]
     return ("<global-img>", *grid)
 
@@ -34,7 +34,7 @@ def train_tokenizer(
     Args:
         texts: the texts to learn merges from, read once.
         vocab_size: upper bound, special tokens and the 256 bytes included.
-        special_tokens: tokens of their own, ids from 0; must hold the pad, end and image tokens.
+        special_tokens: never split, ids from 0; must hold the pad, end and image tokens.
         padding_side: `"left"`, which batched generation needs, or `"right"`.
         min_frequency: how often a pair must occur to be merged.
 
@@ -79,7 +79,7 @@ def train_tokenizer(
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
-    """The texts that are not empty, at least one."""
+    """Yield the texts that are not empty; raise `ValueError` if there are none."""
     if isinstance(texts, str):
         raise ValueError("`texts` is one string; pass an iterable of strings, such as [text].")
     found = False

@@ -4,7 +4,7 @@
 Every function takes plain data and a path, writes the file atomically and returns its path.
 Matplotlib draws to memory (Agg), without a screen; it is imported when the first figure is drawn.
 
-Colours: blue for images and training, orange for text and evaluation, green and red only for right
+Colors: blue for images and training, orange for text and evaluation, green and red only for right
 and wrong.
 """
 
@@ -13,13 +13,19 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from ..hub.atomic_files import atomic_path
 from .text import as_it_is, drawable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2a78d6", "#d9731a", "#1a7f37", "#c62828", "#6b6b6b"
 DOTS_PER_INCH = 150
@@ -44,8 +50,7 @@ class AnsweredQuestion:
 def plot_answers(
     answers: Sequence[AnsweredQuestion], path: str | Path, columns: int = 4, title: str = ""
 ) -> Path:
-    """A grid of images with question and answer; green for right, red with the truth beside it for
-    wrong.
+    """Draw a grid of images with question and answer: green if right, else red with the truth.
 
     Raises:
         ValueError: there are no answers to draw.
@@ -55,7 +60,7 @@ def plot_answers(
     columns = min(columns, len(answers))
     rows = -(-len(answers) // columns)
     figure = new_figure(2.7 * columns, 3.2 * rows + 0.6)
-    figure.get_layout_engine().set(h_pad=0.12)
+    figure.set_layout_engine("constrained", h_pad=0.12)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(answers) :]:
         axis.set_axis_off()
@@ -86,18 +91,18 @@ def plot_training(
     metric: str = "eval_exact_match",
     evaluated: str = "evaluation data",
 ) -> Path:
-    """Loss by step, training and evaluation, and accuracy by step where the history holds `metric`.
+    """Draw loss by step, and accuracy by step if the history has `metric`.
 
     Args:
         log_history: `trainer.state.log_history`, entries with `step` and `loss`, `eval_loss` or
             `metric`.
         path: the PNG file to write.
-        metric: the share of right answers to draw, in 0..1, as evaluation during training counts
-            them: each token is given the true ones before it.
-        evaluated: what was evaluated, for the title.
+        metric: the share of right answers, in 0..1, as evaluation during training counts them:
+            teacher-forced, with the true tokens before each one.
+        evaluated: the name of the evaluated data, for the title.
 
     Raises:
-        ValueError: the history holds no loss at all.
+        ValueError: the history has no loss at all.
     """
     training, evaluation = _series(log_history, "loss"), _series(log_history, "eval_loss")
     accuracy = _series(log_history, metric)
@@ -138,9 +143,12 @@ def plot_training(
 
 
 def plot_expert_load(
-    image_shares: Any, text_shares: Any, path: str | Path, layers: Sequence[int] | None = None
+    image_shares: ArrayLike,
+    text_shares: ArrayLike,
+    path: str | Path,
+    layers: Sequence[int] | None = None,
 ) -> Path:
-    """Heatmaps of layers x experts, image tokens beside text tokens; see `plot_shares`.
+    """Draw heatmaps of layers x experts, image tokens beside text tokens; see `plot_shares`.
 
     Args:
         image_shares: (layers, experts), the share of a layer's image tokens that each expert got.
@@ -152,28 +160,27 @@ def plot_expert_load(
         ValueError: the two are not matrices of one shape.
     """
     panels = {"image tokens": image_shares, "text tokens": text_shares}
-    names = range(len(image_shares)) if layers is None else layers
+    names = range(len(np.asarray(image_shares))) if layers is None else layers
     return plot_shares(panels, path, row_names=names, row_label="sparse layer")
 
 
 def plot_shares(
-    panels: Mapping[str, Any],
+    panels: Mapping[str, ArrayLike],
     path: str | Path,
     *,
-    row_names: Sequence[Any],
+    row_names: Sequence[object],
     row_label: str = "",
     title: str = "Expert load",
 ) -> Path:
-    """Heatmaps of rows x experts, on one colour scale; beside each other, if they are not wide.
+    """Draw heatmaps of rows x experts on one color scale, side by side if they are narrow.
 
-    White is the fair share (1 / experts), blue less and red more; cells that are large enough tell
-    their percentage.
+    White is the fair share (1 / experts), blue less and red more. Large cells show numbers.
 
     Args:
-        panels: by their titles the shares, (rows, experts) each.
+        panels: title -> shares, (rows, experts) each.
         path: the PNG file to write.
-        row_names: what the rows are called; a number where no font can draw it (figure_text.py).
-        row_label: what they are together.
+        row_names: names of the rows; a number replaces one that no font can draw (`text.py`).
+        row_label: the axis label of the rows.
         title: above all panels.
 
     Raises:
@@ -188,16 +195,11 @@ def plot_shares(
         )
     rows, experts = shapes[0]
     fair, largest = 100 / experts, 100 * max(matrix.max() for matrix in matrices.values())
-    columns = min(len(matrices), 2 if experts <= MOST_EXPERTS_SIDE_BY_SIDE else 1)
-    lines = -(-len(matrices) // columns)
-    width = min(max(3.6, 0.5 * experts), 9)
     with_numbers = experts <= 18 and rows <= 26
-    height = min(max((0.42 if with_numbers else 0.25) * rows, 0.9) + 0.8, 14)
-    figure = new_figure(columns * width + 1.5, lines * height + 0.5)
+    figure, axes = _share_panels(len(matrices), rows, experts, with_numbers)
     from matplotlib.colors import TwoSlopeNorm
 
     norm = TwoSlopeNorm(vcenter=fair, vmin=0, vmax=max(largest, 2 * fair))
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
     labels = drawable([str(name) for name in row_names])
     for axis in axes.flatten()[len(matrices) :]:
         axis.set_axis_off()
@@ -220,11 +222,24 @@ def plot_shares(
 
 
 def _wrapped(text: str, width: int) -> str:
-    """The text with line breaks, its own kept."""
+    """Wrap a text, keeping its own line breaks."""
     return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.splitlines())
 
 
-def _write_cells(axis: Any, percent: np.ndarray, norm: Any) -> None:
+def _share_panels(
+    count: int, rows: int, experts: int, with_numbers: bool
+) -> tuple["Figure", np.ndarray]:
+    """Make a figure with `count` axes, or more, for matrices of (rows, experts)."""
+    columns = min(count, 2 if experts <= MOST_EXPERTS_SIDE_BY_SIDE else 1)
+    lines = -(-count // columns)
+    width = min(max(3.6, 0.5 * experts), 9)
+    height = min(max((0.42 if with_numbers else 0.25) * rows, 0.9) + 0.8, 14)
+    figure = new_figure(columns * width + 1.5, lines * height + 0.5)
+    return figure, figure.subplots(lines, columns, sharey=True, squeeze=False)
+
+
+def _write_cells(axis: "Axes", percent: np.ndarray, norm: "Normalize") -> None:
+    """Write each cell's percentage, white on dark colors."""
     for (layer, expert), value in np.ndenumerate(percent):
         dark = abs(norm(value) - 0.5) > 0.32
         axis.text(
@@ -239,14 +254,13 @@ def _write_cells(axis: Any, percent: np.ndarray, norm: Any) -> None:
 
 
 def _series(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of `key`; of a step that was logged twice (before and after a resume) the
-    later value."""
+    """Return steps and values of `key`; a step logged again after a resume has its later value."""
     values = {entry["step"]: entry[key] for entry in log_history if key in entry}
     return list(values), list(values.values())
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A figure that draws to memory, whatever backend the environment names."""
+def new_figure(width: float, height: float) -> "Figure":
+    """Make a figure that draws to memory, whatever backend the environment names."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -257,7 +271,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def save_figure(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: "Figure", path: str | Path) -> Path:
     """Write a figure as PNG, atomically."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white")

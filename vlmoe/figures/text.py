@@ -1,29 +1,52 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Text from outside in figures: question types, questions, answers.
 
-Such text is drawn as it is: a dollar sign starts no formula. After matplotlib's own font those of
+Such text is drawn as it is: a dollar sign starts no formula. After matplotlib's own font, those of
 `FONTS` that are installed are tried; matplotlib itself shapes and orders Arabic or Hebrew letters.
-A character that no font has would be an empty box. A number, `[1]`, stands for a text with such a
-character, and the log says which text that is.
+A character that no font has would be an empty box: a number, `[1]`, replaces a text with such a
+character, and the log names the text once per process.
 """
 
 import functools
 import logging
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.text import Text
 
 logger = logging.getLogger(__name__)
 
 FONTS = (
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Noto Sans SC"),  # Linux
-    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "NanumGothic"),
-    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),  # macOS
-    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Segoe UI", "Segoe UI Emoji"),  # Windows
-    *("Noto Sans", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari"),
-    *("Noto Sans Thai", "Noto Emoji", "Symbola", "FreeSans", "Unifont"),
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "Noto Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "NanumGothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Arial Unicode MS",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Segoe UI",
+    "Segoe UI Emoji",
+    "Noto Sans",
+    "Noto Sans Arabic",
+    "Noto Sans Hebrew",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Noto Emoji",
+    "Symbola",
+    "FreeSans",
+    "Unifont",
 )
-"""Fonts for scripts that matplotlib's own font lacks."""
+"""Fonts of Linux, macOS and Windows for scripts that matplotlib's own font lacks."""
 
 _UNSEEN = {"Cc", "Cf", "Mn", "Zs"}  # categories of characters that need no glyph of their own
 
@@ -38,16 +61,21 @@ def drawable(texts: Sequence[str]) -> list[str]:
         f"{label} {text!r}" for label, text in zip(shown, texts, strict=True) if label != text
     ]
     if missing:
-        logger.warning(
-            "No installed font can draw %s. The figure shows the numbers; for the text install a "
-            "font such as Noto Sans CJK or Noto Emoji.",
-            ", ".join(missing),
-        )
+        _warn_of(", ".join(missing))
     return shown
 
 
-def as_it_is(artists: Any) -> None:
-    """Let a text of matplotlib, or several, be drawn without formulas and in the fonts that fit."""
+@functools.cache  # several figures show the same texts
+def _warn_of(missing: str) -> None:
+    logger.warning(
+        "No installed font can draw %s. The figure shows the numbers; for the text install a font "
+        "such as Noto Sans CJK or Noto Emoji.",
+        missing,
+    )
+
+
+def as_it_is(artists: "Text | Sequence[Text]") -> None:
+    """Draw a text of matplotlib, or several, without formulas and in the fonts that fit."""
     for artist in artists if isinstance(artists, Sequence) else [artists]:
         artist.set_parse_math(False)
         artist.set_fontfamily(list(font_families()))
@@ -64,8 +92,8 @@ def font_families() -> tuple[str, ...]:
 
 
 @functools.cache
-def _character_maps() -> tuple[dict[int, Any], ...]:
-    """For each font that is tried the glyphs of its characters."""
+def _character_maps() -> tuple[Mapping[int, int], ...]:
+    """Return the glyph of each character, for each font that is tried."""
     from matplotlib import font_manager
 
     paths = [font_manager.findfont(name) for name in font_families()]
