@@ -186,3 +186,14 @@ def test_importing_vlmoe_imports_no_package_that_transformers_does_not() -> None
     assert not extra.intersection(HEAVY)
     assert {name for name in extra if not name.startswith("_")} == {"vlmoe"}
     assert "peft" not in answering, "a command that only answers needs what adapts experts"
+
+
+def test_test_files_import_helper_modules_and_never_each_other() -> None:
+    files = {path.stem for path in modules("tests") if path.name.startswith("test_")}
+    found = {
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in modules("tests")
+        for _, module, line in imports(path)
+        if module in files
+    }
+    assert not found
