@@ -148,7 +148,10 @@ def _acquired(file: Path, shown: str) -> _Lock:
             os.close(descriptor)
             if holder.get("token") in os.environ.get(TOKENS, "").split():
                 return _Lock(file)  # of the process that started this one
-            raise FolderInUseError(_in_use(shown, holder))
+            raise FolderInUseError(
+                f"{shown} is being written to by {_described(holder)}: wait until it has ended, "
+                "stop it, or choose another folder."
+            )
         if _is_in_place(descriptor, file):
             break
         os.close(descriptor)  # its holder has just deleted it
@@ -320,11 +323,4 @@ def _described(holder: Holder) -> str:
     return (
         f"process {holder.get('pid', '?')} on {holder.get('host', '?')} "
         f"({holder.get('command', '?')}, since {holder.get('since', '?')})"
-    )
-
-
-def _in_use(shown: str, holder: Holder) -> str:
-    return (
-        f"{shown} is being written to by {_described(holder)}: wait until it has ended, stop it, "
-        "or choose another folder."
     )

@@ -153,6 +153,7 @@ def _rendered(folder: Path, config: VLMoEConfig, repo_id: str | None, metadata: 
     evaluations, upcycled = read_results(folder), saved_json(folder / REPORT_NAME)
     example = (saved_json(folder / METRICS_FILE) or {}).get("example")
     name = (repo_id or "").split("/")[-1] or _model_name(folder, stages)
+    layers = config.text_config.num_hidden_layers
     start = stages[-1]["start"] if stages else _start_of_upcycled(upcycled or {})
     data = _metadata(config, start, stages, evaluations, {"model_name": name, **metadata})
     return _template().render(
@@ -165,7 +166,7 @@ def _rendered(folder: Path, config: VLMoEConfig, repo_id: str | None, metadata: 
         config=config,
         text=config.text_config,
         **_image_facts(config, folder),
-        sparse_layers=_sparse_layers(config),
+        sparse_layers=[i for i in range(layers) if config.text_config.is_sparse_layer(i)],
         parameters=stages[-1]["parameters"] if stages else _parameters(config),
         stages=stages,
         upcycled=upcycled,
@@ -235,11 +236,6 @@ def _model_name(folder: Path, stages: list[JsonObject]) -> str:
     return "-".join(
         filter(None, (re.sub(r"[^A-Za-z0-9.]+", "-", each).strip("-") for each in parts))
     )
-
-
-def _sparse_layers(config: VLMoEConfig) -> list[int]:
-    text = config.text_config
-    return [layer for layer in range(text.num_hidden_layers) if text.is_sparse_layer(layer)]
 
 
 def _image_facts(config: VLMoEConfig, folder: Path) -> JsonObject:

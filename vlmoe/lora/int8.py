@@ -51,7 +51,11 @@ def check_quantized_bank(name: str, bank: nn.Module) -> None:
     quantized = {n: p for n, p in bank.named_parameters(recurse=False) if is_torchao(p)}
     for parameter_name, parameter in quantized.items():
         kind = type(parameter.data).__name__
-        if not is_int8(parameter) or (not parameter.is_meta and _has_zero_points(parameter)):
+        if not is_int8(parameter) or (
+            not parameter.is_meta
+            and parameter.zero_point is not None
+            and parameter.zero_point.any()
+        ):
             raise ValueError(
                 f"{name}: {parameter_name} is a {kind} of torchao; under LoRA allowed: int8 "
                 "weights, symmetric, with a scale per row, and plain weights. Load the model with "
@@ -82,10 +86,6 @@ def let_trainer_train(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, TorchAoHfQuantizer):
         quantizer.__class__ = TrainableTorchAoHfQuantizer
-
-
-def _has_zero_points(tensor: Int8Tensor) -> bool:
-    return tensor.zero_point is not None and bool(tensor.zero_point.any())
 
 
 class Int8Experts:

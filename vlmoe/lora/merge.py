@@ -37,7 +37,7 @@ def merge_expert_lora(
     Raises:
         FileNotFoundError: there is no such adapter or model.
         ValueError: the adapter is damaged, of another model, or its merged weights are not finite;
-            the experts are quantised; the output folder holds an adapter, or is in use.
+            the experts are quantized; the output folder holds an adapter, or is in use.
         OSError: the output folder cannot be written into.
     """
     if output_dir is None:

@@ -2,12 +2,12 @@
 """Adapted experts on a CPU: expert by expert, in blocks of rows that stay in cache.
 
 Rows are the (token, choice) pairs, sorted by expert; `ends[e]` is where the rows of expert e end. A
-block holds the rows of some neighbouring experts: matrix products are taken for each expert, all
+block holds the rows of some neighboring experts: matrix products are taken for each expert, all
 else for the block, so that many experts with few rows cost few calls.
 
 What the backward pass needs again is saved (the projections before the activation, and the products
 of rank r) or cheap to compute again (the activation). Base weights are frozen: no gradient of their
-shape exists at any time, nor an adapted copy of them; in int8 they are dequantised one expert at a
+shape exists at any time, nor an adapted copy of them; in int8 they are dequantized one expert at a
 time (int8_experts.py). Products of rank r, and what is summed over
 experts, are in at least fp32: rounding a number of such a small space is not averaged out.
 
