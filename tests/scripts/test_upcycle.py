@@ -206,6 +206,8 @@ def test_from_python_the_folder_holds_what_from_dense_makes(
         (result.folder, {}, "is not an empty folder"),
         (tmp_path / "other", {"connector": {"pixel_shuffle_factor": 2}}, "is for `vision`"),
         (tmp_path / "other", {"expert_init": "copies"}, "expert_init is 'copies'"),
+        (tmp_path / "other", {"expert_splits": 2}, "did you mean expert_split"),
+        (tmp_path / "other", {"fields": {"seed": 1}}, "'seed', which is an option"),
     ):
         with pytest.raises(ValueError, match=message):
             upcycle(dense_folder, target, **wrong)

@@ -105,7 +105,10 @@ class Upcycling:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: 0 or more.")
         for name in self.fields:
-            _require("an option", name, (*TEXT_FIELDS, *TOP_FIELDS))
+            if name not in (*TEXT_FIELDS, *TOP_FIELDS):
+                own = [option.name for option in dataclasses.fields(self)]
+                _require("an option", name, (*own, *TEXT_FIELDS, *TOP_FIELDS))
+                raise ValueError(f"`fields` holds {name!r}, which is an option, not a field.")
 
     @property
     def exactness(self) -> str:
