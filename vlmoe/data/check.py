@@ -88,7 +88,11 @@ def check_rows(
         for conversation in parsed.conversations:
             _check_conversation(conversation, row_name(row, position), lengths, collator, report)
         if limit is not None:
-            _check_lengths(report, len(parsed.conversations), parsed.name, limit)
+            longest = max(report.lengths[-len(parsed.conversations) :], default=0)
+            if longest > limit:
+                report.faults.append(
+                    f"{parsed.name}: a conversation has {longest} tokens, more than {limit}."
+                )
     return report
 
 
@@ -209,7 +213,7 @@ def _check_conversation(
         return
     learned = int(sum(mask.sum() for mask in encoded.masks))
     if not learned:
-        report.faults.append(f"{name}: no token with a loss, since a conversation has no answer.")
+        report.faults.append(f"{name}: a conversation has no token with a loss; it has no answer.")
     if image_lengths is None:
         return
     if len(report.examples) < EXAMPLES:
@@ -217,13 +221,6 @@ def _check_conversation(
         report.examples.append(as_seen(encoded, sizes, image_lengths, collator.processor.tokenizer))
     report.label_lengths.append(learned)
     report.lengths.append(sum(map(len, encoded.segments)) + sum(image_lengths))
-
-
-def _check_lengths(report: SplitReport, count: int, name: str, limit: int) -> None:
-    """Report a row if one of the last `count` conversations is too long."""
-    longest = max(report.lengths[-count:], default=0)
-    if longest > limit:
-        report.faults.append(f"{name}: a conversation has {longest} tokens, more than {limit}.")
 
 
 def _details(report: SplitReport) -> Iterator[str]:

@@ -209,7 +209,9 @@ class ImageEncoder:
         content = encoded_image(value, name, limits=limits, allow_urls=allow_urls)
         if content is None:
             image = open_image(value, name, limits=limits)
-            key = _pixel_key(image)
+            digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16, person=b"pixels")
+            digest.update(image.tobytes())
+            key = digest.digest()
         else:
             key = hashlib.blake2b(content.content, digest_size=16, person=b"encoded").digest()
         encoded = self._cache.get(key)
@@ -262,10 +264,3 @@ def _tokens_added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     raise ValueError("the tokenizer changes a text when it adds special tokens to it.")
-
-
-def _pixel_key(image: Image.Image) -> bytes:
-    """Digest an RGB image's size and pixels."""
-    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16, person=b"pixels")
-    digest.update(image.tobytes())
-    return digest.digest()

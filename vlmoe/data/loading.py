@@ -52,19 +52,16 @@ def load_rows(
         split: its name; on the Hub also a slice such as `train[:10%]`.
         limit: keep only the first rows.
         altered_copies: append this many copies of every row with shifted images. Every other copy,
-            the first included, is also mirrored left to right. The copies are made once, so every
-            epoch and every resumed run sees the same. The texts stay: they must not speak of left
-            and right, and the images must not show text.
+            the first included, is also mirrored. All epochs and resumed runs see the same copies.
+            The texts must not speak of left and right, nor the images show text.
         with_images: False removes images and image parts, for a question-only baseline.
         config_name: the configuration of a Hub dataset that has several.
-        allow_outside_images: open image files outside the dataset's folder (for a file, its folder;
-            on the Hub, the dataset's downloaded files), which rows may name by absolute paths, `..`
-            or symbolic links. An error by default, since a dataset may come from anyone.
+        allow_outside_images: open image files outside the dataset's folder (of a file: its folder;
+            of a Hub dataset: its downloads). An error by default: a dataset may come from anyone.
         allow_image_urls: keep http(s) URLs of images, an error by default. The collator downloads
             them if it has `allow_image_urls`, too.
         image_limits: the largest image that is opened for altered copies.
-        faults: if given, collects the errors about single rows and images, which are then not
-            raised; see `row_datasets.is_faulty`.
+        faults: if given, collects the errors about single rows and images (see `is_faulty`).
 
     Raises:
         FileNotFoundError: the source or an image file does not exist.
@@ -75,17 +72,17 @@ def load_rows(
         raise ValueError(f"limit must be at least 1 or None, got {limit}.")
     if altered_copies < 0:
         raise ValueError(f"altered_copies must be at least 0, got {altered_copies}.")
-    rules: ImageRules = {
-        "allow_outside_images": allow_outside_images,
-        "allow_image_urls": allow_image_urls,
-        "faults": faults,
-    }
+    rules = ImageRules(
+        allow_outside_images=allow_outside_images, allow_image_urls=allow_image_urls, faults=faults
+    )
     with reading(source, keep=(ValueError, OSError, ImportError)):
         rows = standard_columns(_read(source, split, config_name, rules), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:
-        rows = _without_images(rows)
+        rows = rows.map(
+            _text_of_batch, batched=True, features=rows.features, desc="removing images"
+        ).select_columns(rows.column_names)
     if not altered_copies:
         return rows
     return with_altered_copies(
@@ -174,13 +171,6 @@ def _hub_image_sources(source: str, rules: ImageRules) -> ImageSources:
         "FOLDER) and give its folder.",
         **rules,
     )
-
-
-def _without_images(rows: "Dataset") -> "Dataset":
-    """Remove images and image parts."""
-    return rows.map(
-        _text_of_batch, batched=True, features=rows.features, desc="removing images"
-    ).select_columns(rows.column_names)
 
 
 # A function of the module, not a lambda: `datasets` names its cache by it, and cannot hash lambdas

@@ -31,7 +31,7 @@ def shortened(
         if text is not IMAGE
     ]
     for place in places:
-        text = _text(conversation, place)
+        text = conversation[place[0]].parts[place[1]] or ""
         shorter = _with_text(conversation, place, "")
         if length(shorter) > room:
             conversation = shorter
@@ -45,10 +45,6 @@ def shortened(
                 too_long = middle
         return _with_text(conversation, place, text[fits:])
     return conversation
-
-
-def _text(conversation: Conversation, place: tuple[int, int]) -> str:
-    return conversation[place[0]].parts[place[1]] or ""
 
 
 def _with_text(conversation: Conversation, place: tuple[int, int], text: str) -> Conversation:
