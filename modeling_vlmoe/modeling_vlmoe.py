@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -220,11 +220,9 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
         batch = check_token_inputs(*tokens, mm_token_type_ids, self.config.text_config.hidden_size)
         check_rows_of_images(pixel_values, image_index, batch)
-
         # Before the embedding, so that all ranks of FSDP gather parameters in one order.
         given = pixel_values, pixel_attention_mask, image_index, mm_encoder_outputs
-        record = kwargs.get("output_router_logits", False)
-        images, are_real = self.encode_images(*given, record)
+        images, are_real = self.encode_images(*given, kwargs.get("output_router_logits", False))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         token_types = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
@@ -330,15 +328,12 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
     def __init__(self, config: VLMoEConfig):
         super().__init__(config)
         self.model = VLMoEModel(config)
-        self.lm_head = nn.Linear(
-            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
-        )
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
         self.suppress_image_tokens()
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> VLMoEImageFeatures:
         """See `VLMoEModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -356,7 +351,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_encoder_outputs: dict[str, VLMoEImageFeatures] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -365,8 +360,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
 
         Args:
             labels: (batch, length) token ids; -100 where there is no loss.
-            logits_to_keep: compute logits for the last that many positions only (0: all), or at the
-                given indices.
+            logits_to_keep: positions that get logits: the last so many (0: all), or indices.
             num_items_in_batch: label tokens of the whole optimizer step, as Trainer counts them; by
                 default those of `labels`.
 
