@@ -17,7 +17,7 @@ from typing import Any
 
 from measure import write_result
 
-from vlmoe_cli.demo import CAPTIONS, QUESTIONS, recipe_file, save_tokenizer
+from vlmoe.training.recipes import CAPTIONS, QUESTIONS, RECIPES, save_tokenizer
 
 ARMS: dict[str, dict[str, float]] = {
     "off": {"router_aux_loss_coef": 0.0},
@@ -30,7 +30,7 @@ EVALUATION_BATCH = "256"
 def train(recipe: str, model: str, folder: Path, seed: int, extra: list[str]) -> Path:
     """Return the folder of a trained stage."""
     if not (folder / "train_results.json").exists():
-        command = ["train", "--config", str(recipe_file(recipe)), "--model", model]
+        command = ["train", "--config", str(RECIPES / f"{recipe}.yaml"), "--model", model]
         _vlmoe([*command, "--output_dir", str(folder), "--seed", str(seed), *extra])
     return folder
 

@@ -138,15 +138,12 @@ def vision_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def train_captions(folder: Path) -> dict[str, Any]:
     """Train the tiny preset by two epochs of the recipe for captions."""
-    from vlmoe.configuration.configuration_vlmoe import PRESETS
-    from vlmoe_cli.train import train
-    from vlmoe_cli.training_arguments import parse_training
+    from vlmoe.training.recipes import train_recipe
 
-    recipe = PRESETS.parent / "recipes" / "easy_vqa_captions.yaml"
-    given = {"config": recipe, "model": "tiny", "num_train_epochs": 2, "output_dir": folder}
+    given = {"num_train_epochs": 2, "output_dir": str(folder)}
     given |= {"eval_split": "test", "eval_strategy": "no", "max_eval_rows": 200}
     given |= {"save_strategy": "epoch", "resume_from_checkpoint": "last"}
-    result = train(*parse_training([f"--{name}={value}" for name, value in given.items()]))
+    result = train_recipe("easy_vqa_captions", "tiny", **given)
     return {name: result.metrics[name] for name in ("steps", "eval_exact_match")}
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """The arms of the upcycling benchmark: their architectures, and what a token costs in each."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 from transformers import set_seed
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor, VLMoETextConfig
-from vlmoe_cli.loading import model_for_training
-from vlmoe_cli.options import ModelOptions
+from vlmoe.training.build import build_model
 
 EXPERTS, TOP_K, SPLIT = 8, 2, 2
 WIDTH, HIDDEN, LAYERS = 48, 64, 4  # of the dense decoder; WIDTH is its MLP's
@@ -93,7 +91,7 @@ def build(arm: Arm, seed: int, tokenizer: Path, dense: Path) -> tuple[Any, VLMoE
     if arm.from_scratch:
         return new_model(arm.mlp_width, tokenizer)
     if arm.upcycling is None:
-        return model_for_training(ModelOptions(model=str(dense)), tuple)
+        return build_model(str(dense))
     model = VLMoEForConditionalGeneration.from_dense(str(dense), seed=seed, **arm.upcycling)
     return model.train(), VLMoEProcessor.from_pretrained(dense)
 
@@ -103,9 +101,8 @@ def new_model(mlp_width: int | None, tokenizer: Path) -> tuple[Any, VLMoEProcess
     text = dict(SIZES["text_config"])
     if mlp_width is not None:
         text |= {"intermediate_size": mlp_width, "mlp_only_layers": list(range(LAYERS))}
-    overrides = json.dumps(SIZES | {"text_config": text})
-    options = ModelOptions(model="tiny", tokenizer=str(tokenizer), model_overrides=overrides)
-    return model_for_training(options, tuple)
+    overrides = SIZES | {"text_config": text}
+    return build_model("tiny", tokenizer=str(tokenizer), model_overrides=overrides)
 
 
 def flops_per_token(text: VLMoETextConfig, length: int) -> float:

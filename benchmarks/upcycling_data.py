@@ -14,7 +14,7 @@ from vlmoe.data.loading import load_rows
 from vlmoe.data.rows import ConversationRows
 from vlmoe.data.tokenizer import train_tokenizer
 from vlmoe.hub.atomic_files import write_json
-from vlmoe_cli.training_data import texts_of
+from vlmoe.training.build import row_texts
 
 TASKS = ("composition", "easy_vqa")
 IMAGES = {"train": 12000, "validation": 300, "test": 1200}
@@ -33,7 +33,7 @@ def prepare(task: str, folder: Path, max_images: int | None) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         splits = composition(max_images) if task == "composition" else easy_vqa(max_images)
         DatasetDict(splits).save_to_disk(staging / "data")
-        texts = (text for name in ("descriptions", "train") for text in texts_of(splits[name]))
+        texts = (text for name in ("descriptions", "train") for text in row_texts(splits[name]))
         vocabulary = VLMoEConfig.from_preset("tiny").text_config.vocab_size
         train_tokenizer(texts, vocabulary).save_pretrained(staging / "tokenizer")
         write_json(staging / "majority.json", majority(splits["train"], splits["test"]))

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from vlmoe.training.checkpoints import find_checkpoint, read_state, set_aside_newer
-from vlmoe_cli.train import TrainResult, build_trainer, run
-from vlmoe_cli.training_arguments import training_arguments
-from vlmoe_cli.training_checks import check_arguments
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.checkpoints import find_checkpoint, read_state
+from vlmoe.training.run import TrainResult, run
+from vlmoe.training.trainer import VLMoETrainer
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,20 @@ def _train(
         "use_cpu": True,
     }
     arguments = training_arguments(**fields | schedule)
-    check_arguments(arguments)
     checkpoint = find_checkpoint("last", folder)
     if plateau and checkpoint and plateau.is_reached(read_state(checkpoint)["log_history"]):
         arguments.max_steps = read_state(checkpoint)["global_step"]  # nothing is left to train
     set_seed(seed)
-    trainer = build_trainer(model, processor, train_rows, validation, arguments)
+    trainer = VLMoETrainer(
+        model,
+        arguments,
+        train_dataset=train_rows,
+        eval_dataset=validation,
+        processing_class=processor,
+    )
     trainer.add_callback(StepTimes())
     if plateau:
         trainer.add_callback(plateau)
-    set_aside_newer(folder, checkpoint)
     return run(trainer, checkpoint)
 
 

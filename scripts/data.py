@@ -18,7 +18,7 @@ import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .options import DataCheckOptions, ImageOptions, ModelOptions
+from .options import DataCheckOptions, ImageOptions
 from .shared_options import ImagePixels, ImageSide, ImageUrls, OutsideImages, Rows, place
 
 
@@ -143,10 +143,11 @@ def check_data(
 
 def _processor(options: DataCheckOptions, splits: list[Any]) -> tuple[Any, Any]:
     """The config and processor that count tokens; a preset's tokenizer is trained on the rows."""
-    from .loading import config_and_processor
+    from vlmoe.training.build import config_and_processor
 
-    model = ModelOptions(model=options.model, tokenizer=options.tokenizer, tiling=options.tiling)
-    return config_and_processor(model, lambda: _texts(splits))
+    return config_and_processor(
+        options.model, _texts(splits), tokenizer=options.tokenizer, tiling=options.tiling
+    )
 
 
 def _texts(splits: list[Any]) -> Iterator[str]:

@@ -31,8 +31,7 @@ from .shared_options import Seed, place
 
 if TYPE_CHECKING:
     from vlmoe.training.evaluation import Evaluation, Prediction
-
-    from .train import TrainResult
+    from vlmoe.training.run import TrainResult
 
 CAPTIONS, QUESTIONS, QUESTION_ONLY = "easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"
 EVALUATION_BATCH = 256
@@ -88,15 +87,16 @@ def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
     from vlmoe.hub.card_results import METRICS_FILE
     from vlmoe.training.evaluation import evaluate
     from vlmoe.training.metrics import majority_baseline
+    from vlmoe.training.recipes import save_tokenizer
 
     start = time.perf_counter()
     tokenizer = save_tokenizer(output_dir / "tokenizer")
     _say("1/5 captions")
-    captions = train_stage(options, CAPTIONS, "tiny", ["--tokenizer", tokenizer])
+    captions = train_stage(options, CAPTIONS, "tiny", tokenizer)
     _say("2/5 questions")
     trained = train_stage(options, QUESTIONS, str(captions.output_dir))
     _say("3/5 the same model, never shown an image")
-    blind = train_stage(options, QUESTION_ONLY, "tiny", ["--tokenizer", tokenizer])
+    blind = train_stage(options, QUESTION_ONLY, "tiny", tokenizer)
 
     _say("4/5 test questions")
     test_rows = load_rows("easy_vqa", "test", limit=options.max_test_rows)
@@ -160,41 +160,21 @@ def summarise(
     }
 
 
-def save_tokenizer(folder: Path) -> str:
-    """Train a tokenizer on the text of all stages, so that they share it; returns its folder."""
-    from vlmoe import VLMoEConfig
-    from vlmoe.data.loading import load_rows
-    from vlmoe.data.tokenizer import train_tokenizer
-
-    from .training_data import texts_of
-
-    rows = [load_rows(source, with_images=False) for source in (QUESTIONS, CAPTIONS)]
-    texts = (text for source in rows for text in texts_of(source))
-    vocab_size = VLMoEConfig.from_preset("tiny").text_config.vocab_size
-    train_tokenizer(texts, vocab_size).save_pretrained(folder)
-    return str(folder)
-
-
 def train_stage(
-    options: DemoOptions, recipe: str, model: str, extra: list[str] | None = None
+    options: DemoOptions, recipe: str, model: str, tokenizer: str | None = None
 ) -> "TrainResult":
     """Train with a recipe, into the folder of its name; the question stage's is `model`."""
-    from .train import train
-    from .training_arguments import parse_training
+    from vlmoe.training.recipes import train_recipe
 
     folder = Path(options.output_dir) / ("model" if recipe == QUESTIONS else recipe)
-    argv = ["--config", str(recipe_file(recipe)), "--model", model, "--output_dir", str(folder)]
-    argv += ["--seed", str(options.seed), *(extra or [])]
-    if options.max_train_rows is not None:
-        argv += ["--max_train_rows", str(options.max_train_rows)]
-    return train(*parse_training(argv))
-
-
-def recipe_file(name: str) -> Path:
-    """The YAML file of a recipe."""
-    import vlmoe.configuration as configuration
-
-    return Path(configuration.__path__[0]) / "recipes" / f"{name}.yaml"
+    return train_recipe(
+        recipe,
+        model,
+        tokenizer=tokenizer,
+        output_dir=str(folder),
+        seed=options.seed,
+        max_train_rows=options.max_train_rows,
+    )
 
 
 def draw_figures(

@@ -149,8 +149,9 @@ def _inspect(
     from vlmoe.hub.provenance import dataset_name
     from vlmoe.routing.inspection.analysis import dataset_routing, specialisation
     from vlmoe.routing.inspection.report import Inspection
+    from vlmoe.training.build import check_model_source
 
-    from .loading import check_model_source, model_for_answers, set_image_limits
+    from .loading import model_for_answers, set_image_limits
 
     if options.before:
         check_model_source(options.before)

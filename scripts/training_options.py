@@ -77,7 +77,7 @@ def print_all_help(ctx: typer.Context, wanted: bool) -> None:
     """Print the help of the command, and that of all training arguments with our defaults."""
     if not wanted:
         return
-    from .training_arguments import training_defaults
+    from vlmoe.training.arguments import training_defaults
 
     parser, _ = training_parser()
     parser.set_defaults(**training_defaults())

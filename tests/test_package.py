@@ -39,7 +39,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 print(*{name.partition(".")[0] for name in sys.modules})
 import vlmoe
 print(*{name.partition(".")[0] for name in sys.modules})
-import vlmoe_cli.loading
+import vlmoe.training.build
 print(*{name.partition(".")[0] for name in sys.modules})
 """
 STAR_IMPORT = """

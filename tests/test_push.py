@@ -111,7 +111,7 @@ def test_a_model_push_that_fails_anywhere_leaves_the_old_revision_and_can_be_rep
 
 def settings(output: Path, **more: Any) -> Any:
     """Training arguments for four steps, of which every second is saved."""
-    from vlmoe_cli.training_arguments import training_arguments
+    from vlmoe.training.arguments import training_arguments
 
     return training_arguments(
         output_dir=str(output),
@@ -129,10 +129,10 @@ def settings(output: Path, **more: Any) -> Any:
 
 def train(output: Path, model: Path, data: Path, more: dict[str, Any]) -> None:
     """`vlmoe train`."""
-    from vlmoe_cli.options import DataOptions, ModelOptions
-    from vlmoe_cli.train import train as run
+    from vlmoe.training.data import TrainingData
+    from vlmoe.training.run import train as run
 
-    run(ModelOptions(model=str(model)), DataOptions(dataset=str(data)), settings(output, **more))
+    run(str(model), TrainingData(str(data)), settings(output, **more))
 
 
 def train_with_trainer(output: Path, model: Path, data: Path, more: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .modeling_vlmoe.quantization import expert_int8_config as expert_int8_config
     from .routing.trace import record_routing as record_routing
     from .training.evaluation import evaluate as evaluate
+    from .training.trainer import VLMoETrainer as VLMoETrainer
     from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
     from .training.trl_trainers import VLMoESFTTrainer as VLMoESFTTrainer
     from .upcycling.dense_to_sparse import upcycle as upcycle
@@ -64,6 +65,7 @@ _MODULES = {
     "VLMoEPreferenceCollator": "data.collator",
     "VLMoEPromptCollator": "data.collator",
     "VLMoESFTTrainer": "training.trl_trainers",
+    "VLMoETrainer": "training.trainer",
     "add_expert_lora": "lora.add",
     "answer": "data.answers",
     "disable_routed_lora": "lora.wrappers",
@@ -84,6 +86,7 @@ _NEEDS = {
     "lora.config": "peft",
     "lora.merge": "peft",
     "lora.wrappers": "peft",
+    "training.trainer": "accelerate",
     "training.trl_trainers": "trl",
 }
 

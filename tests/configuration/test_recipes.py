@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 import vlmoe.configuration
-from vlmoe_cli.training_arguments import parse_training
+from vlmoe.training.arguments import prepared_arguments
+from vlmoe.training.recipes import read_recipe
 
 RECIPES = sorted((Path(vlmoe.configuration.__path__[0]) / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_holds_only_options_of_vlmoe_train(recipe: Path, tmp_path: Path) -> None:
-    _, data, arguments, *_ = parse_training(
-        ["--config", str(recipe), "--output_dir", str(tmp_path)]
-    )
+    data, given = read_recipe(recipe.stem, output_dir=str(tmp_path), use_cpu=True)
+    arguments = prepared_arguments(given, "tiny", data.has_evaluation)
     assert data.dataset in ("easy_vqa", "easy_vqa_captions")
     assert arguments.learning_rate == 1e-3
     assert arguments.output_dir == str(tmp_path)

@@ -26,10 +26,10 @@ from vlmoe.hub.model_card import (
     write_model_card,
 )
 from vlmoe.hub.provenance import STAGES_FILE, starting_point
-from vlmoe.training.card_trainer import CardTrainer
-from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import TrainResult, build_trainer, train
-from vlmoe_cli.training_arguments import training_arguments
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.data import TrainingData
+from vlmoe.training.run import TrainResult, train
+from vlmoe.training.trainer import VLMoETrainer
 
 TINIER = {
     "text_config": {
@@ -58,9 +58,9 @@ def arguments(folder: Path, **more: Any) -> Any:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> TrainResult:
     """A model trained from a preset, with two checkpoints."""
-    model = ModelOptions(model_overrides=json.dumps(TINIER))
-    data = DataOptions(dataset=str(data_folder), eval_split="test", altered_copies=1)
-    return train(model, data, arguments(tmp_path_factory.mktemp("first"), weight_decay=0.25))
+    data = TrainingData(str(data_folder), eval_split="test", altered_copies=1)
+    options = arguments(tmp_path_factory.mktemp("first"), weight_decay=0.25)
+    return train("tiny", data, options, model_overrides=TINIER)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def second(
     tmp_path_factory: pytest.TempPathFactory, first: TrainResult, data_folder: Path
 ) -> TrainResult:
     """A model that goes on from the first one."""
-    data = DataOptions(dataset=str(data_folder / "train.jsonl"), without_images=True)
+    data = TrainingData(str(data_folder / "train.jsonl"), without_images=True)
     folder = tmp_path_factory.mktemp("second")
-    return train(ModelOptions(model=str(first.output_dir)), data, arguments(folder, max_steps=1))
+    return train(str(first.output_dir), data, arguments(folder, max_steps=1))
 
 
 def run_snippet(code: str, folder: Path) -> str:
@@ -210,14 +210,15 @@ def test_an_adapter_keeps_the_card_of_its_library(
     assert not (tmp_path / STAGES_FILE).exists()
 
 
-def trainer_for(output: Path, saved: Path, data: Path, model: Any = None) -> CardTrainer:
+def trainer_for(output: Path, saved: Path, data: Path, model: Any = None) -> VLMoETrainer:
     """The trainer of `vlmoe train` on the first rows of `data`, with nothing told of its origin."""
     from vlmoe.data.loading import load_rows
 
     model = model or VLMoEForConditionalGeneration.from_pretrained(saved)
     rows = load_rows(str(data), "train", limit=2)
     processor = VLMoEProcessor.from_pretrained(saved)
-    return build_trainer(model, processor, rows, None, arguments(output))
+    options = arguments(output)
+    return VLMoETrainer(model, options, train_dataset=rows, processing_class=processor)
 
 
 def test_results_of_older_weights_do_not_stay(
@@ -226,7 +227,7 @@ def test_results_of_older_weights_do_not_stay(
     for name in ("metrics.json", "expert_load.png"):
         shutil.copyfile(measured / name, tmp_path / name)
     options = arguments(tmp_path, max_steps=1, save_strategy="no")
-    train(ModelOptions(model=str(saved_model)), DataOptions(dataset=str(data_folder)), options)
+    train(str(saved_model), TrainingData(str(data_folder)), options)
     assert not (tmp_path / "metrics.json").exists()
     assert "No evaluation is recorded" in (tmp_path / CARD_FILE).read_text()
 

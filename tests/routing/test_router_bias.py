@@ -15,9 +15,9 @@ from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe.router import VLMoERouter
 from vlmoe.modeling_vlmoe.sparse_moe import VLMoESparseMoeBlock, sparse_layers
 from vlmoe.routing.balancing import RouterBiasCallback, update_router_bias
-from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import train
-from vlmoe_cli.training_arguments import training_arguments
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.data import TrainingData
+from vlmoe.training.run import train
 
 Model = Callable[..., VLMoEForConditionalGeneration]
 
@@ -251,7 +251,7 @@ def test_vlmoe_train_updates_the_bias_and_resumes_with_it_exactly(
             report_to="none",
             use_cpu=True,
         )
-        train(ModelOptions(model=str(folder)), DataOptions(dataset=str(data_folder)), arguments)
+        train(str(folder), TrainingData(str(data_folder)), arguments)
         finals.append(load_file(Path(arguments.output_dir) / "model.safetensors"))
     at_checkpoint = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     name = SAVED_NAMES[0]

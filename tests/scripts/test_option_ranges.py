@@ -7,16 +7,11 @@ import pytest
 from vlmoe_cli import main
 from vlmoe_cli.option_ranges import RANGES, Range, require_in_range
 from vlmoe_cli.options import (
-    DataOptions,
     EvaluateOptions,
     GenerateOptions,
     InspectOptions,
-    LoraOptions,
-    ModelOptions,
     Options,
 )
-from vlmoe_cli.training_arguments import training_arguments
-from vlmoe_cli.training_checks import check_arguments, require_evaluation
 
 GENERATE = ["generate", "--model", "x", "?"]
 SAMPLE = [*GENERATE, "--temperature"]
@@ -78,18 +73,11 @@ def test_an_option_out_of_range_or_unread_is_one_line(
 @pytest.mark.parametrize(
     "options",
     [
-        *(DataOptions, EvaluateOptions, GenerateOptions, InspectOptions, LoraOptions),
-        *(ModelOptions,),
+        *(EvaluateOptions, GenerateOptions, InspectOptions),
     ],
 )
 def test_the_defaults_are_allowed(options: type[Options]) -> None:
     options()
-
-
-def test_every_default_of_the_training_arguments_is_allowed() -> None:
-    arguments = training_arguments(use_cpu=True)
-    check_arguments(arguments)
-    require_evaluation(arguments, has_evaluation=False)
 
 
 def test_a_python_caller_meets_the_same_range() -> None:

@@ -14,12 +14,10 @@ from PIL import Image
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.hub.whole_model import model_problems
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.data import TrainingData
+from vlmoe.training.run import train
 from vlmoe_cli import main
-from vlmoe_cli.loading import model_for_training
-from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import train
-from vlmoe_cli.training_arguments import training_arguments
-from vlmoe_cli.training_checks import check_arguments
 
 TINIER = {
     "text_config": {"hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24},
@@ -27,14 +25,6 @@ TINIER = {
     "pixel_shuffle_factor": 2,
 }
 FAST = ["--use_cpu", "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2"]
-
-
-def texts() -> list[str]:
-    return ["what color is the shape? blue"] * 3
-
-
-def options(**fields: Any) -> ModelOptions:
-    return ModelOptions(**{"model_overrides": json.dumps(TINIER)} | fields)
 
 
 def test_a_preset_is_trained_evaluated_saved_and_answers(
@@ -77,8 +67,8 @@ def test_training_lowers_the_loss_and_a_saved_model_goes_on_where_it_was(
             report_to="none",
             use_cpu=True,
         )
-        data = DataOptions(dataset=str(data_folder), eval_split="test")
-        return train(ModelOptions(model=str(model)), data, arguments).metrics
+        data = TrainingData(str(data_folder), eval_split="test")
+        return train(str(model), data, arguments).metrics
 
     first, second = run(saved_model, "first"), run(tmp_path / "first", "second")
     assert first["eval_loss"] is not None and first["train_loss"] < 2
@@ -91,110 +81,10 @@ def test_without_evaluation_data_there_is_no_evaluation(
     arguments = training_arguments(
         output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True
     )
-    data = DataOptions(dataset=str(data_folder), without_images=True)
-    result = train(ModelOptions(model=str(saved_model)), data, arguments)
+    data = TrainingData(str(data_folder), without_images=True)
+    result = train(str(saved_model), data, arguments)
     assert result.metrics["eval_loss"] is None
     assert arguments.eval_strategy == "epoch", "the caller's arguments were changed"
-
-
-def test_a_presets_ids_are_those_of_its_tokenizer() -> None:
-    model, processor = model_for_training(options(tiling=True), texts)
-    config, tokenizer = model.config, processor.tokenizer
-    assert config.image_token_id == processor.image_token_id
-    assert config.text_config.pad_token_id == tokenizer.pad_token_id
-    assert config.text_config.vocab_size == 512 >= len(tokenizer)
-    assert config.text_config.hidden_size == 32 and config.text_config.num_experts == 8
-    assert processor.image_processor.do_image_splitting
-    assert not model_for_training(options(), texts)[1].image_processor.do_image_splitting
-
-
-def test_a_foreign_tokenizer_gets_the_tokens_of_the_chat_format(
-    tmp_path: Path, saved_model: Path
-) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    foreign = PreTrainedTokenizerFast.from_pretrained(saved_model)
-    foreign.chat_template = "{{ messages }}"
-    foreign.save_pretrained(tmp_path)
-    model, processor = model_for_training(options(tokenizer=str(tmp_path)), texts)
-    tokenizer = processor.tokenizer
-    assert model.config.text_config.vocab_size == len(tokenizer)
-    assert tokenizer.eos_token == "<|end|>" and "generation" in processor.chat_template
-    assert tokenizer.convert_tokens_to_ids("<row_4_col_4>") != tokenizer.unk_token_id
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        ({"model_overrides": "{"}, ValueError, "not valid JSON"),
-        ({"model_overrides": "[1]"}, ValueError, "must be a JSON object"),
-        ({"model_overrides": '{"text_config": {"num_expert": 4}}'}, ValueError, "num_experts"),
-        ({"model_overrides": '{"pixel_shufle": 2}'}, ValueError, "no field 'pixel_shufle'"),
-        ({"model_overrides": '{"text_config": {"num_experts": 1}}'}, ValueError, "num_experts_per"),
-        ({"tokenizer": "./nowhere"}, FileNotFoundError, "no tokenizer folder ./nowhere"),
-        ({"dtype": "float"}, ValueError, None),
-        ({"dtype": "int64"}, ValueError, "no number type of weights"),
-        ({"model": "tinny"}, ValueError, "did you mean tiny"),
-        ({"model": "../no/such/folder"}, FileNotFoundError, "no model folder"),
-    ],
-)
-def test_wrong_model_options_are_named(
-    fields: dict[str, Any], error: type[Exception], message: str | None
-) -> None:
-    if message is None:  # torch.float is float32
-        assert model_for_training(options(**fields), texts)[0].dtype == torch.float32
-        return
-    with pytest.raises(error, match=message):
-        model_for_training(options(**fields), texts)
-
-
-def test_fields_of_a_saved_model_can_be_replaced_but_not_its_sizes(saved_model: Path) -> None:
-    given = '{"text_config": {"router_aux_loss_coef": 0.5}}'
-    chosen = ModelOptions(
-        model=str(saved_model),
-        model_overrides=given,
-        dtype="bfloat16",
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
-    model, _ = model_for_training(chosen, texts)
-    text_config = model.config.text_config
-    assert text_config.router_aux_loss_coef == 0.5 and model.dtype == torch.bfloat16
-    assert text_config._attn_implementation == text_config._experts_implementation == "eager"
-    for wrong, message in (
-        ('{"text_config": {"router_aux_los": 1}}', "did you mean router_aux_loss_coef"),
-        ('{"text_config": {"router_aux_loss_coef": -1}}', "router_aux_loss_coef"),
-        ('{"text_config": {"hidden_size": 64}}', "are not those of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model_for_training(ModelOptions(model=str(saved_model), model_overrides=wrong), texts)
-    with pytest.raises(ValueError, match="keeps its tokenizer"):
-        model_for_training(ModelOptions(model=str(saved_model), tokenizer="x"), texts)
-
-
-def test_a_model_of_another_type_is_refused(tmp_path: Path, saved_model: Path) -> None:
-    for file in saved_model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "llava"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="`model_type` is 'llava'"):
-        model_for_training(ModelOptions(model=str(tmp_path)), texts)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
-        ({"remove_unused_columns": True}, "--remove_unused_columns"),
-        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy group_by_"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "--train_sampling_strategy batch_"),
-    ],
-)
-def test_arguments_that_would_spoil_training_are_refused(
-    fields: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_arguments(training_arguments(use_cpu=True, **fields))
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(
@@ -217,9 +107,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
         report_to="none",
         use_cpu=True,
     )
-    data = DataOptions(dataset=str(data_folder))
+    data = TrainingData(str(data_folder))
     with pytest.raises(ValueError, match="loss is nan at step 1"):
-        train(ModelOptions(model=str(tmp_path / "model")), data, arguments)
+        train(str(tmp_path / "model"), data, arguments)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
@@ -236,7 +126,8 @@ def test_the_seed_decides_a_presets_first_weights_and_workers_change_nothing(
             use_cpu=True,
             **fields,
         )
-        log = train(options(), DataOptions(dataset=str(data_folder)), arguments).log_history
+        data = TrainingData(str(data_folder))
+        log = train("tiny", data, arguments, model_overrides=TINIER).log_history
         return [entry["loss"] for entry in log if "loss" in entry]
 
     torch.manual_seed(1)

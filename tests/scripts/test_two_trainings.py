@@ -46,7 +46,7 @@ def options(saved_model: Path, data_folder: Path) -> list[str]:
 def start(options: list[str]) -> Start:
     """`start(seed, output, log)`: the training in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    preload = ["vlmoe_cli.loading", "vlmoe_cli.training_arguments", "transformers.trainer"]
+    preload = ["vlmoe.training.run", "transformers.trainer"]
     context.set_forkserver_preload([*preload, "datasets", "vlmoe.data.loading"])
 
     def start_process(seed: int, output: Path, log: Path) -> multiprocessing.process.BaseProcess:

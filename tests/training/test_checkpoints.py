@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tampering import rename, tamper
 
 from vlmoe.hub.whole_model import model_problems
+from vlmoe.training.arguments import training_arguments
 from vlmoe.training.checkpoints import (
     checkpoint_folders,
     checkpoint_problems,
@@ -20,9 +21,8 @@ from vlmoe.training.checkpoints import (
     last_complete_checkpoint,
     set_aside_newer,
 )
-from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import train
-from vlmoe_cli.training_arguments import training_arguments
+from vlmoe.training.data import TrainingData
+from vlmoe.training.run import train
 
 NEEDED = (
     "config.json",
@@ -52,8 +52,8 @@ def run_folder(
         report_to="none",
         use_cpu=True,
     )
-    data = DataOptions(dataset=str(data_folder), max_train_rows=2)
-    train(ModelOptions(model=str(saved_model)), data, arguments)
+    data = TrainingData(str(data_folder), max_train_rows=2)
+    train(str(saved_model), data, arguments)
     return folder
 
 
@@ -179,7 +179,7 @@ def test_a_new_run_does_not_mix_with_an_older_one(
     run_copy: Path, tmp_path: Path, word: str | bool | None
 ) -> None:
     assert find_checkpoint(word, tmp_path / "new") is None
-    with pytest.raises(ValueError, match=r"checkpoint-2 .*--resume_from_checkpoint last"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 .*`resume_from_checkpoint` last"):
         find_checkpoint(word, run_copy)
 
 
@@ -256,7 +256,7 @@ def test_last_stops_where_only_the_weights_could_be_gone_on_from(
         find_checkpoint("last", run_copy)
     usable = change in (without_optimizer, without_scheduler)
     assert ("accelerate merge-weights" in str(e.value)) == (change is sharded_by_fsdp)
-    assert (f"--model {run_copy / 'checkpoint-2'}" in str(e.value)) == usable
+    assert (f"`model` {run_copy / 'checkpoint-2'}" in str(e.value)) == usable
     assert files_of(run_copy) == before
 
 

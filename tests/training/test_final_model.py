@@ -10,10 +10,10 @@ import torch
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.data.loading import load_rows
-from vlmoe.training.saving import save_final_model
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.run import save_final_model
+from vlmoe.training.trainer import VLMoETrainer
 from vlmoe_cli import main
-from vlmoe_cli.train import build_trainer
-from vlmoe_cli.training_arguments import training_arguments
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make_trainer(saved_model: Path, data_folder: Path, tmp_path: Path) -> Callab
             output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True
         )
         rows = load_rows(str(data_folder), "train")
-        return build_trainer(model, processor, rows, None, arguments)
+        return VLMoETrainer(model, arguments, train_dataset=rows, processing_class=processor)
 
     return make
 

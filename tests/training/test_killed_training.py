@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from vlmoe.hub.folder_lock import LOCK_FILE
+from vlmoe.hub.whole_model import model_problems
 from vlmoe.training.checkpoints import (
     checkpoint_folders,
     checkpoint_problems,
     checkpoint_step,
-    model_problems,
 )
-from vlmoe_cli.options import DataOptions, ModelOptions
+from vlmoe.training.data import TrainingData
 
 STEPS = 6
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
@@ -30,8 +30,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 def train_once(model: str, data: str, output: str) -> None:
     """Start the run, or go on with it; what it prints goes to a file."""
-    from vlmoe_cli.train import train
-    from vlmoe_cli.training_arguments import training_arguments
+    from vlmoe.training.arguments import training_arguments
+    from vlmoe.training.run import train
 
     with open(f"{output}.log", "a") as log:
         os.dup2(log.fileno(), 1)
@@ -50,14 +50,14 @@ def train_once(model: str, data: str, output: str) -> None:
         report_to="none",
         use_cpu=True,
     )
-    train(ModelOptions(model=model), DataOptions(dataset=data), arguments)
+    train(model, TrainingData(data), arguments)
 
 
 @pytest.fixture(scope="module")
 def start(saved_model: Path, data_folder: Path) -> Callable[[Path], BaseProcess]:
     """`start(output)`: the run in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    preload = ("vlmoe_cli.loading", "vlmoe_cli.training_arguments", "transformers.trainer")
+    preload = ("vlmoe.training.run", "transformers.trainer")
     context.set_forkserver_preload(["datasets", "vlmoe.data.loading", *preload])
 
     def start_process(output: Path) -> BaseProcess:

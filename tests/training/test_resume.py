@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import TrainResult, train
-from vlmoe_cli.training_arguments import training_arguments
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.data import TrainingData
+from vlmoe.training.run import TrainResult, train
 
 STEPS, STEPS_PER_EPOCH = 7, 5  # 10 rows, 1 per batch, 2 batches per step
 TIMES = ("runtime", "per_second")
@@ -36,8 +36,8 @@ def run(
         use_cpu=True,
         **more,
     )
-    options = DataOptions(dataset=str(data), eval_split="test")
-    return train(ModelOptions(model=str(model)), options, arguments)
+    options = TrainingData(str(data), eval_split="test")
+    return train(str(model), options, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -130,4 +130,4 @@ def test_a_checkpoint_of_another_model_is_refused(
         output_dir=str(tmp_path), resume_from_checkpoint=str(checkpoint), use_cpu=True
     )
     with pytest.raises(ValueError, match=r"checkpoint-3 is of another model: "):
-        train(ModelOptions(model="tiny"), DataOptions(dataset=str(data_folder)), arguments)
+        train("tiny", TrainingData(str(data_folder)), arguments)

@@ -15,15 +15,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.routing.expert_load import record_expert_load
+from vlmoe.training.arguments import training_arguments
+from vlmoe.training.data import TrainingData
+from vlmoe.training.run import train
 from vlmoe.training.telemetry import (
     TELEMETRY_FILE,
     RouterTelemetry,
     read_telemetry,
     scalars,
 )
-from vlmoe_cli.options import DataOptions, ModelOptions
-from vlmoe_cli.train import train
-from vlmoe_cli.training_arguments import training_arguments
 
 IMAGE, K, LAYERS, EXPERTS, LENGTH = 5, 2, 3, 4, 11
 Entries = list[dict[str, Any]]
@@ -263,15 +263,13 @@ def test_the_train_command_records_what_has_experts(
         arguments = training_arguments(
             output_dir=str(output), max_steps=2, logging_steps=1, report_to="none", use_cpu=True
         )
-        return train(
-            ModelOptions(**model), DataOptions(dataset=str(data_folder)), arguments
-        ).log_history
+        return train(args=arguments, data=TrainingData(str(data_folder)), **model).log_history
 
     log = trained(tmp_path / "sparse", model=str(saved_model))
     entries = read_telemetry(tmp_path / "sparse" / TELEMETRY_FILE)
     assert [entry["step"] for entry in entries] == [1, 2]
     assert sum("router/layer_0/max_violation" in entry for entry in log) == 2
-    dense = json.dumps({"text_config": {"mlp_only_layers": [0, 1]}})
+    dense = {"text_config": {"mlp_only_layers": [0, 1]}}
     log = trained(tmp_path / "dense", model="tiny", model_overrides=dense)
     assert not any(key.startswith("router/") for entry in log for key in entry)
     assert not (tmp_path / "dense" / TELEMETRY_FILE).exists()

@@ -50,7 +50,7 @@ def test_a_rising_loss_and_too_few_losses_are_not_falling() -> None:
 def test_a_short_run_is_told_with_the_numbers_and_the_way_on() -> None:
     told = advice(history(exponential), 300, from_scratch=True) or ""
     assert "still falling" in told and f"300 optimizer steps, the demo takes {DEMO_STEPS:,}" in told
-    assert "--max_steps" in told
+    assert "`max_steps`" in told
     assert "demo" not in (advice(history(exponential), 300, from_scratch=False) or "demo")
     assert advice(history(settled), 1000, from_scratch=True) is None
     assert "39 optimizer steps" in (advice([{"step": 39, "loss": 4.4}], 39, True) or "")

@@ -84,7 +84,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means, or None to start from the beginning.
+    """The checkpoint that `resume_from_checkpoint` means, or None to start from the beginning.
 
     - `last` or `true`: the newest whole checkpoint in `output_dir`; where there is none but what a
       kill left of a save, training starts from the beginning, so that one command both starts a
@@ -104,7 +104,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path |
         if found:
             raise ValueError(
                 f"{output_dir} already holds {found[-1].name} of an earlier run. Go on with it by "
-                "--resume_from_checkpoint last, choose another --output_dir, or delete it."
+                "`resume_from_checkpoint` last, choose another `output_dir`, or delete it."
             )
         return None
     if word.lower() in LAST_WORDS:
@@ -212,8 +212,8 @@ def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
         )
     elif not lost and has_whole_weights(folder):
         way_on = (
-            f" To go on from its weights, with a new optimizer: --model {folder}, another "
-            "--output_dir, and no --resume_from_checkpoint."
+            f" To go on from its weights, with a new optimizer: `model` {folder}, another "
+            "`output_dir`, and no `resume_from_checkpoint`."
         )
     return ValueError(
         f"The checkpoint {folder} cannot be resumed from: {'; '.join(problems)}.{way_on}"
@@ -250,7 +250,7 @@ def _presence_problems(folder: Path) -> Iterator[str]:
     if "checkpoint-is-incomplete.txt" in names:
         yield "checkpoint-is-incomplete.txt: Trainer was writing on a signal and did not finish"
     if not any(True for pattern in _OPTIMIZER_PATTERNS for _ in folder.glob(pattern)):
-        yield "optimizer.pt: missing (a checkpoint of --save_only_model cannot be resumed from)"
+        yield "optimizer.pt: missing (a checkpoint of `save_only_model` cannot be resumed from)"
     if "scheduler.pt" not in names and not any(name.startswith("global_step") for name in names):
         yield "scheduler.pt: missing"
     if not any(folder.glob("rng_state*.pth")):

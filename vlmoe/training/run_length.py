@@ -69,6 +69,6 @@ def advice(log_history: Sequence[dict[str, Any]], steps: int, from_scratch: bool
             f"a model from scratch had {steps:,} optimizer steps, the demo takes {DEMO_STEPS:,}"
         )
     return (
-        f"This run was short: {'; '.join(facts)}. Train longer with --max_steps or "
-        "--num_train_epochs."
+        f"This run was short: {'; '.join(facts)}. Train longer with `max_steps` or "
+        "`num_train_epochs`."
     )

@@ -33,7 +33,7 @@ from ..data.collator import IGNORE_INDEX, VLMoECollator, VLMoEPreferenceCollator
 from ..data.long_rows import length_limit
 from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
-from .card_trainer import ModelCardMixin
+from .card import ModelCardMixin
 
 try:
     from trl import DPOTrainer, SFTTrainer

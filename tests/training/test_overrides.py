@@ -1,21 +1,19 @@
-"""Fields of `--model_overrides`: known at any depth, for presets and saved models, or named."""
+"""Fields of `model_overrides`: known at any depth, for presets and saved models, or named."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmoe_cli.loading import model_for_training
-from vlmoe_cli.options import ModelOptions
+from vlmoe.training.build import ModelAndProcessor, build_model
 
 TEXTS = ["is it red? yes", "no"] * 3
 UNKNOWN = [
     ({"num_layers": 5}, "'num_layers'"),
-    ({"text_config": {"num_expert": 2}}, "'text_config.num_expert' (did you mean num_experts"),
+    ({"text_config": {"num_expert": 2}}, "'text_config.num_expert' (did you mean 'num_experts"),
     (
         {"vision_config": {"num_layers": 5}},
-        "'vision_config.num_layers' (did you mean num_hidden_layers",
+        "'vision_config.num_layers' (did you mean 'num_hidden_layers",
     ),
     (
         {"vision_config": {"model_type": "clip_vision_model", "vision_use_hed": False}},
@@ -23,7 +21,7 @@ UNKNOWN = [
     ),
     (
         {"text_config": {"rope_parameters": {"rope_type": "default", "rope_teta": 5.0}}},
-        "'text_config.rope_parameters.rope_teta' (did you mean rope_theta",
+        "'text_config.rope_parameters.rope_teta' (did you mean 'rope_theta",
     ),
     ({"to_dict": 1}, "'to_dict'"),
 ]
@@ -37,8 +35,8 @@ UNFIT: list[Any] = [
 ]
 
 
-def options(model: str, overrides: Any) -> ModelOptions:
-    return ModelOptions(model=model, model_overrides=json.dumps(overrides))
+def build(model: str, overrides: Any) -> ModelAndProcessor:
+    return build_model(model, TEXTS, model_overrides=overrides)
 
 
 @pytest.fixture(params=["preset", "saved"])
@@ -51,16 +49,16 @@ def test_an_unknown_field_is_named_with_those_that_are_close(
     model: str, overrides: Any, named: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        model_for_training(options(model, overrides), lambda: TEXTS)
-    assert str(caught.value).startswith(f"--model_overrides: the config has no field {named}")
+        build(model, overrides)
+    assert str(caught.value).startswith(f"`model_overrides`: the config has no field {named}")
 
 
 @pytest.mark.parametrize("overrides", UNFIT)
 def test_a_value_that_fits_no_model_is_the_options_fault(model: str, overrides: Any) -> None:
     with pytest.raises(ValueError) as caught:
-        model_for_training(options(model, overrides), lambda: TEXTS)
+        build(model, overrides)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(("--model_overrides: ", f"The weights of {model}: "))
+    assert str(caught.value).startswith(("`model_overrides`: ", f"The weights of {model}: "))
 
 
 def test_fields_of_every_depth_reach_the_model(saved_model: Path) -> None:
@@ -68,7 +66,7 @@ def test_fields_of_every_depth_reach_the_model(saved_model: Path) -> None:
         "text_config": {"router_aux_loss_coef": 0.5, "rope_parameters": {"rope_theta": 77.0}},
         "vision_config": {"attention_dropout": 0.25},
     }
-    config = model_for_training(options(str(saved_model), overrides), tuple)[0].config
+    config = build(str(saved_model), overrides).model.config
     assert config.text_config.router_aux_loss_coef == 0.5
     assert config.vision_config.attention_dropout == 0.25
     assert config.text_config.rope_parameters["rope_theta"] == 77.0

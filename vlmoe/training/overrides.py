@@ -1,21 +1,19 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""`--model_overrides`: fields of a config by name, at any depth; unknown ones are refused.
-
-Importing this module imports transformers.
-"""
+"""Fields of a config that are replaced by name, at any depth; unknown ones are refused."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .option_parser import close_matches
+from ..data.row_fields import did_you_mean
 
-_OPTION = "--model_overrides"
+_ARGUMENT = "`model_overrides`"
 
 
-def require_known(config: PreTrainedConfig, overrides: dict[str, Any], path: str = "") -> None:
+def require_known(config: PreTrainedConfig, overrides: Mapping[str, Any], path: str = "") -> None:
     """Refuse a field that the config, or a config inside it, does not have.
 
     Args:
@@ -29,8 +27,8 @@ def require_known(config: PreTrainedConfig, overrides: dict[str, Any], path: str
     known = _field_names(config)
     for name, value in overrides.items():
         if name not in known:
-            matches = close_matches(name, sorted(known))
-            raise ValueError(f"{_OPTION}: the config has no field {path + name!r}{matches}.")
+            matches = did_you_mean(name, sorted(known))
+            raise ValueError(f"{_ARGUMENT}: the config has no field {path + name!r}{matches}.")
         inner = getattr(config, name, None)
         if not isinstance(value, dict):
             continue
@@ -43,7 +41,7 @@ def require_known(config: PreTrainedConfig, overrides: dict[str, Any], path: str
             _require_rope(value, f"{path}{name}.")
 
 
-def replace_fields(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+def replace_fields(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
     """Set fields of a loaded config, nested ones by nested dicts.
 
     Raises:
@@ -53,8 +51,8 @@ def replace_fields(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
     _set(config, overrides)
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, nested dicts merged."""
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`, nested dicts merged."""
     result = dict(base)
     for key, value in over.items():
         nested = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -62,7 +60,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _set(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+def _set(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
     for name, value in overrides.items():
         inner = getattr(config, name, None)
         if isinstance(value, dict) and isinstance(inner, PreTrainedConfig):
@@ -76,14 +74,14 @@ def _set(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
 
 
 def _field_names(config: PreTrainedConfig) -> set[str]:
-    """Fields of the config's class, other names for them, and what a saved one holds beyond."""
+    """Return the fields of the config's class, their aliases, and further ones of a saved file."""
     declared = {field.name for field in dataclasses.fields(config) if field.init}
     return {*config.to_dict(), *declared, *config.attribute_map}
 
 
-def _require_rope(given: dict[str, Any], path: str) -> None:
+def _require_rope(given: Mapping[str, Any], path: str) -> None:
     known = sorted(RopeParameters.__annotations__)
     for name in given:
         if name not in known:
-            matches = close_matches(name, known)
-            raise ValueError(f"{_OPTION}: the config has no field {path + name!r}{matches}.")
+            matches = did_you_mean(name, known)
+            raise ValueError(f"{_ARGUMENT}: the config has no field {path + name!r}{matches}.")

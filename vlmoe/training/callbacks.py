@@ -1,13 +1,15 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""The progress bar of a training run: the loss and one number of the routing beside it.
+"""Callbacks that stop a run gone wrong and show its progress."""
 
-What `RouterTelemetry` gives the loggers, four numbers for each sparse layer, does not go to the
-terminal, where it would drown the bar.
-"""
-
+import math
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+REMEDY = (
+    "Try a smaller learning rate, gradient clipping (`max_grad_norm`), or bf16 in place of fp16"
+)
 
 ROUTER = "router/"
 SHOWN = ("loss", "learning_rate")
@@ -16,7 +18,8 @@ SHOWN = ("loss", "learning_rate")
 class TrainingProgress(ProgressCallback):
     """Trainer's bar, with loss, rate and the busiest expert's load over the mean at its end.
 
-    Put it in the place of Trainer's own:
+    `RouterTelemetry` gives the loggers four numbers for each sparse layer; on the terminal they
+    would drown the bar. Put it in the place of Trainer's own:
 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingProgress())
@@ -43,3 +46,23 @@ class TrainingProgress(ProgressCallback):
             super().on_log(args, state, control, logs=logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.set_postfix(self._shown)
+
+
+class StopOnBadLoss(TrainerCallback):
+    """Ends the run with an error when a logged loss is NaN or infinite.
+
+    `Trainer` by default replaces such losses by the average of earlier ones in its log
+    (`logging_nan_inf_filter`); set that to False for this callback to see them.
+    """
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Raise `ValueError` naming step and value."""
+        for key in ("loss", "eval_loss"):
+            value = (logs or {}).get(key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{key} is {value} at step {state.global_step}: training cannot go on. "
+                    f"{REMEDY}; the last checkpoint is from before this step."
+                )

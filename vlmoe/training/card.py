@@ -1,12 +1,13 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A Trainer whose every save, also every `checkpoint-N`, holds the model card and the stages of
-training; its own generated card never takes their place."""
+"""A mixin for trainers whose every save, checkpoints included, holds card and provenance.
+
+The card that a library would generate never takes the place of ours.
+"""
 
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..hub.adapter_card import hide_base_model, tidy_adapter_card
@@ -107,10 +108,6 @@ class ModelCardMixin(Base):
         """The model without wrappers, if it is a VLMoE."""
         model = self.accelerator.unwrap_model(self.model)
         return model if isinstance(model, VLMoEForConditionalGeneration) else None
-
-
-class CardTrainer(ModelCardMixin, Trainer):
-    """`transformers.Trainer` with the model card; see `ModelCardMixin`."""
 
 
 def _copy_card(folder: Path, destination: Path) -> None:

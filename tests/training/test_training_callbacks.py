@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlmoe.training.progress import TrainingProgress
+from vlmoe.training.callbacks import TrainingProgress
 
 
 class Bar:

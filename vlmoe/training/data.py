@@ -1,0 +1,105 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The data of a training run by name: which rows are read, and what the model card says of them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..data.loading import load_rows
+from ..data.rows import Rows
+from ..hub.provenance import RunOrigin, dataset_name
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
+from ..processing.processing_vlmoe import VLMoEProcessor
+
+
+class TrainingRows(NamedTuple):
+    """Rows to train on, and those to evaluate on during training, if any."""
+
+    train: Rows
+    evaluation: Rows | None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What to train on, and what to evaluate on during training.
+
+    Attributes:
+        dataset: training data, as for `load_rows`.
+        train_split: its split.
+        eval_dataset: data to evaluate on; by default `dataset`.
+        eval_split: its split. With neither `eval_split` nor `eval_dataset` there is no evaluation;
+            with `eval_dataset` alone it is test.
+        max_train_rows: train on the first so many rows only.
+        max_eval_rows: evaluate on the first so many rows only.
+        altered_copies: of every training row, with images that are shifted and mirrored a little.
+        without_images: leave the images out.
+        allow_outside_images: open image files outside the data's own folder.
+        allow_image_urls: download images that rows name by http(s) URL.
+        max_image_pixels: refuse larger images; by default the processor's limit.
+        max_image_side: refuse images with a longer side; by default the processor's limit.
+    """
+
+    dataset: str
+    train_split: str = "train"
+    eval_dataset: str | None = None
+    eval_split: str | None = None
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    altered_copies: int = 0
+    without_images: bool = False
+    allow_outside_images: bool = False
+    allow_image_urls: bool = False
+    max_image_pixels: int | None = None
+    max_image_side: int | None = None
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.eval_dataset or self.eval_split)
+
+    def load(self) -> TrainingRows:
+        """Read the rows; raise as `load_rows` does."""
+        train = self._load(self.dataset, self.train_split, self.max_train_rows, self.altered_copies)
+        if not self.has_evaluation:
+            return TrainingRows(train, None)
+        source, split = self.eval_dataset or self.dataset, self.eval_split or "test"
+        return TrainingRows(train, self._load(source, split, self.max_eval_rows))
+
+    def origin(self, rows: TrainingRows, preset: str | None) -> RunOrigin:
+        """Return what the model card says of the rows, and of the preset that is trained."""
+        evaluation = None
+        if rows.evaluation is not None:
+            name, _ = dataset_name(self.eval_dataset or self.dataset)
+            evaluation = f"{name}, {self.eval_split or 'test'}, {len(rows.evaluation):,} rows"
+        return RunOrigin(
+            preset=preset,
+            dataset=self.dataset,
+            split=self.train_split,
+            rows=len(rows.train),
+            altered_copies=self.altered_copies,
+            with_images=not self.without_images,
+            evaluation=evaluation,
+        )
+
+    def limit_images(self, processor: VLMoEProcessor) -> None:
+        """Give the processor the limits on images, where there are some."""
+        limits = self._image_limits(processor.image_limits)
+        processor.max_image_pixels, processor.max_image_side = limits.max_pixels, limits.max_side
+
+    def _load(self, source: str, split: str, limit: int | None, altered_copies: int = 0) -> Rows:
+        return load_rows(
+            source,
+            split,
+            limit=limit,
+            with_images=not self.without_images,
+            altered_copies=altered_copies,
+            allow_outside_images=self.allow_outside_images,
+            allow_image_urls=self.allow_image_urls,
+            image_limits=self._image_limits(DEFAULT_LIMITS),
+        )
+
+    def _image_limits(self, default: ImageLimits) -> ImageLimits:
+        pixels, side = self.max_image_pixels, self.max_image_side
+        return ImageLimits(
+            default.max_pixels if pixels is None else pixels,
+            default.max_side if side is None else side,
+        )

@@ -1,0 +1,188 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""`VLMoETrainer`: a `transformers.Trainer` that knows our rows, routers and model cards.
+
+trainer = VLMoETrainer("tiny", train_dataset=rows)
+trainer.train()
+answer(trainer.model, trainer.processing_class, "red.png", "what color?")
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from ..data.collator import VLMoECollator
+from ..data.long_rows import length_limit, usable_rows
+from ..data.rows import ConversationRows, Rows, as_rows
+from ..hub.provenance import RunOrigin
+from ..hub.saved_model import read_processor
+from ..routing.balancing import RouterBiasCallback
+from ..routing.expert_load import has_experts
+from ..routing.finite_checks import StopOnNonFiniteRouting
+from .answer_accuracy import answer_accuracy, most_likely_tokens
+from .arguments import prepared_arguments
+from .build import build_model, is_preset, row_texts
+from .callbacks import StopOnBadLoss, TrainingProgress
+from .card import ModelCardMixin
+from .telemetry import RouterTelemetry
+
+
+class VLMoETrainer(ModelCardMixin, Trainer):
+    """`transformers.Trainer` for conversations about images and sparse models.
+
+    Beyond `Trainer` it collates rows, checks their lengths before the first step, updates router
+    biases where the config asks for it, stops on losses and router logits that are not finite,
+    logs the routing (`RouterTelemetry`), measures the exact match of answers, and writes a model
+    card with every save. Callbacks, metrics and collator that are given replace its own.
+
+    Args:
+        model: a preset's name, whose weights are new; a saved model's folder or Hub id; or a model,
+            also one that PEFT wraps.
+        args: `TrainingArguments`, or values over our defaults (`arguments.TRAINING_DEFAULTS`), such
+            as `{"max_steps": 100}`. Where those give no length and rate, a preset takes
+            `arguments.FROM_SCRATCH_LENGTH` and `FROM_SCRATCH_RATE`.
+        train_dataset: rows as `load_rows` returns them, or a list of rows.
+        eval_dataset: rows to evaluate on; each conversation counts as one sample.
+        processing_class: the processor; by default that of the saved model, or for a preset a new
+            one with a tokenizer trained on the texts of `train_dataset`.
+        data_collator: by default a `VLMoECollator`.
+        compute_metrics: by default `exact_match`, see `answer_accuracy`; None for the loss alone.
+        callbacks: added to ours. An instance of one of our classes takes the place of ours.
+        tokenizer: folder or Hub id of a tokenizer for a preset.
+        tiling: whether a preset cuts large images into tiles.
+        model_overrides: fields of the config to replace, nested configs as dicts.
+        max_length: the longest row in tokens; by default as many as the model has positions.
+        on_long_rows: "error", "drop", or "shorten-prompt"; see `usable_rows`.
+        origin: facts for the model card that the rows do not tell.
+        **trainer_kwargs: further arguments of `Trainer`.
+
+    Attributes:
+        model: the trained model.
+        processing_class: its processor.
+
+    Raises:
+        ValueError: an argument, the model or a row cannot be used; the message names it.
+        FileNotFoundError: there is no such model folder.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike | PreTrainedModel | nn.Module,
+        args: TrainingArguments | Mapping[str, Any] | None = None,
+        *,
+        train_dataset: Rows,
+        eval_dataset: Rows | None = None,
+        processing_class: ProcessorMixin | None = None,
+        data_collator: DataCollator | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = answer_accuracy,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        tokenizer: str | None = None,
+        tiling: bool = False,
+        model_overrides: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+        on_long_rows: str = "error",
+        origin: RunOrigin | None = None,
+        **trainer_kwargs: Any,
+    ):
+        callbacks = callbacks or []
+        name = str(model) if isinstance(model, (str, PathLike)) else None
+        preset = name if name is not None and is_preset(name) else None
+        train_dataset = as_rows(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = as_rows(eval_dataset, "eval_dataset")
+        arguments = prepared_arguments(args, preset, eval_dataset is not None)
+        of_name = {"tokenizer": tokenizer, "tiling": tiling, "model_overrides": model_overrides}
+        if name is not None:
+            set_seed(arguments.seed)
+            texts = row_texts(train_dataset)
+            model, processing_class = build_model(name, texts, processing_class, **of_name)
+        elif given := [each for each, value in of_name.items() if value]:
+            raise ValueError(f"`{given[0]}` is for a model that is given by its name.")
+        elif processing_class is None and model.name_or_path:
+            processing_class = read_processor(model.name_or_path)
+        if processing_class is None:
+            raise ValueError("`processing_class` is missing: give the model's processor.")
+        if data_collator is None:
+            data_collator = row_collator(model, processing_class, max_length, on_long_rows)
+        if isinstance(data_collator, VLMoECollator):
+            check = (data_collator, on_long_rows, arguments.process_index == 0)
+            train_dataset = checked_rows(train_dataset, "training", *check)
+            if eval_dataset is not None:
+                eval_dataset = ConversationRows(checked_rows(eval_dataset, "evaluation", *check))
+        if compute_metrics is answer_accuracy:
+            trainer_kwargs.setdefault("preprocess_logits_for_metrics", most_likely_tokens)
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            callbacks=[*own_callbacks(model, callbacks), *callbacks],
+            origin=origin or RunOrigin(preset=preset, rows=len(train_dataset)),
+            **trainer_kwargs,
+        )
+        if not arguments.disable_tqdm and not _has_kind(callbacks, ProgressCallback):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingProgress())
+        if has_experts(model) and not _has_kind(callbacks, RouterTelemetry):
+            self.add_callback(RouterTelemetry(self))
+
+
+def own_callbacks(
+    model: PreTrainedModel, given: Sequence[TrainerCallback]
+) -> list[TrainerCallback]:
+    """Return the callbacks that guard and balance the routing, but those that were given."""
+    own: list[TrainerCallback] = [StopOnBadLoss(), StopOnNonFiniteRouting()]
+    rate = getattr(model.config.get_text_config(), "router_bias_update_rate", 0)
+    if rate and not hasattr(model, "peft_config"):  # an adapter leaves the biases as they are
+        own.append(RouterBiasCallback())
+    return [callback for callback in own if not _has_kind(given, type(callback))]
+
+
+def row_collator(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    max_length: int | None = None,
+    on_long_rows: str = "error",
+    *,
+    allow_image_urls: bool = False,
+) -> VLMoECollator:
+    """Return the collator of the rows, with the length that the model and `max_length` allow."""
+    return VLMoECollator(
+        processor,
+        length_limit(model.config, max_length),
+        shorten_prompts=on_long_rows == "shorten-prompt",
+        allow_image_urls=allow_image_urls,
+    )
+
+
+def checked_rows(
+    rows: Rows, what: str, collator: VLMoECollator, on_long_rows: str, is_first_rank: bool
+) -> Rows:
+    """Return the rows that can be used; log once how many are too long.
+
+    Raises:
+        ValueError: a row is too long, malformed or has nothing to learn; it is named.
+    """
+    usable = usable_rows(rows, collator, on_long_rows, progress=is_first_rank)
+    if is_first_rank:
+        usable.log(what, collator.max_length)
+    return usable.rows
+
+
+def _has_kind(callbacks: Sequence[TrainerCallback | type], kind: type) -> bool:
+    return any(callback is kind or isinstance(callback, kind) for callback in callbacks)
