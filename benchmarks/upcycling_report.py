@@ -10,7 +10,7 @@ from measure import environment
 from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 from upcycling_arms import ARMS, BASELINE, PLATEAU
 
-from vlmoe.figures.plots import BLUE, GREY, ORANGE, new_figure, save_figure
+from vlmoe.figures.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
 
@@ -158,7 +158,7 @@ def plot(summaries: dict[str, dict[str, Any]], path: Path) -> Path:
     figure = new_figure(5.2 * len(summaries) + 1.5, 3.4)
     panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
     for axis, (task, found) in zip(panels, summaries.items(), strict=True):
-        axis.axvline(0, color=GREY, linewidth=1)
+        axis.axvline(0, color=GRAY, linewidth=1)
         for name, gap in _compared(found["arms"]).items():
             place, color = COMPARED.index(name), ORANGE if ARMS[name].upcycling else BLUE
             ends = [[100 * (gap["mean"] - gap["low"])], [100 * (gap["high"] - gap["mean"])]]

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..figures.plots import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+from ..figures.plots import BLUE, GRAY, GREEN, ORANGE, RED, new_figure, save_figure
 from ..figures.text import as_it_is, drawable
 from .collator import VLMoECollator
 from .conversations import Conversation, ParsedRow, parse_row, row_name
@@ -22,7 +22,7 @@ from .row_datasets import is_faulty
 from .row_fields import Rows
 
 EXAMPLES = 3
-COLORS = (BLUE, ORANGE, GREEN, GREY)
+COLORS = (BLUE, ORANGE, GREEN, GRAY)
 MOST_BINS = 40
 LEARNED = ("«", "»")
 """Around the tokens that have a loss."""

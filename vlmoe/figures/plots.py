@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#2a78d6", "#d9731a", "#1a7f37", "#c62828", "#6b6b6b"
+BLUE, ORANGE, GREEN, RED, GRAY = "#2a78d6", "#d9731a", "#1a7f37", "#c62828", "#6b6b6b"
 DOTS_PER_INCH = 150
 MOST_EXPERTS_SIDE_BY_SIDE = 10
 
