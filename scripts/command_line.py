@@ -1,6 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """The boundary that all commands share: exit codes, and errors in one line."""
 
+import logging
 import os
 import sys
 import traceback
@@ -8,6 +9,8 @@ from collections.abc import Callable
 
 TRACEBACK_FLAG = "--traceback"
 EXIT_ERROR = 2
+# They warn on import, about kernels for other GPUs and names that other packages register.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 EXIT_INTERRUPTED = 130
 
 # Causes outside our code, of classes that only their own library has: a full disk, full memory.
@@ -31,6 +34,8 @@ def run_command(
         "0",
     )
     _print_any_text()
+    for logger in NOISY_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         command([argument for argument in arguments if argument != TRACEBACK_FLAG])
     except KeyboardInterrupt:

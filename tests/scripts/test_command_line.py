@@ -1,6 +1,7 @@
 """The boundary of the commands: whose fault an error is, in one line, and texts of any encoding."""
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def test_an_error_ends_the_line_of_a_progress_bar(capsys: pytest.CaptureFixture[
 
     assert run_command("vlmoe x", command, []) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "vlmoe x: error: no good"
+
+
+def test_libraries_print_nothing_on_import() -> None:
+    """Importing torchao in a command, as transformers does, adds no line to its output."""
+    program = (
+        "from vlmoe_cli.command_line import run_command\n"
+        "def command(argv): import torch, torchao\n"
+        "run_command('vlmoe x', command, [])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout + run.stderr == ""

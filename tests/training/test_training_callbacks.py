@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlmoe.training.callbacks import TrainingProgress
+from vlmoe.training.callbacks import TrainingPrinter, TrainingProgress
 
 
 class Bar:
@@ -47,3 +47,12 @@ def test_training_logs_end_the_bar_and_the_layers_of_the_routing_are_left_to_the
 
 def test_evaluations_stand_above_the_bar(shown: Any) -> None:
     assert "'eval_loss': '0.25'" in shown(eval_loss=0.25, epoch=1.0).lines[0]
+
+
+def test_without_a_bar_losses_are_printed_and_layers_are_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = SimpleNamespace(is_local_process_zero=True)
+    TrainingPrinter().on_log(None, state, None, {"router/layer_0/max_violation": 0.5})
+    TrainingPrinter().on_log(None, state, None, {"loss": 1.5})
+    assert capsys.readouterr().out == "{'loss': '1.5'}\n"

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 REMEDY = (
     "Try a smaller learning rate, gradient clipping (`max_grad_norm`), or bf16 in place of fp16"
@@ -46,6 +46,17 @@ class TrainingProgress(ProgressCallback):
             super().on_log(args, state, control, logs=logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.set_postfix(self._shown)
+
+
+class TrainingPrinter(PrinterCallback):
+    """Prints the logs where there is no bar, but those of the single layers' routing."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Print training losses and evaluations."""
+        if not any(name.startswith(ROUTER) for name in logs or {}):
+            super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class StopOnBadLoss(TrainerCallback):

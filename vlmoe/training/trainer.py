@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.collator import VLMoECollator
 from ..data.long_rows import length_limit, usable_rows
@@ -34,7 +34,7 @@ from ..routing.finite_checks import StopOnNonFiniteRouting
 from .answer_accuracy import answer_accuracy, most_likely_tokens
 from .arguments import prepared_arguments
 from .build import build_model, is_preset, row_texts
-from .callbacks import StopOnBadLoss, TrainingProgress
+from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
 from .telemetry import RouterTelemetry
 
@@ -135,9 +135,14 @@ class VLMoETrainer(ModelCardMixin, Trainer):
             origin=origin or RunOrigin(preset=preset, rows=len(train_dataset)),
             **trainer_kwargs,
         )
-        if not arguments.disable_tqdm and not _has_kind(callbacks, ProgressCallback):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(TrainingProgress())
+        default, own = (
+            (PrinterCallback, TrainingPrinter())
+            if arguments.disable_tqdm
+            else (ProgressCallback, TrainingProgress())
+        )
+        if not _has_kind(callbacks, default):
+            self.remove_callback(default)
+            self.add_callback(own)
         if has_experts(model) and not _has_kind(callbacks, RouterTelemetry):
             self.add_callback(RouterTelemetry(self))
 
