@@ -1,16 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Check a dataset without training: what it holds, and every fault by row.
+"""Check a dataset without training: its content, and every fault by row.
 
-    vlmoe data my_data
-    vlmoe data my_data --model outputs/tiny --split train
-
-Says how many rows, conversations and images the splits hold, how long they are in tokens and how
-much of them is learned, and shows the first rows as a model sees them; a picture shows how it is
-distributed. Ends with exit code 2 if any row has a fault.
+vlmoe data my_data --split train
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +13,15 @@ import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .options import DataCheckOptions, ImageOptions
-from .shared_options import ImagePixels, ImageSide, ImageUrls, OutsideImages, Rows, place
+from .shared_options import (
+    ImagePixels,
+    ImageSide,
+    ImageUrls,
+    OutsideImages,
+    Rows,
+    limit_images,
+    place,
+)
 
 
 def main(
@@ -79,79 +81,43 @@ def main(
       vlmoe data my_data.json --model outputs/tiny --output data.png
       vlmoe data user/dataset --split train --max_rows 1000
     """
-    options = DataCheckOptions(
-        split=split,
-        model=model,
-        tokenizer=tokenizer,
-        tiling=tiling,
-        max_rows=max_rows,
-        max_length=max_length,
-        output=output,
-    )
-    images = ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side)
-    reports, limit = check_data(dataset, options, images)
-    from vlmoe.data.check import report_text
+    from vlmoe.data.check import check_rows, plot_data, report_text
+    from vlmoe.data.collator import VLMoECollator
+    from vlmoe.data.loading import load_rows, split_names
+    from vlmoe.data.long_rows import length_limit
+    from vlmoe.hub.folder_lock import require_writable
+    from vlmoe.training.build import config_and_processor
 
+    require_writable(output)
+    splits, unreadable = {}, {}
+    for name in [split] if split else split_names(dataset):
+        splits[name] = load_rows(
+            dataset,
+            name,
+            limit=max_rows,
+            allow_outside_images=allow_outside_images,
+            allow_image_urls=allow_image_urls,
+            faults=unreadable.setdefault(name, []),
+        )
+    model_config, processor = config_and_processor(
+        model, _texts(splits.values()), tokenizer=tokenizer, tiling=tiling
+    )
+    limit_images(processor, max_image_pixels, max_image_side)
+    limit = length_limit(model_config, max_length)
+    collator = VLMoECollator(processor, allow_image_urls=allow_image_urls)
+    reports = [
+        check_rows(rows, collator, name, faults=unreadable[name], limit=limit)
+        for name, rows in splits.items()
+    ]
+    plot_data(reports, Path(output), limit)
     print(f"\n{report_text(reports, limit)}\n\nThe figure is {output}.")
     faults = sum(len(report.faults) for report in reports)
     if faults:
         raise ValueError(f"{dataset} has {faults:,} fault{'s' * (faults > 1)}; see above.")
 
 
-def check_data(
-    dataset: str, options: DataCheckOptions, image_options: ImageOptions
-) -> tuple[list[Any], int | None]:
-    """Check the splits of a dataset and draw the picture; returns reports and the length limit.
-
-    Raises:
-        ValueError: an option, the model or a whole file cannot be used.
-        FileNotFoundError: a file or folder does not exist.
-        OSError: the picture could not be written.
-    """
-    from vlmoe.data.check import check_rows, plot_data
-    from vlmoe.data.collator import VLMoECollator
-    from vlmoe.data.loading import load_rows, split_names
-    from vlmoe.data.long_rows import length_limit
-    from vlmoe.hub.folder_lock import require_writable
-
-    from .loading import set_image_limits
-
-    require_writable(options.output)
-    loaded = {}
-    for name in [options.split] if options.split else split_names(dataset):
-        faults: list[str] = []
-        rows = load_rows(
-            dataset,
-            name,
-            limit=options.max_rows,
-            allow_outside_images=image_options.allow_outside_images,
-            allow_image_urls=image_options.allow_image_urls,
-            faults=faults,
-        )
-        loaded[name] = rows, faults
-    config, processor = _processor(options, [rows for rows, _ in loaded.values()])
-    set_image_limits(processor, image_options)
-    limit = length_limit(config, options.max_length)
-    collator = VLMoECollator(processor, allow_image_urls=image_options.allow_image_urls)
-    reports = [
-        check_rows(rows, collator, name, faults=faults, limit=limit)
-        for name, (rows, faults) in loaded.items()
-    ]
-    plot_data(reports, Path(options.output), limit)
-    return reports, limit
-
-
-def _processor(options: DataCheckOptions, splits: list[Any]) -> tuple[Any, Any]:
-    """The config and processor that count tokens; a preset's tokenizer is trained on the rows."""
-    from vlmoe.training.build import config_and_processor
-
-    return config_and_processor(
-        options.model, _texts(splits), tokenizer=options.tokenizer, tiling=options.tiling
-    )
-
-
-def _texts(splits: list[Any]) -> Iterator[str]:
-    """The texts of all rows that can be read, and one more, for data without any."""
+def _texts(splits: Iterable[Any]) -> Iterator[str]:
+    """Yield the texts of all rows that can be read, and one more, for data without any."""
     from vlmoe.data.conversations import parse_row
 
     yield "no text"

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,6 @@ import typer
 
 from .commands import run as run_command
 from .config_file import ConfigFile
-from .options import DemoOptions
 from .shared_options import Seed, place
 
 if TYPE_CHECKING:
@@ -36,6 +35,23 @@ if TYPE_CHECKING:
 CAPTIONS, QUESTIONS, QUESTION_ONLY = "easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"
 EVALUATION_BATCH = 256
 SHOWN_ANSWERS = 16
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a run of the demo writes and reads.
+
+    Attributes:
+        output_dir: folder for the model, metrics.json and figures.
+        seed: of all stages.
+        max_train_rows: train on only the first images.
+        max_test_rows: test on only the first images.
+    """
+
+    output_dir: str
+    seed: int = 0
+    max_train_rows: int | None = None
+    max_test_rows: int | None = None
 
 
 def main(
@@ -64,11 +80,11 @@ def main(
       vlmoe demo --seed 1 --output_dir outputs/demo_seed_1
       vlmoe demo --max_train_rows 64 --max_test_rows 20 --output_dir outputs/try
     """
-    run(DemoOptions(output_dir, seed, max_train_rows, max_test_rows))
+    run(Demo(output_dir, seed, max_train_rows, max_test_rows))
 
 
-def run(options: DemoOptions) -> dict[str, Any]:
-    """Run every stage; returns what metrics.json holds.
+def run(options: Demo) -> dict[str, Any]:
+    """Run every stage; return the content of metrics.json.
 
     Raises:
         ValueError: an option has a wrong value, or another process writes into the output folder.
@@ -81,7 +97,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
         return _run(options, Path(options.output_dir))
 
 
-def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
+def _run(options: Demo, output_dir: Path) -> dict[str, Any]:
     from vlmoe.data.loading import load_rows
     from vlmoe.hub.atomic_files import write_json
     from vlmoe.hub.card_results import METRICS_FILE
@@ -126,14 +142,14 @@ def _run(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
 
 
 def summarise(
-    options: DemoOptions,
+    options: Demo,
     captions: "TrainResult",
     trained: "TrainResult",
     blind: "TrainResult",
     answers: "Evaluation",
     baselines: dict[str, Any],
 ) -> dict[str, Any]:
-    """What metrics.json holds of the stages, the test and the baselines."""
+    """Return the part of metrics.json on the stages, the test and the baselines."""
     import torch
 
     return {
@@ -161,7 +177,7 @@ def summarise(
 
 
 def train_stage(
-    options: DemoOptions, recipe: str, model: str, tokenizer: str | None = None
+    options: Demo, recipe: str, model: str, tokenizer: str | None = None
 ) -> "TrainResult":
     """Train with a recipe, into the folder of its name; the question stage's is `model`."""
     from vlmoe.training.recipes import train_recipe
@@ -184,7 +200,7 @@ def draw_figures(
     predictions: "list[Prediction]",
     metrics: dict[str, Any],
 ) -> None:
-    """answers.png, training.png and expert_load.png."""
+    """Draw answers.png, training.png and expert_load.png."""
     from vlmoe.data.images import open_image
     from vlmoe.data.rows import ConversationRows
     from vlmoe.figures.plots import (
@@ -242,7 +258,7 @@ def save_example(
 
 
 def complete_card(model: Path, results: Path) -> None:
-    """Put results and pictures into the model's folder, and write its card anew."""
+    """Copy results and figures into the model's folder, and write its card."""
     from vlmoe.hub.atomic_files import atomic_path
     from vlmoe.hub.folder_lock import folder_lock
     from vlmoe.hub.model_card import (
@@ -272,7 +288,7 @@ def ask_in_new_process(model: Path) -> None:
 
 
 def comparison_table(metrics: dict[str, Any]) -> str:
-    """The model beside its baselines, as text."""
+    """Return a table of the model and its baselines."""
     kinds = list(metrics["accuracy_by_type"])
     lines = [f"{'':<16}{'all':>9}" + "".join(f"{kind:>9}" for kind in kinds)]
     baselines = metrics["baselines"].items()

@@ -1,7 +1,6 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """The subcommand `vlmoe evaluate`: exact match of a saved model on a dataset."""
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +11,6 @@ import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .options import ImageOptions, RuntimeOptions
 from .shared_options import (
     AnswerTokens,
     Attention,
@@ -26,6 +24,7 @@ from .shared_options import (
     OutsideImages,
     Rows,
     SavedModel,
+    limit_images,
     place,
 )
 
@@ -93,8 +92,7 @@ def main(
         from vlmoe import evaluate, load_rows
         from vlmoe.hub.atomic_files import write_json
         from vlmoe.hub.provenance import dataset_name
-
-        from .loading import model_for_answers, set_image_limits
+        from vlmoe.training.build import model_for_answers
 
         rows = load_rows(
             dataset,
@@ -104,12 +102,14 @@ def main(
             allow_outside_images=allow_outside_images,
             allow_image_urls=allow_image_urls,
         )
-        runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
-        network, processor = model_for_answers(model, runtime)
-        set_image_limits(
-            processor,
-            ImageOptions(allow_outside_images, allow_image_urls, max_image_pixels, max_image_side),
-        )
+        runtime = {
+            "device": device,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "experts_implementation": experts_implementation,
+        }
+        network, processor = model_for_answers(model, **runtime)
+        limit_images(processor, max_image_pixels, max_image_side)
         asking = {
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
@@ -119,7 +119,7 @@ def main(
             network, processor, rows, **asking, allow_image_urls=allow_image_urls, progress=True
         )
         settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
-        settings |= dataclasses.asdict(runtime)  # no paths: the file may be published
+        settings |= runtime  # no paths: the file may be published
         about = {"dataset": dataset_name(dataset)[0], "options": settings}
         write_json(results, evaluation.as_dict() | about)
         if save_predictions:

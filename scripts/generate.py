@@ -12,8 +12,6 @@ import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .option_ranges import LEAST_TEMPERATURE
-from .options import RuntimeOptions
 from .shared_options import (
     AnswerTokens,
     Attention,
@@ -27,6 +25,8 @@ from .shared_options import (
     share,
     text,
 )
+
+LEAST_TEMPERATURE = 1e-4  # logits divided by a far smaller one are infinite
 
 
 def temperature(text: str) -> float:
@@ -78,11 +78,15 @@ def main(
     from transformers import TextStreamer
 
     from vlmoe import answer
+    from vlmoe.training.build import model_for_answers
 
-    from .loading import model_for_answers
-
-    runtime = RuntimeOptions(device, dtype, attn_implementation, experts_implementation)
-    network, processor = model_for_answers(model, runtime)
+    network, processor = model_for_answers(
+        model,
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+    )
     answer(
         network,
         processor,

@@ -30,6 +30,7 @@ from .shared_options import (
     OutsideImages,
     Pictures,
     SavedModel,
+    limit_images,
     place,
     text,
 )
@@ -149,15 +150,13 @@ def _inspect(
     from vlmoe.hub.provenance import dataset_name
     from vlmoe.routing.inspection.analysis import dataset_routing, specialisation
     from vlmoe.routing.inspection.report import Inspection
-    from vlmoe.training.build import check_model_source
-
-    from .loading import model_for_answers, set_image_limits
+    from vlmoe.training.build import check_model_source, model_for_answers
 
     if options.before:
         check_model_source(options.before)
     rows = _rows(options, images)
-    model, processor = model_for_answers(source, runtime)
-    set_image_limits(processor, images)
+    model, processor = model_for_answers(source, **vars(runtime))
+    limit_images(processor, images.max_image_pixels, images.max_image_side)
     if question:
         prompts = [_asked(model, processor, question, options)]
     else:
@@ -226,7 +225,7 @@ def _check(question: str | None, options: InspectOptions) -> None:
 
 
 def _rows(options: InspectOptions, images: ImageOptions) -> Any:
-    """The dataset's rows, or None without one."""
+    """Return the dataset's rows, or None without one."""
     if not options.dataset:
         return None
     from vlmoe.data.loading import load_rows
@@ -241,7 +240,7 @@ def _rows(options: InspectOptions, images: ImageOptions) -> Any:
 
 
 def _asked(model: Any, processor: Any, question: str, options: InspectOptions) -> "TracedPrompt":
-    """The user's question about the user's images."""
+    """Trace the user's question about the user's images."""
     from vlmoe.data.answers import open_images, prompt_inputs
     from vlmoe.data.long_rows import require_room
     from vlmoe.routing.inspection.tokens import trace_prompt
@@ -259,7 +258,7 @@ def _from_rows(
     options: InspectOptions,
     images: ImageOptions,
 ) -> list["TracedPrompt"]:
-    """Some questions of a dataset; see `_chosen_questions`."""
+    """Trace some questions of a dataset; see `_chosen_questions`."""
     from vlmoe.data.collator import VLMoEPromptCollator
     from vlmoe.data.conversations import parse_row
     from vlmoe.data.images import open_image
@@ -293,7 +292,7 @@ def _from_rows(
 
 
 def _chosen_questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The first questions, each of another row and, where the data have types, of another type."""
+    """Choose the first questions of different rows and, where there are types, different types."""
     from vlmoe.data.conversations import parse_row
     from vlmoe.data.rows import ConversationRows
 
@@ -317,14 +316,13 @@ def _before(
     runtime: RuntimeOptions,
     images: ImageOptions,
 ) -> Any:
-    """The older model on the same rows."""
+    """Run the older model on the same rows."""
     from vlmoe.routing.inspection.analysis import change, dataset_routing
     from vlmoe.routing.inspection.report import BeforeTraining
+    from vlmoe.training.build import model_for_answers
 
-    from .loading import model_for_answers, set_image_limits
-
-    model, processor = model_for_answers(options.before or "", runtime)
-    set_image_limits(processor, images)
+    model, processor = model_for_answers(options.before or "", **vars(runtime))
+    limit_images(processor, images.max_image_pixels, images.max_image_side)
     allow_urls = images.allow_image_urls
     old = dataset_routing(model, processor, rows, options.batch_size, allow_image_urls=allow_urls)
     assert inspection.routing is not None
@@ -332,7 +330,7 @@ def _before(
 
 
 def _short(source: str) -> str:
-    """A model's name for a page that may be passed on: of a path its last two parts."""
+    """Return a model's name for a page that may be shared: the last two parts of a path."""
     path = Path(source).expanduser()
     return "/".join(path.parts[-2:]) if path.is_absolute() else source
 

@@ -36,7 +36,6 @@ COUNT = Range(1)
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(above=0)
 SEED = Range(0, 2**32 - 1)
-LEAST_TEMPERATURE = 1e-4  # logits divided by a far smaller one are infinite
 
 # By the option's name, which means the same for every command. `max_steps` -1 is "not given".
 RANGES = {

@@ -3,7 +3,7 @@
 
 import math
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,6 +63,14 @@ def refuse_unread(remedy: str, **given: bool) -> None:
     for name, is_given in given.items():
         if is_given:
             raise ValueError(f"--{name} changes nothing here: {remedy}, or leave it out.")
+
+
+def limit_images(processor: Any, max_pixels: int | None, max_side: int | None) -> None:
+    """Give the processor those limits on images that are not None."""
+    if max_pixels is not None:
+        processor.max_image_pixels = max_pixels
+    if max_side is not None:
+        processor.max_image_side = max_side
 
 
 SavedModel = Annotated[

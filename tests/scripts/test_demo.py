@@ -7,7 +7,6 @@ import pytest
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe_cli import demo
-from vlmoe_cli.options import DemoOptions
 
 pytest.importorskip("easy_vqa")
 
@@ -16,7 +15,7 @@ pytest.importorskip("easy_vqa")
 def test_the_demo_leaves_a_model_its_figures_and_its_numbers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    returned = demo.run(DemoOptions(str(tmp_path), seed=3, max_train_rows=8, max_test_rows=4))
+    returned = demo.run(demo.Demo(str(tmp_path), seed=3, max_train_rows=8, max_test_rows=4))
 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(returned))

