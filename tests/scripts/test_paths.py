@@ -74,10 +74,7 @@ def test_a_name_that_datasets_would_read_in_its_own_way_is_refused(
     shutil.copytree(data_folder, tmp_path / name)
     options = ["--model", "tiny", "--output_dir", str(tmp_path / "out"), *STEP]
     assert main.main(["train", "--dataset", str(tmp_path / name), *options]) == 2
-    assert (
-        "rename the file or folder."
-        in capsys.readouterr().err.splitlines()[-1]
-    )
+    assert "rename the file or folder." in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("way", ["words", "equals", "yaml"])
