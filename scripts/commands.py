@@ -142,8 +142,6 @@ def call(made: Command, name: str, argv: list[str]) -> None:
 def run(name: str, function: Callable[..., None], argv: list[str] | None = None) -> int:
     """Run the function as `vlmoe NAME` and return the exit code."""
     title = f"vlmoe {name}"
-    if "argv" in inspect.signature(function).parameters:
-        return run_command(title, function, argv)
     return run_command(title, lambda arguments: call(command(function), title, arguments), argv)
 
 

@@ -110,7 +110,7 @@ def main(
         }
         network, processor = model_for_answers(model, **runtime)
         limit_images(processor, max_image_pixels, max_image_side)
-        asking = {
+        asking: dict[str, Any] = {
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,

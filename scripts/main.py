@@ -73,7 +73,7 @@ def command_function(name: str) -> Callable[..., None]:
 def usage() -> str:
     """Return the text of `vlmoe --help`: the first line of each command's docstring."""
     summaries = {
-        name: (command_function(name).__doc__ or "").partition(chr(10))[0] for name in MODULES
+        name: (command_function(name).__doc__ or "").partition("\n")[0] for name in MODULES
     }
     table = "\n".join(f"  {name:<12} {summary}" for name, summary in summaries.items())
     return f"Usage: vlmoe COMMAND [OPTIONS]\n\nCommands:\n{table}\n\n{EXAMPLES}"
