@@ -81,5 +81,5 @@ def test_arguments_of_a_name_beside_a_model_are_refused(
 ) -> None:
     model = VLMoEForConditionalGeneration.from_pretrained(saved_model)
     rows = load_rows(str(data_folder), "train")
-    with pytest.raises(ValueError, match="`tiling` is for a model that is given by its name"):
+    with pytest.raises(ValueError, match="are for a model that is given by its name"):
         VLMoETrainer(model, SHORT, train_dataset=rows, tiling=True)

@@ -66,8 +66,7 @@ class ModelCardMixin(Base):
             _copy_card(folder, pushed)  # Trainer copies weights and config there, then pushes it
 
     def _tidy_adapter(self, folder: Path, pushes_saves: bool) -> None:
-        """Keep this machine's paths out of an adapter's card, and out of its config where Trainer
-        pushes it."""
+        """Keep local paths out of an adapter's card, and out of a config that Trainer pushes."""
         model = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if hasattr(model, "peft_config") else None
         if isinstance(base, VLMoEForConditionalGeneration):
@@ -105,7 +104,7 @@ class ModelCardMixin(Base):
         write_model_card(folder, repo_id=self.hub_model_id, metadata=metadata)
 
     def _own_model(self) -> VLMoEForConditionalGeneration | None:
-        """The model without wrappers, if it is a VLMoE."""
+        """Return the model without wrappers, if it is a VLMoE."""
         model = self.accelerator.unwrap_model(self.model)
         return model if isinstance(model, VLMoEForConditionalGeneration) else None
 

@@ -44,8 +44,10 @@ _OPTIMIZER_PATTERNS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_s
 
 
 def checkpoint_problems(path: str | Path) -> list[str]:
-    """What keeps the folder from being resumed from, one `file: problem` each; an empty list for a
-    whole checkpoint."""
+    """Return what keeps a folder from being resumed from, one `file: problem` each.
+
+    The list is empty for a whole checkpoint.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]
@@ -54,8 +56,10 @@ def checkpoint_problems(path: str | Path) -> list[str]:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole `checkpoint-<step>` in `output_dir`, or None; incomplete ones are named in a
-    warning."""
+    """Return the newest whole `checkpoint-<step>` in `output_dir`, or None.
+
+    A warning names incomplete ones.
+    """
     for folder in reversed(checkpoint_folders(output_dir)):
         problems = checkpoint_problems(folder)
         if not problems:
@@ -78,13 +82,13 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step in the name of a `checkpoint-<step>` folder; -1 for another name."""
+    """Return the step in the name of a `checkpoint-<step>` folder; -1 for another name."""
     match = _FULL_CHECKPOINT.fullmatch(folder.name)
     return int(match.group(1)) if match else -1
 
 
 def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means, or None to start from the beginning.
+    """Find the checkpoint that `resume_from_checkpoint` means; None starts from the beginning.
 
     - `last` or `true`: the newest whole checkpoint in `output_dir`; where there is none but what a
       kill left of a save, training starts from the beginning, so that one command both starts a
@@ -132,8 +136,7 @@ def _require_only_unfinished(output_dir: str | Path) -> None:
 
 
 def set_aside_newer(output_dir: str | Path, checkpoint: Path | None) -> None:
-    """Take checkpoints later than `checkpoint` (None: all) out of the way of the run that starts
-    there.
+    """Set checkpoints later than `checkpoint` (None: all) aside for the run that starts there.
 
     Trainer would write into such folders, file by file, and a kill would leave old and new files
     mixed. Complete ones, of a course that is given up, are renamed to
@@ -191,7 +194,7 @@ def has_whole_weights(folder: Path) -> bool:
 
 
 def _shards(file: Path) -> set[str]:
-    """The files that a whole index names; of another file, none."""
+    """Return the files that a whole index names; of another file, none."""
     is_index = file.name.endswith(".index.json")
     return set(read_json(file)["weight_map"].values()) if is_index else set()
 
@@ -203,7 +206,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
-    """The error for a checkpoint that is not whole, with the way on where its weights are."""
+    """Return the error for an incomplete checkpoint, with the remedy if its weights are whole."""
     way_on = ""
     lost = [*absent_files(folder), *weights_problems(folder)]
     if shards := sorted(folder.glob("pytorch_model_fsdp_*")):
@@ -221,7 +224,7 @@ def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer state of a whole checkpoint, as a dict: `global_step`, `log_history`, ..."""
+    """Read the trainer state of a whole checkpoint, as a dict: `global_step`, `log_history`, ..."""
     return read_json(checkpoint / STATE_FILE, finite=False)
 
 
@@ -243,8 +246,7 @@ def _state_problems(folder: Path) -> Iterator[str]:
 
 
 def _presence_problems(folder: Path) -> Iterator[str]:
-    """Files without which Trainer would go on silently with a fresh optimizer, scheduler or random
-    state."""
+    """Yield the absent files that Trainer would replace silently by a fresh state."""
     yield from absent_files(folder)
     names = [path.name for path in folder.iterdir()]
     if "checkpoint-is-incomplete.txt" in names:

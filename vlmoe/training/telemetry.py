@@ -1,6 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A Trainer callback that shows the routing while it is trained: to the Trainer's loggers, and in
-full in `router_telemetry.json`."""
+"""A callback that logs the routing in training, and writes it in full to a JSON file."""
 
 import time
 from contextlib import ExitStack
@@ -102,7 +101,7 @@ class RouterTelemetry(TrainerCallback):
 
 
 def read_telemetry(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a `router_telemetry.json`, oldest first.
+    """Read the entries of a `router_telemetry.json`, oldest first.
 
     Raises:
         ValueError: the file is damaged.
@@ -118,7 +117,7 @@ def read_telemetry(path: str | Path) -> list[dict[str, Any]]:
 
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:
-    """What loggers get of `ExpertLoad.as_dict`: four numbers per layer, less the unknown."""
+    """Return the loggers' part of `ExpertLoad.as_dict`: four numbers per layer, if known."""
     scalars = _scalars(figures, "layer_{}")
     for place, of_place in figures.get("vision", {}).items():
         scalars |= _scalars(of_place, "vision_layer_{}" if place == "tower" else place)

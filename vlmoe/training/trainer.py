@@ -8,7 +8,7 @@ answer(trainer.model, trainer.processing_class, "red.png", "what color?")
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import (
@@ -103,15 +103,23 @@ class VLMoETrainer(ModelCardMixin, Trainer):
         if eval_dataset is not None:
             eval_dataset = as_rows(eval_dataset, "eval_dataset")
         arguments = prepared_arguments(args, preset, eval_dataset is not None)
-        of_name = {"tokenizer": tokenizer, "tiling": tiling, "model_overrides": model_overrides}
-        if name is not None:
+        if isinstance(model, str | PathLike):
             set_seed(arguments.seed)
-            texts = row_texts(train_dataset)
-            model, processing_class = build_model(name, texts, processing_class, **of_name)
-        elif given := [each for each, value in of_name.items() if value]:
-            raise ValueError(f"`{given[0]}` is for a model that is given by its name.")
-        elif processing_class is None and model.name_or_path:
-            processing_class = read_processor(model.name_or_path)
+            model, processing_class = build_model(
+                str(model),
+                row_texts(train_dataset),
+                processing_class,
+                tokenizer=tokenizer,
+                tiling=tiling,
+                model_overrides=model_overrides,
+            )
+        elif tokenizer or tiling or model_overrides:
+            raise ValueError(
+                "`tokenizer`, `tiling` and `model_overrides` are for a model that is given by its "
+                "name."
+            )
+        elif processing_class is None and isinstance(source := model.name_or_path, str) and source:
+            processing_class = read_processor(source)
         if processing_class is None:
             raise ValueError("`processing_class` is missing: give the model's processor.")
         if data_collator is None:
@@ -120,7 +128,8 @@ class VLMoETrainer(ModelCardMixin, Trainer):
             check = (data_collator, on_long_rows, arguments.process_index == 0)
             train_dataset = checked_rows(train_dataset, "training", *check)
             if eval_dataset is not None:
-                eval_dataset = ConversationRows(checked_rows(eval_dataset, "evaluation", *check))
+                used = checked_rows(eval_dataset, "evaluation", *check)
+                eval_dataset = cast(Rows, ConversationRows(used))
         if compute_metrics is answer_accuracy:
             trainer_kwargs.setdefault("preprocess_logits_for_metrics", most_likely_tokens)
         super().__init__(

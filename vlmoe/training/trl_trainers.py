@@ -45,7 +45,7 @@ except ImportError as error:
 
 @contextmanager
 def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWithPast]]:
-    """A list that gets the output, with router logits, of every call of `backbone` in order."""
+    """Record the output, with router logits, of every call of `backbone`, in order."""
     recorded: list[VLMoEModelOutputWithPast] = []
 
     def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -132,12 +132,12 @@ class RouterLossTrainer(ModelCardMixin, ABC):
         """(batch,): the share of each row in TRL's loss, and so in the router losses."""
 
     def _longest_row(self) -> int | None:
-        """The tokens that the arguments and the model's positions allow."""
+        """Return the tokens that the arguments and the model's positions allow."""
         limits = [self.args.max_length, length_limit(self._vlmoe().config)]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _vlmoe(self) -> VLMoEForConditionalGeneration:
-        """The model itself, where need be inside PEFT's."""
+        """Return the model itself, also from inside PEFT's."""
         for module in self.model.modules():
             if isinstance(module, VLMoEForConditionalGeneration):
                 return module
