@@ -3,7 +3,7 @@
 
 PEFT writes the base model's path into the card's metadata, where the Hub refuses it, and into
 adapter_config.json, where it finds the model again. So the card is rewritten where it is saved, and
-the config only in what is pushed.
+the config only in the pushed copy.
 """
 
 import json

@@ -118,7 +118,7 @@ def refuse_mixing(destination: str | Path, *, is_adapter: bool) -> None:
     Neither would load.
 
     Raises:
-        ValueError: names the folder and what it holds.
+        ValueError: names the folder and its kind.
     """
     name, held = ("config.json", "a model") if is_adapter else ("adapter_config.json", "an adapter")
     if (Path(destination) / name).is_file():

@@ -53,7 +53,7 @@ class FolderInUseError(ValueError):
 
 @dataclass
 class _Lock:
-    """A lock that this process has, or inherited (then without a file of its own)."""
+    """A lock that this process has, or inherited (then without an open file)."""
 
     file: Path
     descriptor: int | None = None
@@ -88,7 +88,7 @@ def folder_lock(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
         beside: put the file beside the folder, hidden, for one that comes by a rename.
 
     Raises:
-        FolderInUseError: another process is writing there; it names the process and what to do.
+        FolderInUseError: another process is writing there; it names the process and the remedy.
         OSError: the folder cannot be written into.
     """
     path = Path(folder).expanduser().resolve()
@@ -193,7 +193,7 @@ def require_writable(path: str | Path) -> None:
     """Refuse a file that could not be written, before the work whose result it will hold.
 
     Raises:
-        OSError: names the path and what is in the way.
+        OSError: names the path and the obstacle.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -211,7 +211,7 @@ def refuse_dangling(folder: Path) -> None:
     """Refuse a path through a dangling link, whose target must not be made by accident.
 
     Raises:
-        OSError: names the link and what it leads to.
+        OSError: names the link and its target.
     """
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():

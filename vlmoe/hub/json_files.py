@@ -33,7 +33,7 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, finite: bo
 
     Args:
         path: a file in UTF-8, with or without a byte order mark.
-        kind: what the top level must be: dict, list, ...
+        kind: type of the top level: dict, list, ...
         finite: refuse NaN and Infinity, which Python writes though JSON has neither.
 
     Raises:

@@ -59,7 +59,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def json_problem(file: Path) -> str | None:
-    """Describe what is wrong with a JSON file, or return None.
+    """Describe the problem of a JSON file, or return None.
 
     It does not parse, or holds other kinds of values than files of its name do.
     """

@@ -19,7 +19,7 @@ Source = str | os.PathLike[str]
 
 
 def require_model_source(source: Source) -> None:
-    """Refuse what cannot be loaded before transformers tries; a Hub id is left to it.
+    """Refuse a source that cannot be loaded, before transformers tries; let Hub ids pass.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a word that is no Hub id.

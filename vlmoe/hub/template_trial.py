@@ -14,9 +14,9 @@ from functools import lru_cache
 
 SECONDS = 10
 START_SECONDS = 120
-"""How long the child may take to import what it needs."""
+"""The time limit of the child's imports."""
 MEMORY = 2**30
-"""Bytes of address space, beyond what the child starts with."""
+"""Bytes of address space beyond the child's at start."""
 MAX_CHARACTERS = 1_000_000
 """The longest text that the short chats may become."""
 FAULT = 3
@@ -61,7 +61,7 @@ def try_templates(template: str | dict[str, str] | None, source: str) -> None:
 
 @lru_cache
 def _fault(template: str) -> str | None:
-    """Describe what is wrong with a template, as a predicate; None for a sound one."""
+    """Describe the fault of a template, as a predicate; None for a sound one."""
     child = subprocess.Popen(
         [sys.executable, "-P", __file__],
         stdin=subprocess.PIPE,
@@ -127,7 +127,7 @@ def _limit_memory() -> bool:
 
 
 def _child() -> int:
-    """Render the probes by the template on stdin; print what is wrong and return `FAULT`."""
+    """Render the probes by the template on stdin; print the fault and return `FAULT`."""
     from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 

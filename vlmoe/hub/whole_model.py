@@ -38,7 +38,7 @@ _VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
 def model_problems(path: str | Path) -> list[str]:
-    """List what keeps a folder from being loaded as a model, one `file: problem` each."""
+    """List the problems that prevent loading a folder as a model, one `file: problem` each."""
     folder = Path(path)
     if not folder.is_dir():
         return [f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}"]

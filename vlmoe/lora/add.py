@@ -69,7 +69,7 @@ def add_expert_lora(
 
 
 def _log_balance_losses(model: PreTrainedModel) -> None:
-    """Say what becomes of the balance losses while the routers are frozen."""
+    """Log the effect of frozen routers on the balance losses."""
     if isinstance(model, VLMoEPreTrainedModel):
         logger.info("The routers are frozen: no router losses are computed. The config keeps them.")
     elif getattr(model.config.get_text_config(), "output_router_logits", False):

@@ -81,7 +81,7 @@ def expert_lora_config(
         options: further fields of `LoraConfig`.
 
     Raises:
-        ValueError: a rank is no positive integer, something asked for matches nothing, or an option
+        ValueError: a rank is no positive integer, a requested part matches nothing, or an option
             cannot be used on experts, or the experts are offloaded.
     """
     _check_options(options)

@@ -1,7 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Int8 experts under LoRA (QLoRA, https://arxiv.org/abs/2305.14314): read one expert at a time.
+"""Train LoRA over int8 experts (QLoRA, https://arxiv.org/abs/2305.14314), one expert at a time.
 
-A bank in int8 stays so in both passes. The weights of one expert are made from its numbers and
+A bank stays in int8 in both passes. The weights of one expert are made from its numbers and
 scales where its matrix product needs them, into a buffer that the next expert overwrites, and made
 again in the backward pass: no floating-point copy of a bank is made or saved.
 
@@ -89,7 +89,7 @@ def let_trainer_train(model: nn.Module) -> None:
 
 
 class Int8Experts:
-    """The experts of one projection: `[e]` is expert e's weight, valid until the next is asked."""
+    """The experts of one projection: `[e]` is expert e's weight, valid until the next lookup."""
 
     def __init__(self, numbers: Tensor, scale: Tensor, dtype: torch.dtype):
         self.numbers, self.scales = numbers.unbind(), scale.unbind()

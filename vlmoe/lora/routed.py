@@ -3,10 +3,10 @@
 
 PEFT adapts a 3-D parameter by computing W_e + s B_e A_e for all experts in every forward pass, and
 its backward pass forms a gradient of that shape. Here neither exists: the base weights are frozen,
-and the two thin products follow the tokens. Two ways lead to the same numbers:
-- routed_lora_cpu.py, expert by expert, on CPUs, for silu-gated experts;
+and the two thin products are computed for the routed tokens. Two ways give the same numbers:
+- routed_cpu.py, expert by expert, on CPUs, for silu-gated experts;
 - `_grouped`, grouped matrix products of the whole bank, for every device and layout.
-Both take int8 weights, one expert at a time: int8_experts.py.
+Both take int8 weights, one expert at a time: int8.py.
 
 Rows are the (token, choice) pairs sorted by expert. Shapes: T tokens, k experts per token,
 S rows = T * k, E experts, H hidden, I intermediate, r rank.
@@ -56,7 +56,7 @@ def routed_lora_forward(
     Args:
         experts: a bank under transformers' `@use_experts_implementation`, weights frozen, plain or
             int8 of torchao.
-        hidden_states, top_k_index, top_k_weights: what its `forward` takes.
+        hidden_states, top_k_index, top_k_weights: as its `forward` takes them.
         adapters: by parameter name, the active ones, which add up.
         dropout: probability that an element of an adapter's input is dropped, row by row.
         adapter_of_token: (T,) the one adapter of each token, as an index into the lists of

@@ -1,15 +1,15 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Adapted experts on a CPU: expert by expert, in blocks of rows that stay in cache.
+"""Compute adapted experts on a CPU, expert by expert, in blocks of rows that stay in cache.
 
-Rows are the (token, choice) pairs, sorted by expert; `ends[e]` is where the rows of expert e end. A
-block holds the rows of some neighboring experts: matrix products are taken for each expert, all
-else for the block, so that many experts with few rows cost few calls.
+Rows are the (token, choice) pairs, sorted by expert; `ends[e]` is the end of expert e's rows. A
+block holds the rows of some neighboring experts: matrix products run for each expert, all other
+operations for the block, so that many experts with few rows cost few calls.
 
-What the backward pass needs again is saved (the projections before the activation, and the products
-of rank r) or cheap to compute again (the activation). Base weights are frozen: no gradient of their
-shape exists at any time, nor an adapted copy of them; in int8 they are dequantized one expert at a
-time (int8_experts.py). Products of rank r, and what is summed over
-experts, are in at least fp32: rounding a number of such a small space is not averaged out.
+The forward pass saves the projections before the activation and the products of rank r; the
+backward pass recomputes the activation, which is cheap. Base weights are frozen: neither a gradient
+of their shape nor an adapted copy is ever made. In int8 they are dequantized one expert at a time
+(int8.py). Products of rank r and sums over experts are in at least fp32: rounding errors in such a
+small space do not average out.
 
 Both passes are operators of torch's library, opaque to torch.compile: the numbers of rows of the
 experts are read on the host, and each product has another shape.
@@ -28,7 +28,7 @@ from .int8 import Int8Experts
 Tensor = torch.Tensor
 
 
-BLOCK = 256  # rows from which on an expert has a block of its own
+BLOCK = 256  # from this number of rows on, an expert gets a separate block
 
 
 class _Block(NamedTuple):
@@ -103,8 +103,8 @@ def _project_back(
 
     Args:
         block, grad, by: the block, the gradient (R, out), the projection.
-        low_rank: what `_project` wrote.
-        scale: (R, 1), what `grad` is still to be multiplied with; here only B's gradient is.
+        low_rank: as `_project` wrote it.
+        scale: (R, 1), a factor of `grad` that only B's gradient applies here.
         grad_b: (E, r, out).
         needs_x: whether the gradient of x is wanted; it is empty if not.
     """
@@ -285,7 +285,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # what is saved has none, and zeros of its size would cost
+    ctx.set_materialize_grads(
+        False
+    )  # saved tensors have no gradient, and zeros of their size would cost
     ctx.save_for_backward(*inputs[:-1], *output[1:])
 
 

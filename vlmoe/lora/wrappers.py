@@ -117,16 +117,16 @@ def enable_routed_lora(
     `model.add_adapter`. An adapter that is added later to the same parameters is routed too. With
     `model(..., adapter_names=[...])`, as in PEFT, each row of a batch has its own adapter.
 
-    The options are settings of this run: they are in no file, and PEFT can load what was trained.
+    The options apply to this run and are not saved; PEFT can load the trained adapter.
 
-    Experts may be int8 (`vlmoe.expert_int8_config`), dequantized one at a time; then what needs
-    plain weights raises: merging, and all that would fall back to PEFT's own path.
+    Experts may be int8 (`vlmoe.expert_int8_config`); they are dequantized one at a time. Operations
+    that need plain weights then raise: merging, and any fallback to PEFT's own path.
 
     Args:
         model: changed in place; each call sets all options.
         dropout: probability of dropping elements of the adapters' inputs in training.
         train_experts: by number of the layer, the experts whose adapters train; those of other
-            layers do not. B must be zero for all that do not train, and stays so. None: all train.
+            layers do not. B must be zero for the others, and stays zero. None: all train.
 
     Raises:
         ValueError: no expert is adapted, a bank's layout does not fit, its weights are offloaded or

@@ -80,7 +80,7 @@ def read_dense_processor(source: Source, **kwargs: Any) -> DenseProcessor:
     else:
         return _from_files(source, **kwargs)
     name = _known_family(name, "the processor")
-    # copies: what follows writes into them, and the source stays in use
+    # copies: they are changed below, and the source stays in use
     parts = copy.deepcopy((image_processor, tokenizer))
     return _as_called(DenseProcessor(name, *parts, template, settings))
 
@@ -253,7 +253,7 @@ __all__ = ["add_image_token", "check_tiles", "layout_of", "read_dense_processor"
 def processor_from_dense(
     cls: type[VLMoEProcessor], source: Any, config: VLMoEConfig, **kwargs: Any
 ) -> VLMoEProcessor:
-    """Make what `VLMoEProcessor.from_dense` returns."""
+    """Make the processor that `VLMoEProcessor.from_dense` returns."""
     dense = read_dense_processor(source, **kwargs)
     parts = config, dense.tokenizer, dense.image_processor
     layout = {"chat_template": dense.chat_template} | layout_of(dense)

@@ -35,7 +35,7 @@ PRODUCTS = (
 
 
 class UpcyclingError(ValueError):
-    """The sparse model does not compute what the dense one does."""
+    """The sparse model does not compute the function of the dense one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ComputingInFp32(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Widen what `func` multiplies, and what it would narrow."""
+        """Widen the factors of `func`, and its result where it would narrow."""
         widen = _wide_dtype if func is torch.Tensor.to else _wide_tensor
         if func is torch.Tensor.to or func in PRODUCTS:
             args = tuple(widen(value) for value in args)

@@ -59,7 +59,7 @@ class Upcycling:
         drop_ratio, noise_ratio: see `expert_init`.
         router_std: standard deviation of the router's weights; by default the dense model's
             `initializer_range`. With 0 all experts tie, and copies stay equal in training.
-        seed: of the router's weights, and of what `expert_init` draws.
+        seed: of the router's weights, and of the draws of `expert_init`.
         fields: further fields of the configuration, of those in `TEXT_FIELDS` and `TOP_FIELDS`;
             experts of vision tower and connector are copies, whatever `expert_init` says.
 
