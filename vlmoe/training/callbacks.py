@@ -4,7 +4,7 @@
 import math
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 REMEDY = (
@@ -30,7 +30,12 @@ class TrainingProgress(ProgressCallback):
         self._shown: dict[str, str] = {}
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Show training logs at the end of the bar, others, such as evaluations, above it."""
         logs = logs or {}
@@ -52,7 +57,12 @@ class TrainingPrinter(PrinterCallback):
     """Prints the logs where there is no bar, but those of the single layers' routing."""
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Print training losses and evaluations."""
         if not any(name.startswith(ROUTER) for name in logs or {}):
@@ -67,7 +77,12 @@ class StopOnBadLoss(TrainerCallback):
     """
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Raise `ValueError` naming step and value."""
         for key in ("loss", "eval_loss"):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub.atomic_files import atomic_path
 from ..hub.json_files import json_text, read_json
@@ -47,7 +47,9 @@ class RouterTelemetry(TrainerCallback):
         self._entries: list[str] = []  # as JSON
         self._write_after = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start to record; of an earlier session keep the entries up to the checkpoint.
 
         Raises:
@@ -67,7 +69,12 @@ class RouterTelemetry(TrainerCallback):
             ]
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Hand on what was recorded since the last logged loss."""
         if self._load is None or "loss" not in (logs or {}):
@@ -80,17 +87,21 @@ class RouterTelemetry(TrainerCallback):
             self._write(state)
         self._trainer.log(scalars(figures))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the file."""
         self._write(state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the file and stop recording."""
         self._write(state)
         self._hooks.close()
         self._load = None
 
-    def _write(self, state: Any) -> None:
+    def _write(self, state: TrainerState) -> None:
         if not (state.is_world_process_zero and self._entries):
             return
         start = time.monotonic()
