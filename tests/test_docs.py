@@ -90,9 +90,10 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_the_snippets_of_a_page_run(page: str, in_world: Path) -> None:
-    used = re.findall(r"vlmoe\.(\w+)\(", "".join(block.code for block in blocks(page)))
-    if missing := set(used) - set(dir(vlmoe)):
-        pytest.skip(f"not there yet: {missing}")
+    if not hasattr(vlmoe, "inspect_routing") and any(
+        "inspect_routing" in b.code for b in blocks(page)
+    ):
+        pytest.skip("vlmoe.inspect_routing is not there yet")
     AcceleratorState._reset_state(reset_partial_state=True)
     run_page(page, EXCEPTIONS, {})
     AcceleratorState._reset_state(reset_partial_state=True)
