@@ -322,7 +322,7 @@ def test_a_folder_that_nobody_could_load_is_not_pushed(
         (folder / "model-00002-of-00002.safetensors").unlink()
 
     assert "pytorch_model.bin: pickled weights" in broken("pickle", as_pickle)
-    assert "model.safetensors: holds" in broken("cut", cut)
+    assert "model.safetensors: damaged" in broken("cut", cut)
     assert "model-00002-of-00002.safetensors is missing" in broken("shards", lose_a_shard)
     no_config = broken("no_config", lambda folder: (folder / "config.json").unlink())
     assert "config.json: missing" in no_config
