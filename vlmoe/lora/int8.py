@@ -51,11 +51,8 @@ def check_quantized_bank(name: str, bank: nn.Module) -> None:
     quantized = {n: p for n, p in bank.named_parameters(recurse=False) if is_torchao(p)}
     for parameter_name, parameter in quantized.items():
         kind = type(parameter.data).__name__
-        if not is_int8(parameter) or (
-            not parameter.is_meta
-            and parameter.zero_point is not None
-            and parameter.zero_point.any()
-        ):
+        zero_point = None if parameter.is_meta else getattr(parameter, "zero_point", None)
+        if not is_int8(parameter) or (zero_point is not None and zero_point.any()):
             raise ValueError(
                 f"{name}: {parameter_name} is a {kind} of torchao; under LoRA allowed: int8 "
                 "weights, symmetric, with a scale per row, and plain weights. Load the model with "

@@ -247,16 +247,13 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = "<ima
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
-__all__ = ["add_image_token", "check_tiles", "layout_of", "read_dense_processor"]
-
-
 def processor_from_dense(
     cls: type[VLMoEProcessor], source: Any, config: VLMoEConfig, **kwargs: Any
 ) -> VLMoEProcessor:
     """Make the processor that `VLMoEProcessor.from_dense` returns."""
     dense = read_dense_processor(source, **kwargs)
     parts = config, dense.tokenizer, dense.image_processor
-    layout = {"chat_template": dense.chat_template} | layout_of(dense)
+    layout: dict[str, Any] = {"chat_template": dense.chat_template, **layout_of(dense)}
     processor = cls.for_config(*parts, **layout)
     check_tiles(dense, config, processor.image_seq_len)
     return processor
