@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .lora.wrappers import enable_routed_lora as enable_routed_lora
     from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
     from .modeling_vlmoe.quantization import expert_int8_config as expert_int8_config
+    from .routing.inspection.inspect import inspect_routing as inspect_routing
     from .routing.trace import record_routing as record_routing
     from .training.evaluation import evaluate as evaluate
     from .training.trainer import VLMoETrainer as VLMoETrainer
@@ -74,6 +75,7 @@ _MODULES = {
     "expert_int8_config": "modeling_vlmoe.quantization",
     "expert_lora_config": "lora.config",
     "hotswap_expert_lora": "lora.wrappers",
+    "inspect_routing": "routing.inspection.inspect",
     "load_rows": "data.loading",
     "merge_expert_lora": "lora.merge",
     "push": "hub.push_to_hub",

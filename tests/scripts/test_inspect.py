@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from vlmoe.routing.inspection.inspect import short_name
 from vlmoe.routing.inspection.tokens import percent
 from vlmoe_cli import main
-from vlmoe_cli.inspect_experts import _short
 
 FAST = ["--max_new_tokens", "3", "--device", "cpu"]
 
@@ -110,10 +110,10 @@ def test_data_without_types_leave_the_section_out(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Nothing to inspect: give --dataset, or a question"),
-        (["--image", "x.png", "--dataset", "DATA"], "--image goes with a question"),
+        ([], "Nothing to inspect: give data (rows, --dataset) or a question"),
+        (["--image", "x.png", "--dataset", "DATA"], "An image goes with a question"),
         (["--image", "nowhere.png", "what?"], "There is no image file nowhere.png"),
-        (["--before", "MODEL", "what?"], "--before compares the models on data"),
+        (["--before", "MODEL", "what?"], "--before compares two models on data"),
         (["--before", "./nowhere", "--dataset", "DATA"], "There is no model folder ./nowhere"),
         (["--dataset", "DATA", "--split", "dev"], "no split 'dev'"),
         (
@@ -185,7 +185,6 @@ def test_models_with_other_experts_are_not_compared(
 
 
 def test_the_page_names_a_model_without_its_path() -> None:
-    assert _short("/home/someone/runs/tiny") == "runs/tiny"
-    assert (
-        _short("user/name") == "user/name" and _short("outputs/demo/model") == "outputs/demo/model"
-    )
+    assert short_name("/home/someone/runs/tiny") == "runs/tiny"
+    for name in ("user/name", "outputs/demo/model"):
+        assert short_name(name) == name

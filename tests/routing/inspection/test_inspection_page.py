@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmoe.routing.inspection.analysis import DatasetRouting, change, specialisation
 from vlmoe.routing.inspection.images import ImageRouting, TileRouting
 from vlmoe.routing.inspection.page import page, write_page
-from vlmoe.routing.inspection.report import BeforeTraining, Inspection, draw_figures, numbers
+from vlmoe.routing.inspection.report import BeforeTraining, RoutingInspection, draw_figures, numbers
 from vlmoe.routing.inspection.tokens import TracedPrompt, layer_strip, percent, token_text, visible
 from vlmoe.routing.trace import TokenRouting
 
@@ -104,12 +104,12 @@ def dataset(layers: int = 2, seed: int = 0) -> DatasetRouting:
 
 
 @pytest.fixture
-def inspection(tmp_path: Path) -> Inspection:
+def inspection(tmp_path: Path) -> RoutingInspection:
     """Every part of the page, with markup wherever a text comes from outside."""
     picture = tmp_path / "image.png"
     Image.new("RGB", (30, 20), "red").save(picture)
     after, before = dataset(), dataset(seed=1)
-    result = Inspection(
+    result = RoutingInspection(
         model=f"model {ATTACK}",
         layers=(0, 1),
         num_experts=4,
@@ -125,7 +125,7 @@ def inspection(tmp_path: Path) -> Inspection:
 
 
 def test_the_page_loads_nothing_and_escapes_every_text(
-    inspection: Inspection, tmp_path: Path
+    inspection: RoutingInspection, tmp_path: Path
 ) -> None:
     text = write_page(inspection, tmp_path / "page.html").read_text(encoding="utf-8")
     reader = Reader(text)
@@ -140,7 +140,7 @@ def test_the_page_loads_nothing_and_escapes_every_text(
     assert "url(" not in text and "@import" not in text
 
 
-def test_the_sentences_are_those_of_the_numbers(inspection: Inspection) -> None:
+def test_the_sentences_are_those_of_the_numbers(inspection: RoutingInspection) -> None:
     text = " ".join(Reader(page(inspection)).text.split())
     routing, types = inspection.routing, inspection.types
     assert routing is not None and types is not None and inspection.before is not None
@@ -155,7 +155,7 @@ def test_the_sentences_are_those_of_the_numbers(inspection: Inspection) -> None:
     assert "In layer 0 the 4 are spread over 2 experts, most at expert 3 (75%)." in text
 
 
-def test_numbers_for_the_json_file_name_every_routed_token(inspection: Inspection) -> None:
+def test_numbers_for_the_json_file_name_every_routed_token(inspection: RoutingInspection) -> None:
     data = numbers(inspection)
     tokens = data["prompts"][0]["tokens"]
     assert len(tokens) == 8 and tokens[1]["is_image"] and tokens[5]["text"] == " what"
@@ -182,7 +182,7 @@ def test_an_image_is_one_box_and_the_unrouted_token_says_so() -> None:
 
 
 def test_deep_models_are_folded_and_missing_parts_left_out(tmp_path: Path) -> None:
-    deep = Inspection("m", tuple(range(24)), 4, 2, prompts=[prompt(layers=24)])
+    deep = RoutingInspection("m", tuple(range(24)), 4, 2, prompts=[prompt(layers=24)])
     text = page(deep)
     assert text.count("<details>") == 24 - 7 and "How the work is shared" not in text
     Reader(text)
@@ -190,7 +190,7 @@ def test_deep_models_are_folded_and_missing_parts_left_out(tmp_path: Path) -> No
     deep.types = specialisation(deep.routing.counts, ["shape", "color"] * 20)
     draw_figures(deep, tmp_path)
     assert "Only the 6 layers" in page(deep)
-    untyped = Inspection("m", (0, 1), 4, 2, routing=dataset())
+    untyped = RoutingInspection("m", (0, 1), 4, 2, routing=dataset())
     draw_figures(untyped, tmp_path)
     assert "Left out: these data name no types of questions" in page(untyped)
     assert set(untyped.figures) == {"load"}
@@ -221,7 +221,7 @@ FLAGS = (
 
 @pytest.mark.slow
 def test_a_browser_shows_the_page_without_errors_or_requests(
-    inspection: Inspection, tmp_path: Path
+    inspection: RoutingInspection, tmp_path: Path
 ) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:

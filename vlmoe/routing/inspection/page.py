@@ -20,7 +20,7 @@ from ...figures.plots import DOTS_PER_INCH
 from ...figures.text import drawable
 from ...hub.atomic_files import atomic_path
 from .figures import expert_colors, text_color
-from .report import LAYERS_IN_FULL, VISION_TOKENS, BeforeTraining, Inspection
+from .report import LAYERS_IN_FULL, VISION_TOKENS, BeforeTraining, RoutingInspection
 from .tokens import TracedPrompt, layer_strip, percent
 
 STYLE = """
@@ -79,14 +79,14 @@ ul.plain { padding-left: 20px; max-width: 800px; } ul.plain li { margin: 5px 0; 
 """
 
 
-def write_page(inspection: Inspection, path: str | Path) -> Path:
+def write_page(inspection: RoutingInspection, path: str | Path) -> Path:
     """Write the page, atomically, and return its path."""
     with atomic_path(path) as temporary:
         temporary.write_text(page(inspection), encoding="utf-8")
     return Path(path)
 
 
-def page(inspection: Inspection) -> str:
+def page(inspection: RoutingInspection) -> str:
     """The HTML of the page."""
     sections = [_introduction(inspection)]
     if inspection.prompts:
@@ -130,7 +130,7 @@ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 """
 
 
-def _introduction(inspection: Inspection) -> str:
+def _introduction(inspection: RoutingInspection) -> str:
     experts, k = inspection.num_experts, inspection.top_k
     return f"""<h2>What you are looking at</h2>
 <p>The model reads a picture and a text as a row of <b>tokens</b>: pieces of words, and squares of
@@ -142,7 +142,7 @@ learned, and this page shows how the work is shared.</p>
 from 0; expert 0 of one layer has nothing to do with expert 0 of another.</p>"""
 
 
-def _prompts(inspection: Inspection) -> str:
+def _prompts(inspection: RoutingInspection) -> str:
     cards = [_prompt(inspection, prompt) for prompt in inspection.prompts]
     return (
         "<h2>Token by token</h2>\n<p>Each box is a token, coloured by its first expert. Below it "
@@ -152,7 +152,7 @@ def _prompts(inspection: Inspection) -> str:
     )
 
 
-def _prompt(inspection: Inspection, prompt: TracedPrompt) -> str:
+def _prompt(inspection: RoutingInspection, prompt: TracedPrompt) -> str:
     truth = ""
     if prompt.reference is not None:
         truth = f' <span class="soft">(the data say: {escape(prompt.reference)})</span>'
@@ -174,7 +174,7 @@ def _prompt(inspection: Inspection, prompt: TracedPrompt) -> str:
     return "\n".join([*parts, "</div>"])
 
 
-def _image_figure(inspection: Inspection, prompt: TracedPrompt, number: int) -> str:
+def _image_figure(inspection: RoutingInspection, prompt: TracedPrompt, number: int) -> str:
     image, path = prompt.images[number], prompt.image_figures[number]
     tile = image.tiles[0]
     height, width = tile.cell_size
@@ -204,10 +204,10 @@ def _image_figure(inspection: Inspection, prompt: TracedPrompt, number: int) -> 
     return _figure(path, text, "experts over the image")
 
 
-def _load(inspection: Inspection) -> str:
+def _load(inspection: RoutingInspection) -> str:
     assert inspection.routing is not None
     load, layers = inspection.routing.load, inspection.layers
-    shown = inspection.told_layers(load["max_over_mean"])
+    shown = inspection.shown_layers(load["max_over_mean"])
     items = []
     for number in shown:
         busy = []
@@ -242,7 +242,7 @@ def _load(inspection: Inspection) -> str:
 {_vision_load(inspection)}"""
 
 
-def _vision_load(inspection: Inspection) -> str:
+def _vision_load(inspection: RoutingInspection) -> str:
     """The experts of vision tower and connector, where there are any."""
     assert inspection.routing is not None
     parts = []
@@ -265,7 +265,7 @@ def _vision_load(inspection: Inspection) -> str:
     return "".join(parts)
 
 
-def _load_table(inspection: Inspection) -> str:
+def _load_table(inspection: RoutingInspection) -> str:
     assert inspection.routing is not None
     load = inspection.routing.load
     rows = [
@@ -297,7 +297,7 @@ def _load_table(inspection: Inspection) -> str:
     return f'{_table(head, rows)}\n<dl class="soft">{told}</dl>'
 
 
-def _types(inspection: Inspection) -> str:
+def _types(inspection: RoutingInspection) -> str:
     head = "<h2>Does an expert belong to a type of question?</h2>\n"
     types = inspection.types
     if types is None:
@@ -338,10 +338,10 @@ def _types(inspection: Inspection) -> str:
     return "\n".join(parts)
 
 
-def _type_sentences(inspection: Inspection, types: dict[str, Any]) -> list[str]:
+def _type_sentences(inspection: RoutingInspection, types: dict[str, Any]) -> list[str]:
     text = types["text"]
     items = []
-    for number in inspection.told_layers(text["information_bits"]):
+    for number in inspection.shown_layers(text["information_bits"]):
         bits, shuffled = (
             _bits(text[key][number]) for key in ("information_bits", "shuffled_mean_bits")
         )
@@ -362,7 +362,7 @@ def _type_sentences(inspection: Inspection, types: dict[str, Any]) -> list[str]:
     return items
 
 
-def _image_sentence(inspection: Inspection, types: dict[str, Any]) -> str:
+def _image_sentence(inspection: RoutingInspection, types: dict[str, Any]) -> str:
     pairs = zip(inspection.layers, types["image"]["is_above_chance"], strict=True)
     above = [layer for layer, is_above in pairs if is_above]
     if above:
@@ -373,7 +373,7 @@ def _image_sentence(inspection: Inspection, types: dict[str, Any]) -> str:
     )
 
 
-def _before(inspection: Inspection, before: BeforeTraining) -> str:
+def _before(inspection: RoutingInspection, before: BeforeTraining) -> str:
     assert inspection.routing is not None
     caption = "Above before, below after, on one scale. White is an even share."
     return f"""<h2>Before and after training</h2>
@@ -383,7 +383,7 @@ def _before(inspection: Inspection, before: BeforeTraining) -> str:
 {_list(_before_sentences(inspection, before))}"""
 
 
-def _before_table(inspection: Inspection, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _before_table(inspection: RoutingInspection, old: dict[str, Any], new: dict[str, Any]) -> str:
     values = (
         (_times, old["max_violation"]["all"], new["max_violation"]["all"]),
         (str, old["dead_experts"]["all"], new["dead_experts"]["all"]),
@@ -396,14 +396,14 @@ def _before_table(inspection: Inspection, old: dict[str, Any], new: dict[str, An
     return _table(["layer", "busiest / mean", "dead experts", "overlap"], rows)
 
 
-def _before_sentences(inspection: Inspection, before: BeforeTraining) -> list[str]:
+def _before_sentences(inspection: RoutingInspection, before: BeforeTraining) -> list[str]:
     if before.change is None:
         return [
             "The two models turn the questions into different tokens, so single tokens cannot be "
             "compared."
         ]
     items = []
-    for number in inspection.told_layers(before.change["all"]["changed"]):
+    for number in inspection.shown_layers(before.change["all"]["changed"]):
         told = [
             f"{percent(values['changed'][number])} of the {kind} tokens (by chance "
             f"{percent(values['by_chance'][number])})"

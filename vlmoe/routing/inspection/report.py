@@ -4,15 +4,19 @@ its numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ...configuration.configuration_vlmoe_text import MODALITIES
 from ...figures.plots import plot_expert_load, plot_shares
-from .analysis import DatasetRouting
-from .figures import plot_specialisation
+from ...hub.atomic_files import write_json
+from ...hub.folder_lock import folder_lock
+from .analysis import DatasetRouting, inspection_table
+from .figures import plot_image_experts, plot_specialisation
 from .tokens import TracedPrompt
 
+PAGE_FILE, NUMBERS_FILE = "inspection.html", "inspection.json"
 LAYERS_IN_FULL = 6  # of deeper models the others are folded away, or not told of
 VISION_TOKENS = {"tower": "patches", "connector": "image tokens"}  # what passes through each
 
@@ -27,7 +31,7 @@ class BeforeTraining:
 
 
 @dataclass
-class Inspection:
+class RoutingInspection:
     """Everything that the page shows; parts that were not asked for are None or empty.
 
     Attributes:
@@ -54,14 +58,46 @@ class Inspection:
     before: BeforeTraining | None = None
     figures: dict[str, Path] = field(default_factory=dict)
 
-    def told_layers(self, values: Sequence[float]) -> list[int]:
+    def shown_layers(self, values: Sequence[float]) -> list[int]:
         """Positions of all layers of a shallow model; of a deep one of those with the largest
         values, in order."""
         order = sorted(range(len(self.layers)), key=lambda number: -values[number])
         return sorted(order[:LAYERS_IN_FULL])
 
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write the page (inspection.html), its figures and the numbers (inspection.json).
 
-def draw_figures(inspection: Inspection, folder: Path) -> None:
+        Returns:
+            The page's path.
+
+        Raises:
+            ValueError: another process writes into the folder.
+            OSError: the folder cannot be written into.
+        """
+        from .page import write_page
+
+        place = Path(folder).expanduser()
+        with folder_lock(place):
+            for number, prompt in enumerate(self.prompts, start=1):
+                prompt.image_figures = [
+                    plot_image_experts(
+                        image,
+                        self.layers,
+                        self.num_experts,
+                        place / f"question_{number}_image_{position}.png",
+                    )
+                    for position, image in enumerate(prompt.images, start=1)
+                ]
+            draw_figures(self, place)
+            write_json(place / NUMBERS_FILE, numbers(self))
+            return write_page(self, place / PAGE_FILE)
+
+    def table(self) -> str:
+        """Return the expert load of each layer as text; empty without rows."""
+        return "" if self.routing is None else inspection_table(self.routing, self.types)
+
+
+def draw_figures(inspection: RoutingInspection, folder: Path) -> None:
     """Draw what the page shows of the dataset into `folder`, and note the files in `figures`."""
     routing, types = inspection.routing, inspection.types
     if routing is None:
@@ -82,7 +118,7 @@ def draw_figures(inspection: Inspection, folder: Path) -> None:
             figures[f"types_{kind}"] = plot_shares(
                 {
                     f"layer {layers[number]}": types[kind]["shares"][number]
-                    for number in inspection.told_layers(types[kind]["information_bits"])
+                    for number in inspection.shown_layers(types[kind]["information_bits"])
                 },
                 folder / f"question_types_{kind}_tokens.png",
                 row_names=types["types"],
@@ -104,7 +140,7 @@ def draw_figures(inspection: Inspection, folder: Path) -> None:
         )
 
 
-def numbers(inspection: Inspection) -> dict[str, Any]:
+def numbers(inspection: RoutingInspection) -> dict[str, Any]:
     """The numbers behind the page, for a JSON file.
 
     `expert_load` is `ExpertLoad.as_dict`, `question_types` what `specialisation` gives, `before`
