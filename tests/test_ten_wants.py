@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 
 MOST_LINES = 8
-WANTS = 6
+WANTS = 9
 Folder = Path
 Rows = list[dict[str, Any]]
 
@@ -64,6 +64,23 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @want
+def train_and_ask(rows: Rows) -> tuple[Any, str]:
+    import vlmoe
+
+    trainer = vlmoe.VLMoETrainer("tiny", {"max_steps": 2}, train_dataset=rows)
+    trainer.train()
+    answer = vlmoe.answer(trainer.model, trainer.processing_class, "red.png", "what color is it?")
+    return trainer, answer
+
+
+def test_train_on_pictures_questions_and_answers_then_ask(rows: Rows) -> None:
+    trainer, answer = train_and_ask(rows)
+    assert trainer.state.global_step == 2
+    expected = generated(trainer.model, trainer.processing_class, "red.png", "what color is it?")
+    assert answer.strip() == expected
+
+
+@want
 def fine_tune_by_plain_trainer(rows: Rows) -> Any:
     from transformers import Trainer, TrainingArguments
 
@@ -98,6 +115,45 @@ def test_ask_a_picture() -> None:
     processor = AutoProcessor.from_pretrained("model")
     expected = generated(model, processor, "red.png", "what color is the shape?")
     assert ask_a_picture().strip() == expected
+
+
+@want
+def adapt_the_experts(rows: Rows) -> Any:
+    import vlmoe
+
+    model = vlmoe.VLMoEForConditionalGeneration.from_pretrained("model")
+    processor = vlmoe.VLMoEProcessor.from_pretrained("model")
+    adapted = vlmoe.add_expert_lora(model, r=4)
+    options = {"train_dataset": rows, "processing_class": processor}
+    vlmoe.VLMoETrainer(adapted, {"max_steps": 2}, **options).train()
+    return adapted
+
+
+def test_lora_on_the_experts(rows: Rows) -> None:
+    before = weights(VLMoEForConditionalGeneration.from_pretrained("model"))
+    adapted = adapt_the_experts(rows)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("experts" in name and "lora_" in name for name in trained)
+    assert any(p.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
+    after = weights(adapted.unload())
+    assert all(value.equal(before[name]) for name, value in after.items())
+
+
+@want
+def balance_by_bias(rows: Rows) -> Any:
+    import vlmoe
+
+    overrides = {"text_config": {"router_bias_update_rate": 0.01}}
+    options = {"train_dataset": rows, "model_overrides": overrides}
+    trainer = vlmoe.VLMoETrainer("model", {"max_steps": 2}, **options)
+    trainer.train()
+    return trainer.model
+
+
+def test_bias_balancing_needs_no_callback(rows: Rows) -> None:
+    model = balance_by_bias(rows)
+    biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    assert len(biases) == 3 and all(bias.abs().sum() > 0 for bias in biases)
 
 
 @want
