@@ -60,6 +60,8 @@ print("vlmoe", vlmoe.__version__, "answers", repr(answer["generated_text"][-1]["
 def main() -> None:
     """Build and try out; raise where something is missing or fails."""
     shutil.rmtree(BUILD, ignore_errors=True)
+    for old in ROOT.glob("*.egg-info"):  # its list of files would hide that one is missing
+        shutil.rmtree(old)
     run(sys.executable, "-m", "build", "--quiet", "--outdir", str(BUILD), str(ROOT))
     (wheel,) = BUILD.glob("*.whl")
     missing = data_files() - set(zipfile.ZipFile(wheel).namelist())
