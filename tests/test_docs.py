@@ -90,10 +90,6 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_the_snippets_of_a_page_run(page: str, in_world: Path) -> None:
-    if not hasattr(vlmoe, "inspect_routing") and any(
-        "inspect_routing" in b.code for b in blocks(page)
-    ):
-        pytest.skip("vlmoe.inspect_routing is not there yet")
     AcceleratorState._reset_state(reset_partial_state=True)
     run_page(page, EXCEPTIONS, {})
     AcceleratorState._reset_state(reset_partial_state=True)
