@@ -89,7 +89,8 @@ def main(
     from vlmoe.training.build import config_and_processor
 
     require_writable(output)
-    splits, unreadable = {}, {}
+    splits: dict[str, Any] = {}
+    unreadable: dict[str, Any] = {}
     for name in [split] if split else split_names(dataset):
         splits[name] = load_rows(
             dataset,

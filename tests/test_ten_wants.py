@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 
 MOST_LINES = 8
-WANTS = 9
+WANTS = 10
 Folder = Path
 Rows = list[dict[str, Any]]
 
@@ -179,6 +179,21 @@ def test_see_the_routing_of_a_batch(rows: Rows) -> None:
         for row, sequence in enumerate(sequences):
             chosen = torch.as_tensor(sequence.experts[layer]).sort(-1).values
             assert chosen.equal(expected[row][real[row]])
+
+
+@want
+def write_the_page(rows: Rows) -> None:
+    import vlmoe
+
+    model = vlmoe.VLMoEForConditionalGeneration.from_pretrained("model")
+    processor = vlmoe.VLMoEProcessor.from_pretrained("model")
+    vlmoe.inspect_routing(model, processor, rows).save("routing")
+
+
+def test_the_page_of_routing_from_python(rows: Rows) -> None:
+    write_the_page(rows)
+    (page,) = Path("routing").glob("*.html")
+    assert "what color is the shape?" in page.read_text()
 
 
 @want

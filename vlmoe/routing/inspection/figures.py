@@ -141,7 +141,7 @@ def plot_specialisation(numbers: dict[str, Any], layers: Sequence[int], path: st
     for offset, kind, color in ((-0.2, "text", ORANGE), (0.2, "image", BLUE)):
         bits, chance = (numbers[kind][key] for key in ("information_bits", "shuffled_95_bits"))
         axis.bar(places + offset, bits, 0.36, color=color, label=f"{kind} tokens")
-        label = "95% of shuffles stay below" if kind == "text" else None
+        label = "95% of shuffles stay below" if kind == "text" else ""
         axis.hlines(
             chance, places + offset - 0.2, places + offset + 0.2, color="k", lw=2, label=label
         )
@@ -150,7 +150,7 @@ def plot_specialisation(numbers: dict[str, Any], layers: Sequence[int], path: st
                 above = max(value, line)
                 axis.text(place + offset, above, f"{value:.3f}", ha="center", va="bottom", size=9.5)
     axis.set(xticks=places, ylabel="bits", xlabel="sparse layer", xlim=(-0.6, len(layers) - 0.4))
-    axis.set_xticklabels(layers)
+    axis.set_xticklabels(map(str, layers))
     axis.margins(y=0.16)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axis.spines[["top", "right"]].set_visible(False)
