@@ -1,7 +1,4 @@
-"""Fixtures of all tests; the only place, beside builders.py, where tiny sizes are spelled.
-
-No two sizes are equal where a mix-up of axes could otherwise go unseen.
-"""
+"""Fixtures of all tests."""
 
 import copy
 import json
@@ -16,6 +13,7 @@ from builders import assistant, picture, user
 from hub_process import process, with_vlmoe, without_vlmoe
 from hub_server import WRITER, HubServer
 from PIL import Image
+from tiny_sizes import TEXT, VISION, VOCABULARY
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,31 +21,8 @@ from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from vlmoe.data.tokenizer import train_tokenizer
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 36,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
 TOP = {"image_token_id": 5, "pixel_shuffle_factor": 2}
 TEXTS = ["what color is the shape? blue", "what shape is it? a circle", "is it red? yes, no"] * 3
-VOCABULARY = 320
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from builders import picture
-from conftest import TEXT, VISION, VOCABULARY
 from doc_pages import PAGES, ROOT, blocks, commands, run_page
+from tiny_sizes import TEXT, VISION, VOCABULARY
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
