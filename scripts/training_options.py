@@ -13,7 +13,6 @@ import typer
 
 from .commands import OTHER_NAMES
 from .config_file import MORE_OPTIONS, PATH, close_matches
-from .option_ranges import require_in_range
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -25,6 +24,8 @@ def given_arguments(ctx: typer.Context) -> dict[str, Any]:
     Raises:
         ValueError: an option does not exist or has a wrong value.
     """
+    from vlmoe.training.argument_ranges import require_in_range
+
     parser, names = training_parser()
     ctx.meta[OTHER_NAMES] = names
     known = [*names, *(param.name for param in ctx.command.params)]

@@ -1,11 +1,8 @@
 """Numbers out of range and options that nothing reads: one line before any work."""
 
-from typing import Any
-
 import pytest
 
 from vlmoe_cli import main
-from vlmoe_cli.option_ranges import RANGES, Range, require_in_range
 
 GENERATE = ["generate", "--model", "x", "?"]
 SAMPLE = [*GENERATE, "--temperature"]
@@ -62,14 +59,3 @@ def test_an_option_out_of_range_or_unread_is_one_line(
     assert main.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("value", ["3", [1], True])
-def test_what_is_no_number_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match="--seed must be a number"):
-        require_in_range("seed", value)
-
-
-def test_a_range_says_its_bounds() -> None:
-    assert str(Range(0, below=1)) == "0 or more and below 1"
-    assert all(str(each) for each in RANGES.values())

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from vlmoe.training.arguments import check_arguments, training_arguments
+from vlmoe.training.argument_ranges import RANGES, Range, require_in_range
+from vlmoe.training.arguments import check_arguments, prepared_arguments, training_arguments
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,38 @@ def test_arguments_that_would_spoil_training_are_refused(
 
 def test_every_default_is_allowed() -> None:
     check_arguments(training_arguments(use_cpu=True), has_evaluation=False)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": float("nan")}, "`learning_rate` must be above 0, got nan"),
+        ({"per_device_train_batch_size": -2}, "`per_device_train_batch_size` must be 1 or more"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be 0 or more, got -0.1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    fields: dict[str, Any], message: str, as_object: bool
+) -> None:
+    given = training_arguments(use_cpu=True, **fields) if as_object else fields
+    with pytest.raises(ValueError, match=message):
+        prepared_arguments(given, None, has_evaluation=False)
+
+
+def test_every_range_is_of_an_argument_and_holds_its_default() -> None:
+    defaults = vars(training_arguments(use_cpu=True))
+    assert RANGES.keys() <= defaults.keys()
+    for name in RANGES:
+        require_in_range(name, defaults[name])
+
+
+@pytest.mark.parametrize("value", ["3", [1], True])
+def test_what_is_no_number_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match="`seed` must be a number"):
+        require_in_range("seed", value)
+
+
+def test_a_range_says_its_bounds() -> None:
+    assert str(Range(0, below=1)) == "0 or more and below 1"
+    assert all(str(each) for each in RANGES.values())

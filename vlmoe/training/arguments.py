@@ -14,6 +14,8 @@ import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from .argument_ranges import require_in_range
+
 logger = logging.getLogger(__name__)
 
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -92,15 +94,18 @@ def prepared_arguments(
         has_evaluation: whether there is data to evaluate on.
 
     Raises:
-        ValueError: as `check_arguments`.
+        ValueError: a number is out of its range; as `check_arguments`.
     """
+    given = vars(args) if isinstance(args, TrainingArguments) else args or {}
+    for name, value in given.items():
+        require_in_range(name, value)
     if isinstance(args, TrainingArguments):
         prepared = copy.copy(args)
         prepared.remove_unused_columns = False  # the collator reads `messages` and `images`
         if prepared.ddp_find_unused_parameters is None:
             prepared.ddp_find_unused_parameters = False  # every parameter gets a gradient
     else:
-        values = dict(args or {})
+        values = dict(given)
         if preset is not None:
             values |= from_scratch_defaults(preset, values, has_evaluation)
         prepared = training_arguments(**values)

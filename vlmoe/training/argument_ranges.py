@@ -37,19 +37,9 @@ NOT_NEGATIVE = Range(0)
 POSITIVE = Range(above=0)
 SEED = Range(0, 2**32 - 1)
 
-# By the option's name, which means the same for every command. `max_steps` -1 is "not given".
+# By field of `TrainingArguments`.
 RANGES = {
-    **dict.fromkeys(("max_train_rows", "max_eval_rows", "max_test_rows", "max_rows"), COUNT),
-    **dict.fromkeys(("max_length", "max_new_tokens", "batch_size", "lora_r"), COUNT),
-    **dict.fromkeys(("max_image_pixels", "max_image_side"), COUNT),
-    **dict.fromkeys(("num_experts", "num_experts_per_tok", "expert_split"), COUNT),
-    **dict.fromkeys(("altered_copies", "noise_ratio", "router_std"), NOT_NEGATIVE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
-    "lora_dropout": Range(0, below=1),
-    "drop_ratio": Range(0, 1),
-    "temperature": Range(0, 100),
-    "top_p": Range(above=0, most=1),
-    # of TrainingArguments
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), COUNT),
     **dict.fromkeys(("save_total_limit",), COUNT),
@@ -62,17 +52,17 @@ RANGES = {
 
 
 def require_in_range(name: str, value: Any) -> None:
-    """Refuse a number that lies outside of its option's range.
+    """Refuse a number that lies outside of its argument's range.
 
-    None, an option that was not given, passes, and so does an option without a range.
+    None passes, and so does an argument without a range.
 
     Raises:
-        ValueError: names the option, what is allowed, and what was given.
+        ValueError: names the argument, what is allowed, and what was given.
     """
     allowed = RANGES.get(name)
     if allowed is None or value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"--{name} must be a number, got {value!r}.")
+        raise ValueError(f"`{name}` must be a number, got {value!r}.")
     if not allowed.holds(value):
-        raise ValueError(f"--{name} must be {allowed}, got {value}.")
+        raise ValueError(f"`{name}` must be {allowed}, got {value}.")
