@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 
 from .command_line import run_command
 from .config_file import PATH
-from .json_options import merged, split_dotted
+from .json_options import split_dotted
 
 OTHER_NAMES = "names of options that the command does not declare"
 Context = Any  # the class that typer passes is private
@@ -52,8 +52,11 @@ class Command(TyperCommand):
         }
         fields, args = split_dotted(args, json_options)
         rest = super().parse_args(ctx, self._plain(args))
-        for name, values in fields.items():
-            ctx.params[name] = merged(ctx.params[name] or {}, values)
+        if fields:
+            from vlmoe.training.overrides import merged
+
+            for name, values in fields.items():
+                ctx.params[name] = merged(ctx.params[name] or {}, values)
         return rest
 
     def format_help_text(self, ctx: Context, formatter: Any) -> None:

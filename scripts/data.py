@@ -19,7 +19,6 @@ from .shared_options import (
     ImageUrls,
     OutsideImages,
     Rows,
-    limit_images,
     place,
 )
 
@@ -83,6 +82,7 @@ def main(
     """
     from vlmoe.data.check import check_rows, plot_data, report_text
     from vlmoe.data.collator import VLMoECollator
+    from vlmoe.data.images import limit_images
     from vlmoe.data.loading import load_rows, split_names
     from vlmoe.data.long_rows import length_limit
     from vlmoe.hub.folder_lock import require_writable

@@ -24,7 +24,6 @@ from .shared_options import (
     OutsideImages,
     Rows,
     SavedModel,
-    limit_images,
     place,
 )
 
@@ -90,6 +89,7 @@ def main(
     is_own = own.is_dir() and results.resolve() == (own / EVALUATION_FILE).resolve()
     with _place_for_results([results, save_predictions], own if is_own else None):
         from vlmoe import evaluate, load_rows
+        from vlmoe.data.images import limit_images
         from vlmoe.hub.atomic_files import write_json
         from vlmoe.hub.provenance import dataset_name
         from vlmoe.training.build import model_for_answers

@@ -5,7 +5,6 @@ vlmoe generate --model outputs/tiny --image picture.png "What shape does the ima
 """
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +21,7 @@ from .shared_options import (
     SavedModel,
     Seed,
     refuse_unread,
+    require_files,
     share,
     text,
 )
@@ -72,9 +72,7 @@ def main(
     """
     if temperature == 0:
         refuse_unread("give --temperature above 0", top_p=top_p is not None)
-    for path in image or []:
-        if not Path(path).expanduser().is_file():
-            raise FileNotFoundError(f"There is no image file {path}.")
+    require_files(image)
     from transformers import TextStreamer
 
     from vlmoe import answer

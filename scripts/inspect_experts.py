@@ -9,7 +9,6 @@ numbers.
 """
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,8 +27,8 @@ from .shared_options import (
     OutsideImages,
     Pictures,
     SavedModel,
-    limit_images,
     place,
+    require_files,
     text,
 )
 
@@ -93,9 +92,7 @@ def main(
     from vlmoe.routing.inspection.inspect import check_request, short_name
 
     check_request(dataset is not None, question, bool(image), before is not None)
-    for path in image or []:
-        if not Path(path).expanduser().is_file():
-            raise FileNotFoundError(f"There is no image file {path}.")
+    require_files(image)
     runtime = {
         "device": device,
         "dtype": dtype,
@@ -104,6 +101,7 @@ def main(
     }
     with folder_lock(output_dir):
         from vlmoe import inspect_routing, load_rows
+        from vlmoe.data.images import limit_images
         from vlmoe.hub.provenance import dataset_name
         from vlmoe.training.build import check_model_source, model_for_answers
 

@@ -66,15 +66,6 @@ def split_dotted(
     return fields, others
 
 
-def merged(base: Fields, over: Fields) -> Fields:
-    """Return `base` with the values of `over`, nested dicts merged."""
-    result = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
-    return result
-
-
 def _value(text: str) -> Any:
     try:
         return _parsed(text)

@@ -3,7 +3,9 @@
 
 import math
 import os
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -65,12 +67,15 @@ def refuse_unread(remedy: str, **given: bool) -> None:
             raise ValueError(f"--{name} changes nothing here: {remedy}, or leave it out.")
 
 
-def limit_images(processor: Any, max_pixels: int | None, max_side: int | None) -> None:
-    """Give the processor those limits on images that are not None."""
-    if max_pixels is not None:
-        processor.max_image_pixels = max_pixels
-    if max_side is not None:
-        processor.max_image_side = max_side
+def require_files(images: Sequence[str] | None) -> None:
+    """Refuse an image file that does not exist, before a model is loaded for it.
+
+    Raises:
+        FileNotFoundError: names the file.
+    """
+    for path in images or ():
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(f"There is no image file {path}.")
 
 
 SavedModel = Annotated[

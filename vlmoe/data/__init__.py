@@ -13,8 +13,9 @@ Read in this order:
 - tokenizer.py, answers.py: a new tokenizer, and a model's answers.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ..hub.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .augmentation import altered_image as altered_image
@@ -39,36 +40,28 @@ if TYPE_CHECKING:
     from .tokenizer import train_tokenizer as train_tokenizer
 
 # Imported on first use, so that one module of the room does not load all others.
-_MODULES = {
-    "ConversationRows": "rows",
-    "Message": "row_fields",
-    "PromptBatch": "collator",
-    "QuestionRow": "row_fields",
-    "Row": "row_fields",
-    "VLMoECollator": "collator",
-    "VLMoEPreferenceCollator": "collator",
-    "VLMoEPromptCollator": "collator",
-    "altered_image": "augmentation",
-    "as_rows": "rows",
-    "check_rows": "check",
-    "length_limit": "long_rows",
-    "load_rows": "loading",
-    "open_image": "images",
-    "parse_row": "conversations",
-    "plot_data": "check",
-    "report_text": "check",
-    "split_names": "loading",
-    "train_tokenizer": "tokenizer",
-    "usable_rows": "long_rows",
-}
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "ConversationRows": "rows",
+        "Message": "row_fields",
+        "PromptBatch": "collator",
+        "QuestionRow": "row_fields",
+        "Row": "row_fields",
+        "VLMoECollator": "collator",
+        "VLMoEPreferenceCollator": "collator",
+        "VLMoEPromptCollator": "collator",
+        "altered_image": "augmentation",
+        "as_rows": "rows",
+        "check_rows": "check",
+        "length_limit": "long_rows",
+        "load_rows": "loading",
+        "open_image": "images",
+        "parse_row": "conversations",
+        "plot_data": "check",
+        "report_text": "check",
+        "split_names": "loading",
+        "train_tokenizer": "tokenizer",
+        "usable_rows": "long_rows",
+    },
+)

@@ -28,11 +28,20 @@ from ..processing.image_sources import (
     open_encoded,
     require_web_url,
 )
+from ..processing.processing_vlmoe import VLMoEProcessor
 from .row_fields import IMAGE_COLUMNS, RowImage, StoredImage
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, Features
+
+
+def limit_images(processor: VLMoEProcessor, max_pixels: int | None, max_side: int | None) -> None:
+    """Give a processor those limits on the size of images, in pixels, that are not None."""
+    if max_pixels is not None:
+        processor.max_image_pixels = max_pixels
+    if max_side is not None:
+        processor.max_image_side = max_side
 
 
 def open_image(

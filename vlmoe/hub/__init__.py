@@ -5,8 +5,9 @@ Read push_to_hub.py and model_card.py first; whole_model.py and file_checks.py j
 atomic_files.py and folder_lock.py keep them whole.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from .lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .card_folder import write_card as write_card
@@ -17,24 +18,15 @@ if TYPE_CHECKING:
     from .push_to_hub import push as push
     from .whole_model import model_problems as model_problems
 
-_MODULES = {
-    "FolderInUseError": "folder_lock",
-    "InputError": "input_errors",
-    "PushResult": "push_to_hub",
-    "model_problems": "whole_model",
-    "push": "push_to_hub",
-    "write_card": "card_folder",
-    "write_model_card": "model_card",
-}
-
-__all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "FolderInUseError": "folder_lock",
+        "InputError": "input_errors",
+        "PushResult": "push_to_hub",
+        "model_problems": "whole_model",
+        "push": "push_to_hub",
+        "write_card": "card_folder",
+        "write_model_card": "model_card",
+    },
+)

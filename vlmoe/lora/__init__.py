@@ -7,8 +7,9 @@
 - files.py: saved adapters, checked, and written with one key per expert.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ..hub.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .add import add_expert_lora as add_expert_lora
@@ -20,25 +21,16 @@ if TYPE_CHECKING:
     from .wrappers import enable_routed_lora as enable_routed_lora
     from .wrappers import hotswap_expert_lora as hotswap_expert_lora
 
-_MODULES = {
-    "add_expert_lora": "add",
-    "disable_routed_lora": "wrappers",
-    "enable_routed_lora": "wrappers",
-    "expert_lora_config": "config",
-    "export_per_expert": "files",
-    "hotswap_expert_lora": "wrappers",
-    "load_adapter": "files",
-    "merge_expert_lora": "merge",
-}
-
-__all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "add_expert_lora": "add",
+        "disable_routed_lora": "wrappers",
+        "enable_routed_lora": "wrappers",
+        "expert_lora_config": "config",
+        "export_per_expert": "files",
+        "hotswap_expert_lora": "wrappers",
+        "load_adapter": "files",
+        "merge_expert_lora": "merge",
+    },
+)

@@ -1,7 +1,6 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Add a LoRA adapter to the weights of its base model: a model like any other, without PEFT."""
 
-import os
 from pathlib import Path
 
 from peft import PeftModel
@@ -10,11 +9,9 @@ from transformers import PreTrainedModel
 from ..hub.atomic_files import publish_folder, refuse_mixing, staging_folder
 from ..hub.folder_lock import folder_lock
 from ..hub.input_errors import writing
-from ..hub.saved_model import load_model, read_processor, require_model_source
+from ..hub.saved_model import Source, load_model, read_processor, require_model_source
 from ..modeling_vlmoe.quantization import quantized_experts
 from .files import adapter_config, load_adapter
-
-Source = str | os.PathLike[str]
 
 
 def merge_expert_lora(

@@ -6,7 +6,6 @@ one after those before it. One forward with labels, which `Trainer` runs for the
 therefore tells whether `generate` would be right, token for token:
 
     Trainer(..., compute_metrics=answer_accuracy, preprocess_logits_for_metrics=most_likely_tokens)
-    trainer.train(ignore_keys_for_eval=IGNORED_OUTPUTS)
 
 `vlmoe evaluate` compares strings instead, up to case and blanks, and may count a little more.
 """
@@ -15,13 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-IGNORED_OUTPUTS = [
-    *("aux_loss", "z_loss", "entropy_loss"),
-    *("past_key_values", "router_logits", "image_hidden_states"),
-    "vision_router_logits",
-]
-"""Outputs that `Trainer` must not gather: only the logits are needed."""
 
 
 def most_likely_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 from ..data.loading import load_rows
 from ..data.rows import Rows
 from ..hub.provenance import RunOrigin, dataset_name
-from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
-from ..processing.processing_vlmoe import VLMoEProcessor
+from ..processing.image_sources import ImageLimits
 
 
 class TrainingRows(NamedTuple):
@@ -80,12 +79,9 @@ class TrainingData:
             evaluation=evaluation,
         )
 
-    def limit_images(self, processor: VLMoEProcessor) -> None:
-        """Give the processor the limits on images, where there are some."""
-        limits = self._image_limits(processor.image_limits)
-        processor.max_image_pixels, processor.max_image_side = limits.max_pixels, limits.max_side
-
     def _load(self, source: str, split: str, limit: int | None, altered_copies: int = 0) -> Rows:
+        asked = {"max_pixels": self.max_image_pixels, "max_side": self.max_image_side}
+        given = {name: value for name, value in asked.items() if value is not None}
         return load_rows(
             source,
             split,
@@ -94,12 +90,5 @@ class TrainingData:
             altered_copies=altered_copies,
             allow_outside_images=self.allow_outside_images,
             allow_image_urls=self.allow_image_urls,
-            image_limits=self._image_limits(DEFAULT_LIMITS),
-        )
-
-    def _image_limits(self, default: ImageLimits) -> ImageLimits:
-        pixels, side = self.max_image_pixels, self.max_image_side
-        return ImageLimits(
-            default.max_pixels if pixels is None else pixels,
-            default.max_side if side is None else side,
+            image_limits=ImageLimits(**given),
         )

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from ..data.images import limit_images
 from ..data.rows import ConversationRows
 from ..hub.atomic_files import publish_folder, refuse_mixing, staging_folder, write_json
 from ..hub.folder_lock import launch_lock
@@ -105,7 +106,7 @@ def train(
             built = build_model(model, row_texts(rows.train), processor, **model_options)
             if checkpoint is not None:
                 require_same_model(built.model.config, checkpoint)
-        data.limit_images(built.processor)
+        limit_images(built.processor, data.max_image_pixels, data.max_image_side)
         collator = row_collator(
             *built, max_length, on_long_rows, allow_image_urls=data.allow_image_urls
         )

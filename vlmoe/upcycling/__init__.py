@@ -11,8 +11,9 @@ After "Sparse Upcycling" (https://arxiv.org/abs/2212.05055). Read in this order:
 - conversion.py: `from_dense`, `from_vision_text`; folder.py: shard by shard into a folder.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ..hub.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .dense_to_sparse import UpcyclingResult as UpcyclingResult
@@ -21,22 +22,13 @@ if TYPE_CHECKING:
     from .options import Upcycling as Upcycling
     from .report import UpcyclingReport as UpcyclingReport
 
-_MODULES = {
-    "Upcycling": "options",
-    "UpcyclingError": "exactness",
-    "UpcyclingReport": "report",
-    "UpcyclingResult": "dense_to_sparse",
-    "upcycle": "dense_to_sparse",
-}
-
-__all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Upcycling": "options",
+        "UpcyclingError": "exactness",
+        "UpcyclingReport": "report",
+        "UpcyclingResult": "dense_to_sparse",
+        "upcycle": "dense_to_sparse",
+    },
+)

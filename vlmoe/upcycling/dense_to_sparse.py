@@ -1,7 +1,6 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Turn a dense model, named by folder or Hub id, into the folder of a sparse one."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..hub.input_errors import reading
 from ..hub.provenance import saved_model
+from ..hub.saved_model import Source
 from ..hub.template_trial import try_templates
 from ..processing.processing_vlmoe import VLMoEProcessor
 from .conversion import Conversion
@@ -21,8 +21,6 @@ from .folder import source_fingerprint, upcycle_folder
 from .image_parts import with_image_parts
 from .options import Upcycling
 from .report import UpcyclingReport
-
-Source = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
