@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.upcycling import weight_plan
-from vlmoe.upcycling.exactness import UpcyclingError, outputs_of
+from vlmoe.upcycling import origins
+from vlmoe.upcycling.exactness import UpcyclingError, inputs_for, outputs_of
 from vlmoe.upcycling.report import UpcyclingReport
 from vlmoe.upcycling.sample import drawn_sample
 
@@ -62,13 +62,13 @@ def test_the_loss_at_step_0_is_the_cross_entropy_of_the_text(
 
 
 def _break_transposed(monkeypatch: Any) -> None:
-    made = weight_plan._split_down
-    monkeypatch.setattr(weight_plan, "_split_down", lambda down, m: made(down.T.reshape(32, 40), m))
+    made = origins._split_down
+    monkeypatch.setattr(origins, "_split_down", lambda down, m: made(down.T.reshape(32, 40), m))
 
 
 def _break_factor(monkeypatch: Any) -> None:
-    made = weight_plan._split_down
-    monkeypatch.setattr(weight_plan, "_split_down", lambda down, m: made(down, m) / m)
+    made = origins._split_down
+    monkeypatch.setattr(origins, "_split_down", lambda down, m: made(down, m) / m)
 
 
 def _break_ties(monkeypatch: Any) -> None:
@@ -107,10 +107,11 @@ def test_half_precision_is_checked_in_fp32_and_beside_the_dense_models_own_round
     sample = drawn_sample(dense, model.config, with_images=True)
     model.set_experts_implementation("eager")
     for each in (dense, model):
-        computed = outputs_of(each, sample, in_fp32=True)
+        inputs = inputs_for(each, sample)
+        computed = outputs_of(each, inputs, in_fp32=True)
         each.save_pretrained(tmp_path / "half")
         wide = type(each).from_pretrained(tmp_path / "half", dtype=torch.float32)
-        assert outputs_of(wide, sample, in_fp32=False).error(computed) <= 1e-6
+        assert outputs_of(wide, inputs, in_fp32=False).error(computed) <= 1e-6
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ After "Sparse Upcycling" (https://arxiv.org/abs/2212.05055). Read in this order:
 - dense_to_sparse.py: `upcycle`, from a folder or Hub id to a folder;
 - dense_configs.py: the dense models that fit, and their fields in our configuration;
 - options.py: the options, and the sparse configuration that follows from them;
-- weight_plan.py: the origin of each tensor of the sparse model;
+- origins.py: how a tensor of the sparse model is made of dense ones;
+- target.py: what a conversion asks of its target. vlmoe_target.py and weight_plan.py: our class;
+  native_target.py, native_pairs.py, native_config.py, native_plan.py: the family's sparse class;
 - sample.py, exactness.py: dense and sparse logits on the same inputs;
 - conversion.py: `from_dense`, `from_vision_text`; folder.py: shard by shard into a folder.
 """

@@ -8,33 +8,29 @@ model answers the sample too, and the report is written.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Self
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..modeling_vlmoe.active_parameters import active_parameters
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.vision_tower import unused_vision_parameters
 from ..modeling_vlmoe.whole_weights import NotWholeError, weight_problems
-from ..processing.processing_vlmoe import VLMoEProcessor
 from .dense_configs import text_fields, vision_fields, vlmoe_fields
-from .dense_models import Dense, is_tied, load_dense
-from .exactness import TOLERANCE, Outputs, UpcyclingError, outputs_of
+from .dense_models import Dense, dense_config, is_tied, kind_of, load_dense
+from .exactness import Outputs, UpcyclingError, experts_computed_by, outputs_of
+from .native_target import NativeTarget
 from .options import Upcycling
+from .origins import Origin
 from .report import UpcyclingReport
-from .sample import drawn_sample, prepared_sample
-from .weight_plan import DECODER, EMBEDDING, HEAD, Origin, dense_pieces, plan_weights
+from .target import Processor, ProcessorFor, Sample, Target
+from .vlmoe_target import CONNECTOR, TOWER, VLMoETarget
 
 Tensor = torch.Tensor
-Sample = Mapping[str, Tensor]
-ProcessorFor = Callable[[VLMoEConfig], VLMoEProcessor]
-CONNECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 CONNECTOR_FIELDS = (
     "vision_feature_layer",
     "vision_use_last_hidden_state",
@@ -53,9 +49,8 @@ class Conversion:
 
     Attributes:
         source, model_type: as in the report.
-        config: of the sparse model.
+        target: the class and configuration to convert to.
         generation_config: for the sparse model.
-        options: of the conversion.
         dtype: of the dense weights.
         weights: the dense model's tensors, under its own names; released before the sparse model
             is loaded.
@@ -63,21 +58,18 @@ class Conversion:
         reference: the dense model's outputs in fp32 and, if that is another, in its own dtype.
         parameters: of the dense model.
         processor: for the sparse model, if one was asked for.
-        new_parts: as in `plan_weights`.
     """
 
     source: str
     model_type: str
-    config: VLMoEConfig
+    target: Target
     generation_config: GenerationConfig | None
-    options: Upcycling
     dtype: torch.dtype
     weights: dict[str, Tensor]
     sample: Sample
     reference: tuple[Outputs, Outputs | None]
     parameters: dict[str, int]
-    processor: VLMoEProcessor | None = None
-    new_parts: tuple[str, ...] = ()
+    processor: Processor | None = None
 
     @classmethod
     def begin(
@@ -85,23 +77,36 @@ class Conversion:
         dense: Dense,
         options: Upcycling,
         *,
+        target: str = VLMoETarget.name,
         sample: Sample | None = None,
         processor_for: ProcessorFor | None = None,
     ) -> Self:
-        """Read a dense vision-language model and run it on a sample.
+        """Read a dense model and run it on a sample.
 
         Args:
             dense: a loaded model, a folder or a Hub id.
             options: of the conversion.
-            sample: inputs for the comparison, as `VLMoEProcessor` makes them.
+            target: "vlmoe", or "native" for the sparse class of the dense model's family.
+            sample: inputs for the comparison; for VLMoE as `VLMoEProcessor` makes them.
             processor_for: makes the sparse model's processor from its configuration. Without a
                 `sample` the processor encodes drawn pictures and fixed texts; without both, pixels
                 are drawn and tokens are random.
+
+        Raises:
+            ValueError: the model does not fit exactly; the message gives the reason.
         """
-        model, source, _ = load_dense(dense)
-        config = options.sparse_config(vlmoe_fields(model.config, is_tied(model)))
-        weights = dict(model.state_dict())
-        return cls._of(model, source, config, weights, options, sample, processor_for)
+        made: Target
+        if target == NativeTarget.name:
+            made = NativeTarget.for_dense(dense_config(dense), options)
+            model, source, _ = load_dense(dense, kind_of(made.dense_config))
+            tied = set(model.all_tied_weights_keys)
+            weights = {name: t for name, t in model.state_dict().items() if name not in tied}
+        else:
+            model, source, _ = load_dense(dense)
+            fields = vlmoe_fields(model.config, is_tied(model))
+            made = VLMoETarget(options.sparse_config(fields), options)
+            weights = dict(model.state_dict())
+        return cls._of(model, source, made, weights, sample, processor_for)
 
     @classmethod
     def begin_vision_text(
@@ -147,12 +152,10 @@ class Conversion:
         begun = cls._of(
             model,
             f"{vision_source} + {text_source}",
-            config,
+            VLMoETarget(config, options, new_parts=(CONNECTOR,)),
             weights,
-            options,
             sample,
             processor_for,
-            new_parts=(CONNECTOR,),
         )
         generation = copy.deepcopy(begun.generation_config) or GenerationConfig()
         new = range(old_size, text_config["vocab_size"])
@@ -165,134 +168,155 @@ class Conversion:
         cls,
         model: PreTrainedModel,
         source: str,
-        config: VLMoEConfig,
+        target: Target,
         weights: dict[str, Tensor],
-        options: Upcycling,
         sample: Sample | None,
         processor_for: ProcessorFor | None,
-        new_parts: tuple[str, ...] = (),
     ) -> Self:
         was_training = model.training
         model.eval()
-        processor = None if processor_for is None else processor_for(config)
-        if sample is None and processor is not None:
-            sample = prepared_sample(processor, with_images=not new_parts)
-        elif sample is None:
-            sample = drawn_sample(model, config, with_images=not new_parts)
-        in_fp32 = outputs_of(model, sample, in_fp32=True)
+        processor = None if processor_for is None else processor_for(target.config)
+        if sample is None:
+            sample = target.sample(model, processor)
+        inputs = target.inputs(model, sample)
+        in_fp32 = outputs_of(model, inputs, in_fp32=True)
         stored = None
         if model.dtype != torch.float32:
-            stored = outputs_of(model, sample, in_fp32=False)
+            stored = outputs_of(model, inputs, in_fp32=False)
         model.train(was_training)
-        config.dtype = model.dtype
+        target.config.dtype = model.dtype
         return cls(
             source=source,
             model_type=model.config.model_type,
-            config=config,
+            target=target,
             generation_config=getattr(model, "generation_config", None),
-            options=options,
             dtype=model.dtype,
             weights=weights,
             sample=sample,
             reference=(in_fp32, stored),
-            parameters=_count_dense(weights, config),
+            parameters=target.dense_parameters(model, weights),
             processor=processor,
-            new_parts=new_parts,
         )
 
-    def plan(self, target: Mapping[str, Tensor]) -> dict[str, Origin]:
-        """Find the origin of each of the sparse model's tensors; see `plan_weights`."""
-        return plan_weights(
-            target, self.weights, self.config, self.options, self.dtype, self.new_parts
-        )
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the sparse model."""
+        return self.target.config
+
+    def plan(self, skeleton: Mapping[str, Tensor]) -> dict[str, Origin]:
+        """Find the origin of each of the sparse model's tensors; see `Target.plan`."""
+        return self.target.plan(skeleton, self.weights, self.dtype)
 
     @torch.no_grad()
-    def fill(self, model: VLMoEForConditionalGeneration) -> dict[str, Origin]:
+    def fill(self, model: PreTrainedModel) -> dict[str, Origin]:
         """Copy the weights into a sparse model, and return their origins."""
-        target = model.state_dict()
+        tied = model.all_tied_weights_keys
+        target = {name: t for name, t in model.state_dict().items() if name not in tied}
         plan = self.plan(target)
         for name, origin in plan.items():
             target[name].copy_(origin.tensor(self.weights))
         return plan
 
-    def check(
-        self, model: VLMoEForConditionalGeneration, plan: Mapping[str, Origin]
-    ) -> UpcyclingReport:
+    def check(self, model: PreTrainedModel, plan: Mapping[str, Origin]) -> UpcyclingReport:
         """Run the sparse model on the sample and report.
 
         Raises:
             UpcyclingError: the options promise the dense function, and the logits differ by more
-                than 1e-5 of their largest.
+                than the target's tolerance, 1e-5 of their largest.
         """
         was_training = model.training
         model.eval()
-        implementation = model.config._experts_implementation
-        model.set_experts_implementation("eager")  # which takes any size and dtype
-        sparse = outputs_of(model, self.sample, in_fp32=True)
+        inputs = self.target.inputs(model, self.sample)
         dense, dense_stored = self.reference
         stored = None
-        if dense_stored is not None:
-            sparse_stored = outputs_of(model, self.sample, in_fp32=False)
-            stored = {
-                "error": sparse_stored.error(dense_stored),
-                "dense_rounding": dense_stored.error(dense),
-            }
-            if not all(map(math.isfinite, stored.values())):
-                stored = None  # the activations overflow in that dtype
-        model.set_experts_implementation(implementation)
+        with experts_computed_by(model, "eager"):  # which takes any size and dtype
+            sparse = outputs_of(model, inputs, in_fp32=True)
+            if dense_stored is not None:
+                sparse_stored = outputs_of(model, inputs, in_fp32=False)
+                stored = {
+                    "error": sparse_stored.error(dense_stored),
+                    "dense_rounding": dense_stored.error(dense),
+                }
+                if not all(map(math.isfinite, stored.values())):
+                    stored = None  # the activations overflow in that dtype
         model.train(was_training)
-        error = sparse.error(dense)
-        if self.options.exactness != "not exact" and not error <= TOLERANCE:
+        error, exactness = sparse.error(dense), self.target.exactness
+        if exactness != "not exact" and not error <= self.target.tolerance:
             raise UpcyclingError(
                 f"The sparse model's logits differ from the dense model's by {error:.1e} of their "
-                f"largest, in fp32; allowed: {TOLERANCE:.0e}. The conversion of {self.source} is "
-                "not exact; please report it with the model's configuration."
+                f"largest, in fp32; allowed: {self.target.tolerance:.0e}. The conversion of "
+                f"{self.source} is not exact; please report it with the model's configuration."
             )
-        tiles = self.sample.get("pixel_attention_mask")
-        shown = 0 if tiles is None else int(tiles.flatten(0, 1).flatten(1).any(-1).sum())
-        real, target = self.sample["attention_mask"], model.state_dict()
+        tensors = model.state_dict()
         return UpcyclingReport(
             source=self.source,
             model_type=self.model_type,
-            exactness=self.options.exactness,
-            options=asdict(self.options),
+            exactness=exactness,
+            options=asdict(self.target.options),
             dtype=str(self.dtype).removeprefix("torch."),
             error=error,
             same_argmax=sparse.same_argmax(dense),
             loss={"dense": dense.loss, "sparse": sparse.loss},
             stored_dtype=stored,
-            sample={"rows": len(real), "images": shown, "tokens": int(real.sum())},
-            parameters={"dense": self.parameters, "sparse": active_parameters(model)},
-            frozen=list(model.model.unused_vision_parameters),
+            sample=self.target.sample_size(self.sample),
+            parameters={"dense": self.parameters, "sparse": self.target.sparse_parameters(model)},
+            frozen=self.target.frozen(model),
             tensors=[
                 {
                     "name": name,
-                    "shape": list(target[name].shape),
+                    "shape": list(tensors[name].shape),
                     "kind": origin.kind,
                     "sources": [piece.name for piece in origin.sources],
                 }
                 for name, origin in plan.items()
             ],
             versions={name: version(name) for name in ("torch", "transformers")},
+            target=self.target.name,
         )
 
 
-def _count_dense(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str, int]:
-    """Count the parameters of the dense model, as `active_parameters` does."""
-    pieces = dense_pieces(weights, config)
-    sizes = {name: piece.of(weights).numel() for name, piece in pieces.items()}
-    if config.tie_word_embeddings:
-        sizes.pop(HEAD, None)
-    vision = sum(n for name, n in sizes.items() if name.startswith((TOWER, CONNECTOR)))
-    frozen = sum(sizes.get(f"{TOWER}{name}", 0) for name in unused_vision_parameters(config))
-    decoder = sum(
-        n for name, n in sizes.items() if name.startswith(DECODER) and name != EMBEDDING
-    ) + sizes.get(HEAD, sizes[EMBEDDING])
-    return {
-        "total": sum(sizes.values()),
-        "image_token": vision - frozen + decoder,
-        "text_token": config.text_config.hidden_size + decoder,
-    }
+@dataclass(frozen=True)
+class NativeUpcycling:
+    """A native sparse model in memory, and the report of its conversion."""
+
+    model: PreTrainedModel
+    report: UpcyclingReport
+
+
+def native_model(
+    dense: Dense,
+    num_experts: int,
+    num_experts_per_tok: int,
+    sample: Sample | None = None,
+    **options: Any,
+) -> NativeUpcycling:
+    """Make, in memory, the sparse model of the dense model's own family, and check it.
+
+    Args:
+        dense: a loaded model, a folder or a Hub id.
+        num_experts, num_experts_per_tok: copies of the dense MLP in each sparse layer, and those
+            that each token is routed to.
+        sample: inputs for the comparison, as the dense model takes them; else they are drawn.
+        options: those of `Upcycling`.
+
+    Raises:
+        ValueError: there is no exact native version; the message gives the reason.
+        UpcyclingError: the logits differ by more than 1e-5 of their largest, in fp32.
+    """
+    asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
+    conversion = Conversion.begin(dense, asked, target=NativeTarget.name, sample=sample)
+    with torch.device("meta"):
+        skeleton = conversion.target.model_class(conversion.config)
+    tied = set(skeleton.all_tied_weights_keys)
+    plan = conversion.plan({n: t for n, t in skeleton.state_dict().items() if n not in tied})
+    own = {"memory_format": torch.contiguous_format}  # neither the dense model's memory nor a view
+    made = {name: origin.tensor(conversion.weights).clone(**own) for name, origin in plan.items()}
+    conversion.weights = {}
+    model = conversion.target.model_class.from_pretrained(
+        None, config=conversion.config, state_dict=made, dtype=conversion.dtype
+    )
+    model.generation_config = copy.deepcopy(conversion.generation_config)
+    return NativeUpcycling(model, conversion.check(model.eval(), plan))
 
 
 def converted(

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..hub.finite_weights import require_finite
 from ..hub.meta_loading import meta_device_map, quietly
@@ -87,6 +88,18 @@ def _loaded(source: str | os.PathLike[str], kind: str) -> tuple[PreTrainedModel,
         return load(source, dtype="auto"), missing
     except SafetensorError as error:
         raise OSError(damaged_file(Path(source), error)) from error
+
+
+def dense_config(source: Dense) -> PreTrainedConfig:
+    """Read the configuration of a dense model, without its weights."""
+    if isinstance(source, str | os.PathLike):
+        return AutoConfig.from_pretrained(source)
+    return source.config
+
+
+def kind_of(config: PreTrainedConfig) -> str:
+    """Return the kind of a whole model, as `load_dense` takes it."""
+    return "image-text" if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else "text"
 
 
 def _refuse_quantized(config: PreTrainedConfig, name: str) -> None:

@@ -6,8 +6,8 @@ rounding that grows with their size. Weights in half precision are widened to fp
 where they are multiplied, so that memory never holds the model twice.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,32 +58,50 @@ class Outputs:
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, sample: Mapping[str, Tensor], in_fp32: bool) -> Outputs:
+def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], in_fp32: bool) -> Outputs:
     """Run a dense or sparse model over a sample.
 
     Args:
         model: in evaluation mode.
-        sample: inputs as VLMoE's processor makes them.
+        inputs: the sample as the model's class takes it.
         in_fp32: compute with the weights in fp32, whatever they are stored in.
 
     Raises:
         UpcyclingError: in fp32 a logit is NaN or infinite.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs_for(model, sample).items()}
+    placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with ComputingInFp32() if in_fp32 else nullcontext():
-        logits = model(**inputs, use_cache=False).logits
-    logits, real = logits.float().cpu(), sample["attention_mask"].bool()
+        logits = model(**placed, use_cache=False).logits
+    logits, real = logits.float().cpu(), inputs["attention_mask"].bool()
     if in_fp32 and not logits[real].isfinite().all():
         raise UpcyclingError(
             f"The logits of {type(model).__name__} are NaN or infinite; its weights are finite, "
             "but too large. Start from another checkpoint."
         )
-    image_token_id = getattr(model.config, "image_token_id", None)
-    labels = sample["input_ids"].masked_fill(~real, -100)
-    if image_token_id is not None:
-        labels = labels.masked_fill(labels == image_token_id, -100)
+    labels = inputs["input_ids"].masked_fill(~real, -100)
+    for name in ("image_token_id", "video_token_id"):
+        if getattr(model.config, name, None) is not None:
+            labels = labels.masked_fill(labels == getattr(model.config, name), -100)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     return Outputs(logits[real], float(loss))
+
+
+@contextmanager
+def experts_computed_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Choose the implementation of the experts, also of a language model inside a container."""
+    owners = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
+    ]
+    before = [owner.config._experts_implementation for owner in owners]
+    for owner in owners:
+        owner.set_experts_implementation(implementation)
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.set_experts_implementation(own)
 
 
 def inputs_for(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,8 +27,8 @@ from ..hub.folder_lock import folder_lock, refuse_dangling
 from ..hub.model_card import write_model_card
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from .conversion import Conversion
+from .origins import Origin
 from .report import UpcyclingReport
-from .weight_plan import Origin
 
 logger = logging.get_logger(__name__)
 

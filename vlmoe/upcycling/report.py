@@ -36,11 +36,13 @@ class UpcyclingReport:
             and, beside it, the dense model's own distance to fp32 (`dense_rounding`); None where
             these are not finite.
         sample: rows, images and tokens that were compared.
-        parameters: of `dense` and `sparse`, as `active_parameters` counts them.
+        parameters: of `dense` and `sparse`, as `active_parameters` counts them; without vision
+            there is no `image_token`.
         frozen: vision parameters that no output depends on.
         tensors: for each tensor of the sparse model its name, shape, kind (copied, repeated, split,
             perturbed, extended, new) and the dense tensors that it is made of.
         versions: of the libraries.
+        target: "vlmoe", or "native" for the sparse class of the dense model's own family.
         bases: facts from the dense models' cards, if they were read: `name`, `license`, ...
     """
 
@@ -59,6 +61,7 @@ class UpcyclingReport:
     tensors: list[TensorReport] = field(repr=False)
     versions: dict[str, str] = field(default_factory=dict)
     bases: list[dict[str, Any]] = field(default_factory=list)
+    target: str = "vlmoe"
 
     def save(self, folder: str | Path) -> Path:
         """Write the report into a folder and return its path."""
@@ -90,7 +93,11 @@ class UpcyclingReport:
         rows += [
             ("parameters", f"dense {dense['total']:,}, sparse {sparse['total']:,}"),
             ("active per text token", f"{dense['text_token']:,}, {sparse['text_token']:,}"),
-            ("active per image token", f"{dense['image_token']:,}, {sparse['image_token']:,}"),
+        ]
+        if "image_token" in dense:  # a model with vision
+            images = f"{dense['image_token']:,}, {sparse['image_token']:,}"
+            rows.append(("active per image token", images))
+        rows += [
             ("tensors", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))),
         ]
         width = max(len(name) for name, _ in rows)

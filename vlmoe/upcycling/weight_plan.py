@@ -1,22 +1,18 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Plan the origin of each tensor of the sparse model.
+"""Plan the origin of each tensor of a VLMoE.
 
 `plan_weights` gives an `Origin` for every tensor of the sparse model, which names its dense
-sources and makes it. Making one tensor needs no other: a conversion can
-be done in any order, in parts, and again. What is drawn at random depends on the seed and on the
-tensor's name alone.
-
-Shapes: E experts, C copies, m shards of a copy, H hidden, I intermediate (of an expert in a bank).
+sources and makes it.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .options import Upcycling
+from .origins import Origin, Piece, drawn_router, filled_bank, seeded
 
 Tensor = torch.Tensor
 RENAMED = (
@@ -30,38 +26,6 @@ RENAMED = (
 )
 DECODER = "model.language_model."
 EMBEDDING, HEAD = f"{DECODER}embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A dense tensor, or some of its rows."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-
-    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the piece of the dense model's weights; a view."""
-        tensor = weights[self.name]
-        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The origin of a tensor of the sparse model.
-
-    `kind`: copied, repeated (the same for each expert), split (among the shards of a copy),
-    perturbed (repeated, then changed at random), extended (with rows for new tokens) or new.
-    """
-
-    kind: str
-    sources: tuple[Piece, ...]
-    make: Callable[..., Tensor]  # the sources -> the tensor, maybe an expanded view
-    dtype: torch.dtype | None = None  # by default that of the sources
-
-    def tensor(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Make the tensor from the dense model's weights."""
-        made = self.make(*(piece.of(weights) for piece in self.sources))
-        return made if self.dtype is None else made.to(self.dtype)
 
 
 def dense_pieces(weights: Mapping[str, Tensor], config: VLMoEConfig) -> dict[str, Piece]:
@@ -148,29 +112,13 @@ class _Planner:
         std, seed = self.options.router_std, self.options.seed
         std = self.config.text_config.initializer_range if std is None else std
         split = self.options.expert_split if name.startswith(DECODER) else 1
-
-        def rows() -> Tensor:
-            of_copies = torch.randn(shape[0] // split, shape[1], generator=_generator(name, seed))
-            return (of_copies * std).repeat_interleave(split, dim=0)
-
-        return Origin("new", (), rows, self.dtype)
+        return drawn_router(name, shape, split, std, seed, self.dtype)
 
     def _experts(self, name: str, shape: tuple[int, ...], sources: tuple[Piece, ...]) -> Origin:
-        """Fill a bank: in the decoder gate_up_proj (E, 2 I, H) or down_proj (E, H, I)."""
-        options, is_down = self.options, name.endswith("down_proj")
-        if not name.startswith(DECODER):
-            return Origin("repeated", sources, lambda dense: dense.expand(shape))
-        if options.expert_split > 1:
-            cut: Callable[..., Tensor] = _split_down if is_down else _split_gate_up
-            split = options.expert_split
-            return Origin("split", sources, lambda *dense: _repeat(cut(*dense, split), shape))
-        if options.expert_init == "shared" and is_down:
-            return Origin("new", sources, lambda down: torch.zeros(shape, dtype=down.dtype))
-        if options.expert_init in ("drop", "noise"):
-            return Origin(
-                "perturbed", sources, lambda *dense: _perturbed(name, dense, shape, options)
-            )
-        return Origin("repeated", sources, lambda *dense: torch.cat(dense).expand(shape))
+        """Fill a bank; those of tower and connector hold copies, whatever the options say."""
+        if name.startswith(DECODER):
+            return filled_bank(name, shape, sources, self.options)
+        return Origin("repeated", sources, lambda dense: dense.expand(shape))
 
 
 def plan_weights(
@@ -219,45 +167,6 @@ def _expert_sources(mlp: str, bank: str) -> list[str]:
     return [f"{mlp.removesuffix('.mlp') if is_connector else mlp}.{part}.{kind}"]
 
 
-def _split_gate_up(gate: Tensor, up: Tensor, split: int) -> Tensor:
-    """(I, H) each -> the shards of one copy, (m, 2 I / m, H), gate first."""
-    return torch.cat([gate.unflatten(0, (split, -1)), up.unflatten(0, (split, -1))], dim=1)
-
-
-def _split_down(down: Tensor, split: int) -> Tensor:
-    """(H, I) -> the shards of one copy, (m, H, I / m), times m: each gets 1 / m of its weight."""
-    return down.unflatten(1, (split, -1)).transpose(0, 1) * split
-
-
-def _repeat(shards: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(m, ...) -> (C * m, ...): copy after copy."""
-    return shards.repeat(shape[0] // shards.shape[0], 1, 1)
-
-
-def _perturbed(
-    name: str, dense: tuple[Tensor, ...], shape: tuple[int, ...], options: Upcycling
-) -> Tensor:
-    """Copy gate and up, or down, for each expert, and change each copy at random."""
-    bank = torch.empty(shape, dtype=dense[0].dtype)
-    inner = 1 if len(dense) == 1 else 0  # the dimension of the inner units in a dense weight
-    layer = name.rpartition(".")[0]
-    for expert, changed in enumerate(bank):
-        draw = _generator(f"{name}:{expert}", options.seed)
-        units = torch.rand(
-            dense[0].shape[inner], generator=_generator(f"{layer}:{expert}", options.seed)
-        )
-        dropped = units.argsort()[: round(options.drop_ratio * len(units))]
-        for weight, target in zip(dense, changed.chunk(len(dense)), strict=True):
-            wide = weight.float()
-            noise = torch.randn(wide.shape, generator=draw) * wide.std()
-            if options.expert_init == "drop":
-                drawn = (noise + wide.mean()).index_select(inner, dropped)
-                target.copy_(wide.index_copy(inner, dropped, drawn))
-            else:
-                target.copy_(wide + options.noise_ratio * noise)
-    return bank
-
-
 def _with_mean_rows(rows: Tensor, count: int) -> Tensor:
     """Extend token embeddings by the mean of all for each new token."""
     if count <= len(rows):
@@ -270,10 +179,4 @@ def _new_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> Ten
     """Initialize as VLMoE initializes linears and norms."""
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
-    return torch.randn(shape, generator=_generator(name, seed)) * std
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    """Seed by the tensor's name, so that the order of the tensors does not matter."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(shape, generator=seeded(name, seed)) * std

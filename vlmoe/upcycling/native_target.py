@@ -1,0 +1,113 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""The sparse class of the dense model's own family as the target of a conversion."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from .native_config import native_config
+from .native_pairs import Pair
+from .native_plan import NativePlan
+from .native_sample import drawn_inputs, processed_inputs
+from .options import Upcycling
+from .origins import Origin
+from .target import Processor, Sample, Target
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class NativeTarget(Target):
+    """Convert to the sparse class of the dense model's family; see `Target`.
+
+    Attributes:
+        dense_config: the dense model's.
+        pair: the pair of text models.
+        lost: fields of the dense configuration that the sparse one does not have; none changes the
+            function.
+    """
+
+    name = "native"
+    config: PreTrainedConfig
+    options: Upcycling
+    dense_config: PreTrainedConfig
+    pair: Pair
+    lost: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def for_dense(cls, dense: PreTrainedConfig, options: Upcycling) -> Self:
+        """Find the sparse class and its configuration.
+
+        Raises:
+            ValueError: there is no exact version, or it does not have what the options ask for.
+        """
+        made = native_config(dense, options)
+        return cls(made.config, options, dense, made.pair, made.lost)
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """Return the class that plain Auto classes load."""
+        with_images = type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        mapping = (
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if with_images else MODEL_FOR_CAUSAL_LM_MAPPING
+        )
+        return mapping[type(self.config)]
+
+    def plan(
+        self, skeleton: Mapping[str, Tensor], weights: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Origin]:
+        """Find the origin of each of the sparse model's tensors; see `NativePlan`."""
+        std = self.options.router_std
+        std = self.config.get_text_config().initializer_range if std is None else std
+        return NativePlan(weights, self.options, std, dtype).of(skeleton)
+
+    def sample(self, dense: PreTrainedModel, processor: Processor | None) -> Sample:
+        """Encode drawn pictures and fixed texts, or draw pixels and random tokens."""
+        if processor is None:
+            return drawn_inputs(dense)
+        return processed_inputs(processor, dense.config)
+
+    def inputs(self, model: PreTrainedModel, sample: Sample) -> dict[str, Tensor]:
+        """Return the sample: dense and sparse class take the same."""
+        return dict(sample)
+
+    def sample_size(self, sample: Sample) -> dict[str, int]:
+        """Count rows, runs of image tokens, and tokens."""
+        ids, real = sample["input_ids"], sample["attention_mask"].bool()
+        is_image = (ids == getattr(self.config, "image_token_id", None)) & real
+        starts = is_image & ~is_image.roll(1, dims=1)
+        return {"rows": len(ids), "images": int(starts.sum()), "tokens": int(real.sum())}
+
+    def dense_parameters(
+        self, dense: PreTrainedModel, weights: Mapping[str, Tensor]
+    ) -> dict[str, int]:
+        """Count the dense model's parameters."""
+        return _active(dense, 1.0)
+
+    def sparse_parameters(self, model: PreTrainedModel) -> dict[str, int]:
+        """Count the parameters; of a bank, those of the experts that a token is routed to."""
+        text = model.config.get_text_config()
+        return _active(model, getattr(text, self.pair.top_k) / getattr(text, self.pair.num_experts))
+
+
+def _active(model: PreTrainedModel, share_of_bank: float) -> dict[str, int]:
+    """Count `total`, and those that one `text_token` and, with vision, one `image_token` uses."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    decoder = model.get_decoder()
+    active = head.numel()
+    for name, parameter in decoder.named_parameters():
+        if parameter is not embedding:
+            is_bank = ".experts." in name
+            active += round(parameter.numel() * (share_of_bank if is_bank else 1))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    in_decoder = sum(parameter.numel() for parameter in decoder.parameters())
+    vision = total - in_decoder - (0 if head is embedding else head.numel())
+    tokens = {"total": total, "text_token": active + embedding.shape[-1]}
+    return tokens | ({"image_token": active + vision} if vision else {})
