@@ -29,8 +29,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
+from ..configuration.hub_code import toolkit_module
 from ..configuration.tower_facts import tower_facts
-from .active_parameters import active_parameters
 from .connector import VLMoEConnector
 from .from_dense import FromDenseMixin
 from .image_generation import ImageGenerationMixin
@@ -472,8 +472,9 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         return sum_of_losses(places)
 
     def active_parameters(self) -> dict[str, int]:
-        """See active_parameters.py."""
-        return active_parameters(self)
+        """Count parameters: `total`, and those that an `image_token`, a `text_token` passes."""
+        counting = toolkit_module("hub.active_parameters", "Counting active parameters")
+        return counting.active_parameters(self)
 
 
 __all__ = ["VLMoEForConditionalGeneration", "VLMoEModel"]

@@ -27,7 +27,7 @@ from transformers.processing_utils import (
 )
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..configuration.hub_code import HubCodeMixin, upcycling_module
+from ..configuration.hub_code import HubCodeMixin, toolkit_module
 from .chat_template import DEFAULT_CHAT_TEMPLATE
 from .control_text import guarded_tokenizer
 from .image_checks import load_rgb_image
@@ -223,7 +223,7 @@ class VLMoEProcessor(HubProcessorMixin):
             ValueError: a file is missing or broken, the processor is of another kind, or its image
                 token, number of image tokens or image size does not fit `config`.
         """
-        converter = upcycling_module("dense_processor")
+        converter = toolkit_module("upcycling.dense_processor", "Upcycling")
         return converter.processor_from_dense(cls, source, config, **kwargs)
 
     @property

@@ -12,7 +12,7 @@ import pytest
 from transformers.dynamic_module_utils import get_imports
 
 import vlmoe
-from vlmoe.configuration.hub_code import flat_code
+from vlmoe.hub.model_code import flat_code
 
 ROOT = Path(__file__).parents[1]
 # what is saved beside a model's weights, lowest first, and the toolkit's rooms above it

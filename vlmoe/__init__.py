@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from .hub.push_to_hub import push as push
     from .lora.add import add_expert_lora as add_expert_lora
     from .lora.config import expert_lora_config as expert_lora_config
+    from .lora.int8 import expert_int8_config as expert_int8_config
     from .lora.merge import merge_expert_lora as merge_expert_lora
     from .lora.wrappers import disable_routed_lora as disable_routed_lora
     from .lora.wrappers import enable_routed_lora as enable_routed_lora
     from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
-    from .modeling_vlmoe.quantization import expert_int8_config as expert_int8_config
     from .routing.inspection.inspect import inspect_routing as inspect_routing
     from .routing.trace import record_routing as record_routing
     from .training.evaluation import evaluate as evaluate
@@ -72,7 +72,7 @@ _MODULES = {
     "disable_routed_lora": "lora.wrappers",
     "enable_routed_lora": "lora.wrappers",
     "evaluate": "training.evaluation",
-    "expert_int8_config": "modeling_vlmoe.quantization",
+    "expert_int8_config": "lora.int8",
     "expert_lora_config": "lora.config",
     "hotswap_expert_lora": "lora.wrappers",
     "inspect_routing": "routing.inspection.inspect",

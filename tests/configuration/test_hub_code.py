@@ -28,7 +28,7 @@ from vlmoe import (
     VLMoETextConfig,
     VLMoETextModel,
 )
-from vlmoe.configuration import configuration_vlmoe, hub_code
+from vlmoe.configuration import configuration_vlmoe
 
 ROOT = Path(__file__).parents[2]
 # transformers itself needs all of these but torch and Pillow, which the model and its images need
@@ -38,15 +38,6 @@ SOURCES = {
     for folder in ("configuration", "modeling_vlmoe", "processing")
     for path in (ROOT / folder).glob("*.py")
     if path.name != "__init__.py"
-}
-NOT_FLAT = {
-    "the package": "from .. import name",
-    "a folder": "from ..folder import name",
-    "above the package": "from ...folder.module import name",
-    "beside, without a module": "from . import name",
-    "a folder of a folder": "from ..folder.inner.module import name",
-    "a folder beside": "from .inner.module import name",
-    "in a function": "def f():\n    from ..folder import name",
 }
 AUTO_CLASSES = {
     "AutoConfig": (AutoConfig, VLMoEConfig),
@@ -100,15 +91,6 @@ def code_in(folder: Path) -> set[str]:
 
 def auto_map_of(file: Path) -> dict[str, str]:
     return json.loads(file.read_text())["auto_map"]
-
-
-def write_package(root: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
-    """A package whose exporter is ours; `folder__module="text"` for each file."""
-    for name, text in modules.items():
-        path = root / Path(*name.split("__")).with_suffix(".py")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    monkeypatch.setattr(hub_code, "__file__", str(root / "configuration" / "hub_code.py"))
 
 
 def test_config_model_and_processor_bring_their_files_and_name_their_classes(
@@ -170,42 +152,6 @@ def test_transformers_finds_the_words_it_looks_for_before_it_sets_experts(
 ) -> None:
     for name in ("modeling_vlmoe.py", "modeling_vlmoe_text.py"):
         assert "@use_experts_implementation" in (saved_model / name).read_text()
-
-
-def test_imports_are_followed_and_flattened_at_any_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_package(
-        tmp_path,
-        monkeypatch,
-        models__first="import os\nfrom ..parts.second import (\n    one,\n    two,\n)\n",
-        parts__second="def f():\n    from .third import x  # from ..parts.third import\n",
-        parts__third="x = 'from ..a.b import c'\n",
-        parts__unused="",
-    )
-    assert hub_code.flat_code(["models.first.Class"]) == {
-        "first.py": "import os\nfrom .second import (\n    one,\n    two,\n)\n",
-        "second.py": "def f():\n    from .third import x  # from ..parts.third import\n",
-        "third.py": "x = 'from ..a.b import c'\n",
-    }
-
-
-@pytest.mark.parametrize("statement", NOT_FLAT.values(), ids=NOT_FLAT)
-def test_an_import_that_a_flat_folder_cannot_resolve_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: str
-) -> None:
-    write_package(tmp_path, monkeypatch, models__first=statement)
-    line = statement.splitlines()[-1].strip()
-    with pytest.raises(ValueError, match=r"first\.py: .*cannot be resolved") as error:
-        hub_code.flat_code(["models.first"])
-    assert line in str(error.value)
-
-
-def test_two_files_of_one_name_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = "from ..parts.same import x\nfrom .same import y\n"
-    write_package(tmp_path, monkeypatch, models__first=first, models__same="", parts__same="")
-    with pytest.raises(ValueError, match=r"models/same\.py, parts/same\.py"):
-        hub_code.flat_code(["models.first"])
 
 
 def test_saving_again_replaces_code_and_auto_map_and_leaves_nothing_else(

@@ -344,7 +344,25 @@ def from_dense(
     sample: Sample | None = None,
     **options: Any,
 ) -> VLMoEForConditionalGeneration:
-    """Convert in memory; see `VLMoEForConditionalGeneration.from_dense`."""
+    """Make a sparse model that computes what a dense vision-language model computes.
+
+    `VLMoEForConditionalGeneration.from_dense` calls it with its class.
+
+    Args:
+        model_class: of the result.
+        dense: Llava, InternVL, Idefics3 or SmolVLM, or a VLMoE without experts: a loaded model, a
+            local folder or a Hub id.
+        num_experts, num_experts_per_tok: copies of the dense MLP in each sparse layer, and those
+            that a token is sent to.
+        sample: inputs to compare the two models on, by default drawn pictures and random words.
+        **options: those of `Upcycling` in options.py, and fields of the configuration.
+
+    The result's `upcycling_report` holds the measured error; `save_pretrained` saves it.
+
+    Raises:
+        ValueError: the model does not fit exactly, or an option is not allowed.
+        UpcyclingError: the logits differ by more than 1e-5 of their largest, in fp32.
+    """
     asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
     return converted(model_class, Conversion.begin(dense, asked, sample=sample))
 
@@ -360,7 +378,22 @@ def from_vision_text(
     sample: Sample | None = None,
     **options: Any,
 ) -> VLMoEForConditionalGeneration:
-    """Convert in memory; see `VLMoEForConditionalGeneration.from_vision_text`."""
+    """Make a sparse model of a vision encoder and a language model, with a new connector.
+
+    On text it computes what the language model computes; it has to learn to see.
+    `VLMoEForConditionalGeneration.from_vision_text` calls it with its class.
+
+    Args:
+        model_class: of the result.
+        vision: a vision encoder, or a dual one such as CLIP, whose vision half is taken.
+        text: a causal language model, whose dtype the result has.
+        num_experts, num_experts_per_tok: as in `from_dense`.
+        image_token_id: by default a new token after the last.
+        connector: fields of `VLMoEConfig` for features and connector.
+        sample, **options: as in `from_dense`.
+
+    Embeddings of new tokens are the mean of the others, and generation suppresses the tokens.
+    """
     asked = Upcycling.of(num_experts, num_experts_per_tok, **options)
     begun = Conversion.begin_vision_text(
         vision, text, asked, image_token_id=image_token_id, connector=connector, sample=sample

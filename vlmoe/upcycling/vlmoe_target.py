@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..modeling_vlmoe.active_parameters import active_parameters
+from ..hub.active_parameters import active_parameters
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.vision_tower import unused_vision_parameters
 from .exactness import inputs_for
