@@ -7,7 +7,7 @@ vlmoe data my_data --split train
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from .shared_options import (
     Rows,
     place,
 )
+
+if TYPE_CHECKING:
+    from vlmoe.data.row_fields import Rows as DataRows
 
 
 def main(
@@ -89,8 +92,8 @@ def main(
     from vlmoe.training.build import config_and_processor
 
     require_writable(output)
-    splits: dict[str, Any] = {}
-    unreadable: dict[str, Any] = {}
+    splits: dict[str, DataRows] = {}
+    unreadable: dict[str, list[str]] = {}
     for name in [split] if split else split_names(dataset):
         splits[name] = load_rows(
             dataset,
@@ -117,7 +120,7 @@ def main(
         raise ValueError(f"{dataset} has {faults:,} fault{'s' * (faults > 1)}; see above.")
 
 
-def _texts(splits: Iterable[Any]) -> Iterator[str]:
+def _texts(splits: Iterable["DataRows"]) -> Iterator[str]:
     """Yield the texts of all rows that can be read, and one more, for data without any."""
     from vlmoe.data.conversations import parse_row
 

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +30,8 @@ from .config_file import ConfigFile
 from .shared_options import Seed, place
 
 if TYPE_CHECKING:
+    from vlmoe.data.rows import Rows
+    from vlmoe.hub.json_files import JsonObject
     from vlmoe.training.evaluation import Evaluation, Prediction
     from vlmoe.training.run import TrainResult
 
@@ -83,7 +86,7 @@ def main(
     run(Demo(output_dir, seed, max_train_rows, max_test_rows))
 
 
-def run(options: Demo) -> dict[str, Any]:
+def run(options: Demo) -> "JsonObject":
     """Run every stage; return the content of metrics.json.
 
     Raises:
@@ -97,7 +100,7 @@ def run(options: Demo) -> dict[str, Any]:
         return _run(options, Path(options.output_dir))
 
 
-def _run(options: Demo, output_dir: Path) -> dict[str, Any]:
+def _run(options: Demo, output_dir: Path) -> "JsonObject":
     from vlmoe.data.loading import load_rows
     from vlmoe.hub.atomic_files import write_json
     from vlmoe.hub.card_results import METRICS_FILE
@@ -117,9 +120,9 @@ def _run(options: Demo, output_dir: Path) -> dict[str, Any]:
     _say("4/5 test questions")
     test_rows = load_rows("easy_vqa", "test", limit=options.max_test_rows)
     test_texts = load_rows("easy_vqa", "test", limit=options.max_test_rows, with_images=False)
-    asking: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "progress": True}
-    answers = evaluate(trained.model, trained.processor, test_rows, **asking)
-    blind_answers = evaluate(blind.model, blind.processor, test_texts, **asking).as_dict()
+    ask = partial(evaluate, batch_size=EVALUATION_BATCH, progress=True)
+    answers = ask(trained.model, trained.processor, test_rows)
+    blind_answers = ask(blind.model, blind.processor, test_texts).as_dict()
     del blind_answers["expert_load"]
     baselines = {
         "majority class": asdict(majority_baseline(load_rows("easy_vqa", "train"), test_rows)),
@@ -147,8 +150,8 @@ def summarise(
     trained: "TrainResult",
     blind: "TrainResult",
     answers: "Evaluation",
-    baselines: dict[str, Any],
-) -> dict[str, Any]:
+    baselines: "JsonObject",
+) -> "JsonObject":
     """Return the part of metrics.json on the stages, the test and the baselines."""
     import torch
 
@@ -196,9 +199,9 @@ def train_stage(
 def draw_figures(
     output_dir: Path,
     trained: "TrainResult",
-    test_rows: Any,
+    test_rows: "Rows",
     predictions: "list[Prediction]",
-    metrics: dict[str, Any],
+    metrics: "JsonObject",
 ) -> None:
     """Draw answers.png, training.png and expert_load.png."""
     from vlmoe.data.images import open_image
@@ -235,7 +238,7 @@ def draw_figures(
 
 
 def save_example(
-    output_dir: Path, test_rows: Any, predictions: "list[Prediction]"
+    output_dir: Path, test_rows: "Rows", predictions: "list[Prediction]"
 ) -> dict[str, str] | None:
     """Save the picture of the first shape or color that was told right, as example.png.
 
@@ -287,7 +290,7 @@ def ask_in_new_process(model: Path) -> None:
         raise ValueError(f"The saved model could not be used: {' '.join(command)} failed.")
 
 
-def comparison_table(metrics: dict[str, Any]) -> str:
+def comparison_table(metrics: "JsonObject") -> str:
     """Return a table of the model and its baselines."""
     kinds = list(metrics["accuracy_by_type"])
     lines = [f"{'':<16}{'all':>9}" + "".join(f"{kind:>9}" for kind in kinds)]

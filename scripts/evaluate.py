@@ -4,8 +4,9 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +27,10 @@ from .shared_options import (
     SavedModel,
     place,
 )
+
+if TYPE_CHECKING:
+    from vlmoe.hub.json_files import JsonObject
+    from vlmoe.training.evaluation import AskingOptions
 
 
 def main(
@@ -92,7 +97,7 @@ def main(
         from vlmoe.data.images import limit_images
         from vlmoe.hub.atomic_files import write_json
         from vlmoe.hub.provenance import dataset_name
-        from vlmoe.training.build import model_for_answers
+        from vlmoe.training.build import Runtime, model_for_answers
 
         rows = load_rows(
             dataset,
@@ -102,15 +107,10 @@ def main(
             allow_outside_images=allow_outside_images,
             allow_image_urls=allow_image_urls,
         )
-        runtime = {
-            "device": device,
-            "dtype": dtype,
-            "attn_implementation": attn_implementation,
-            "experts_implementation": experts_implementation,
-        }
-        network, processor = model_for_answers(model, **runtime)
+        runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
+        network, processor = model_for_answers(model, runtime)
         limit_images(processor, max_image_pixels, max_image_side)
-        asking: dict[str, Any] = {
+        asking: AskingOptions = {
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
@@ -119,7 +119,7 @@ def main(
             network, processor, rows, **asking, allow_image_urls=allow_image_urls, progress=True
         )
         settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
-        settings |= runtime  # no paths: the file may be published
+        settings |= asdict(runtime)  # no paths: the file may be published
         about = {"dataset": dataset_name(dataset)[0], "options": settings}
         write_json(results, evaluation.as_dict() | about)
         if save_predictions:
@@ -144,7 +144,7 @@ def _place_for_results(paths: list[Path | str | None], folder: Path | None) -> I
         yield
 
 
-def complete_card(folder: Path, expert_load: dict[str, Any] | None) -> None:
+def complete_card(folder: Path, expert_load: "JsonObject | None") -> None:
     """Draw the expert load, and update the model card in the model's folder."""
     from vlmoe.figures.plots import plot_expert_load
     from vlmoe.hub.model_card import PICTURE_FILE, write_model_card

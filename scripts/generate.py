@@ -76,15 +76,10 @@ def main(
     from transformers import TextStreamer
 
     from vlmoe import answer
-    from vlmoe.training.build import model_for_answers
+    from vlmoe.training.build import Runtime, model_for_answers
 
-    network, processor = model_for_answers(
-        model,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        experts_implementation=experts_implementation,
-    )
+    runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
+    network, processor = model_for_answers(model, runtime)
     answer(
         network,
         processor,

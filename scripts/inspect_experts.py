@@ -93,17 +93,11 @@ def main(
 
     check_request(dataset is not None, question, bool(image), before is not None)
     require_files(image)
-    runtime = {
-        "device": device,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "experts_implementation": experts_implementation,
-    }
     with folder_lock(output_dir):
         from vlmoe import inspect_routing, load_rows
         from vlmoe.data.images import limit_images
         from vlmoe.hub.provenance import dataset_name
-        from vlmoe.training.build import check_model_source, model_for_answers
+        from vlmoe.training.build import Runtime, check_model_source, model_for_answers
 
         if before:
             check_model_source(before)
@@ -117,10 +111,11 @@ def main(
                 allow_image_urls=allow_image_urls,
             )
             about["dataset_name"] = f"{dataset_name(dataset)[0]}, {split}"
-        network, processor = model_for_answers(model, **runtime)
+        runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
+        network, processor = model_for_answers(model, runtime)
         limit_images(processor, max_image_pixels, max_image_side)
         if before:
-            about["before"], about["before_processor"] = model_for_answers(before, **runtime)
+            about["before"], about["before_processor"] = model_for_answers(before, runtime)
             limit_images(about["before_processor"], max_image_pixels, max_image_side)
             about["before_name"] = short_name(before)
         inspection = inspect_routing(

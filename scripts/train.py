@@ -7,14 +7,14 @@ accelerate launch --num_processes 2 -m vlmoe_cli.train --model tiny --dataset ea
 
 import sys
 import time
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .command_line import EXIT_ERROR
 from .commands import as_options, run
 from .config_file import ConfigFile
-from .json_options import json_object
+from .json_options import Fields, json_object
 from .shared_options import (
     Attention,
     ExpertKernels,
@@ -27,6 +27,9 @@ from .shared_options import (
     refuse_unread,
 )
 from .training_options import given_arguments, print_all_help
+
+if TYPE_CHECKING:
+    from vlmoe.training.run import TrainMetrics
 
 MODEL, DATA, LORA = "Model", "Data", "LoRA"
 
@@ -79,7 +82,7 @@ def main(
     attn_implementation: Attention = None,
     experts_implementation: ExpertKernels = None,
     model_overrides: Annotated[
-        dict[str, Any] | None,
+        Fields | None,
         typer.Option(
             parser=json_object,
             metavar="JSON",
@@ -198,9 +201,10 @@ def main(
       logging_steps 10, lr_scheduler_type cosine, warmup_steps 0.03, logging_nan_inf_filter False,
       remove_unused_columns False, include_num_input_tokens_seen non_padding,
       ddp_find_unused_parameters False
+    with max_steps, unless one of them is given:
+      eval_strategy steps, eval_steps 0.2, save_strategy steps, save_steps 0.2
     and for a preset, a length and a learning rate, each unless given:
-      max_steps 1000, eval_strategy steps, eval_steps 0.2, save_strategy steps, save_steps 0.2,
-      learning_rate 0.001
+      max_steps 1000, learning_rate 0.001
 
     examples:
       vlmoe train --model tiny --dataset easy_vqa --eval_split test --output_dir outputs/tiny \\
@@ -231,7 +235,7 @@ def main(
     from vlmoe.training.arguments import prepared_arguments
     from vlmoe.training.build import is_preset
     from vlmoe.training.data import TrainingData
-    from vlmoe.training.run import train
+    from vlmoe.training.run import LoraOptions, train
     from vlmoe.training.run_length import advice
 
     preset = model if is_preset(model) else None
@@ -250,7 +254,11 @@ def main(
         max_image_pixels=max_image_pixels,
         max_image_side=max_image_side,
     )
-    adapter = {"r": lora_r or 8, "attention": lora_attention, "dropout": lora_dropout or 0.0}
+    adapter: LoraOptions = {
+        "r": lora_r or 8,
+        "attention": lora_attention,
+        "dropout": lora_dropout or 0.0,
+    }
     try:
         result = train(
             model,
@@ -278,7 +286,7 @@ def main(
             print(f"\n{as_options(short, ctx)}")
 
 
-def results_table(metrics: dict[str, Any]) -> str:
+def results_table(metrics: "TrainMetrics") -> str:
     """Format the results as text, one line each."""
     parameters = metrics["parameters"]
     rows = {

@@ -6,13 +6,13 @@ vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .commands import run
 from .config_file import ConfigFile
-from .json_options import json_object
+from .json_options import Fields, json_object
 from .shared_options import Seed, finite, place, refuse_unread
 
 
@@ -90,7 +90,7 @@ def main(
     ] = None,
     seed: Seed = 0,
     fields: Annotated[
-        dict[str, Any] | None,
+        Fields | None,
         typer.Option(
             parser=json_object,
             metavar="JSON",
@@ -99,7 +99,7 @@ def main(
         ),
     ] = None,
     connector: Annotated[
-        dict[str, Any] | None,
+        Fields | None,
         typer.Option(
             parser=json_object,
             metavar="JSON",

@@ -57,3 +57,11 @@ def test_preset_has_the_parameters_that_a_forward_pass_touches(name: str) -> Non
     counted = {"total": total, "image_token": image_token, "text_token": text_token}
     assert model.active_parameters() == counted
     assert counted == PARAMETERS[name]
+
+
+def test_a_nested_dict_replaces_single_fields_of_a_preset() -> None:
+    plain = VLMoEConfig.from_preset("tiny")
+    config = VLMoEConfig.from_preset("tiny", text_config={"num_experts": 4})
+    assert config.text_config.to_dict() == plain.text_config.to_dict() | {"num_experts": 4}
+    other = VLMoEConfig.from_preset("tiny", vision_config={"model_type": "clip_vision_model"})
+    assert other.vision_config.hidden_size != plain.vision_config.hidden_size

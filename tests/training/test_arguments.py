@@ -61,3 +61,21 @@ def test_what_is_no_number_is_named(value: Any) -> None:
 def test_a_range_says_its_bounds() -> None:
     assert str(Range(0, below=1)) == "0 or more and below 1"
     assert all(str(each) for each in RANGES.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "saves"),
+    [
+        ({"max_steps": 100}, ("steps", 0.2)),
+        ({"max_steps": 100, "save_strategy": "epoch"}, ("epoch", 500)),
+        ({"max_steps": -1}, ("epoch", 500)),
+        ({"num_train_epochs": 2}, ("epoch", 500)),
+    ],
+)
+def test_saves_follow_max_steps_unless_they_are_given(
+    given: dict[str, Any], saves: tuple[str, float]
+) -> None:
+    arguments = prepared_arguments(given | {"use_cpu": True}, None, has_evaluation=True)
+    assert (arguments.save_strategy, arguments.save_steps) == saves
+    assert (arguments.eval_strategy, arguments.eval_steps or 500) == saves
+    prepared_arguments(given | {"use_cpu": True}, None, has_evaluation=False)

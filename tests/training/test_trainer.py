@@ -83,3 +83,25 @@ def test_arguments_of_a_name_beside_a_model_are_refused(
     rows = load_rows(str(data_folder), "train")
     with pytest.raises(ValueError, match="are for a model that is given by its name"):
         VLMoETrainer(model, SHORT, train_dataset=rows, tiling=True)
+
+
+def test_several_evaluation_sets_have_names(
+    tmp_path: Path, saved_model: Path, data_folder: Path
+) -> None:
+    rows = load_rows(str(data_folder), "train")
+    trainer = VLMoETrainer(
+        saved_model,
+        SHORT | {"output_dir": str(tmp_path)},
+        train_dataset=rows,
+        eval_dataset={"seen": rows, "one": [rows[0]]},
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_seen_exact_match", "eval_one_exact_match", "eval_seen_loss"} <= metrics.keys()
+    with pytest.raises(ValueError, match="eval_one_loss is nan"):
+        trainer.log({"eval_one_loss": float("nan")})
+
+
+def test_rows_without_a_length_are_refused(saved_model: Path, data_folder: Path) -> None:
+    rows = load_rows(str(data_folder), "train")
+    with pytest.raises(ValueError, match="train_dataset is a generator, which has no length"):
+        VLMoETrainer(saved_model, SHORT, train_dataset=(row for row in rows))  # type: ignore[arg-type]

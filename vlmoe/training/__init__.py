@@ -1,2 +1,45 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Training: the trainer, its callbacks, checkpoints and evaluation."""
+"""Training: the trainer, its callbacks, checkpoints and evaluation.
+
+- trainer.py: `VLMoETrainer`; build.py makes its model and processor, arguments.py its arguments;
+- callbacks.py, telemetry.py: what guards a run and shows the routing;
+- run.py, data.py, recipes.py: a whole run in a folder of its own; checkpoints.py: how it resumes;
+- evaluation.py, metrics.py: questions asked and answers compared;
+- trl_trainers.py: TRL's trainers with the router losses.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..hub.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .callbacks import StopOnBadLoss as StopOnBadLoss
+    from .checkpoints import last_complete_checkpoint as last_complete_checkpoint
+    from .data import TrainingData as TrainingData
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .metrics import exact_match as exact_match
+    from .run import TrainResult as TrainResult
+    from .run import train as train
+    from .telemetry import RouterTelemetry as RouterTelemetry
+    from .trainer import VLMoETrainer as VLMoETrainer
+    from .trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
+    from .trl_trainers import VLMoESFTTrainer as VLMoESFTTrainer
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Evaluation": "evaluation",
+        "RouterTelemetry": "telemetry",
+        "StopOnBadLoss": "callbacks",
+        "TrainResult": "run",
+        "TrainingData": "data",
+        "VLMoEDPOTrainer": "trl_trainers",
+        "VLMoESFTTrainer": "trl_trainers",
+        "VLMoETrainer": "trainer",
+        "evaluate": "evaluation",
+        "exact_match": "metrics",
+        "last_complete_checkpoint": "checkpoints",
+        "train": "run",
+    },
+)

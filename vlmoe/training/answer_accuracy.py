@@ -10,10 +10,9 @@ therefore tells whether `generate` would be right, token for token:
 `vlmoe evaluate` compares strings instead, up to case and blanks, and may count a little more.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
+from transformers import EvalPrediction
 
 
 def most_likely_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -21,11 +20,11 @@ def most_likely_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return logits.argmax(-1)
 
 
-def answer_accuracy(prediction: Any) -> dict[str, float]:
+def answer_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """`{"exact_match": share of rows whose label tokens are all predicted}`, in 0..1.
 
     Args:
-        prediction: a `transformers.EvalPrediction` with `predictions` (rows, length), the most
+        prediction: its `predictions` (rows, length), the most
             likely next token at each position, and `label_ids` (rows, length), -100 for no label.
             Rows without labels do not count.
     """

@@ -3,7 +3,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ RANGES = {
 }
 
 
-def require_in_range(name: str, value: Any) -> None:
+def require_in_range(name: str, value: object) -> None:
     """Refuse a number that lies outside of its argument's range.
 
     None passes, and so does an argument without a range.

@@ -18,7 +18,10 @@ from .argument_ranges import require_in_range
 
 logger = logging.getLogger(__name__)
 
-TRAINING_DEFAULTS: dict[str, Any] = {
+Values = dict[str, Any]
+"""Training arguments by name."""
+
+TRAINING_DEFAULTS: Values = {
     "output_dir": "outputs/train",
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -35,24 +38,25 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 # A preset's length where none is given, and its rate where none is given: three epochs at 5e-5,
 # Trainer's defaults for a trained model, leave a new one where it began.
-FROM_SCRATCH_LENGTH: dict[str, Any] = {
-    "max_steps": 1000,
+EVERY_FIFTH: Values = {
     "eval_strategy": "steps",
     "eval_steps": 0.2,
     "save_strategy": "steps",
     "save_steps": 0.2,
 }
-FROM_SCRATCH_RATE: dict[str, Any] = {"learning_rate": 1e-3}
+"""Evaluations and saves of a run whose length is given in steps, which may be under an epoch."""
+FROM_SCRATCH_LENGTH: Values = {"max_steps": 1000, **EVERY_FIFTH}
+FROM_SCRATCH_RATE: Values = {"learning_rate": 1e-3}
 
 _OF_EVALUATION = ("load_best_model_at_end", "eval_on_start", "eval_steps", "metric_for_best_model")
 
 
-def training_arguments(**values: Any) -> TrainingArguments:
+def training_arguments(**values: object) -> TrainingArguments:
     """Return `TrainingArguments` with our defaults where `values` say nothing."""
     return TrainingArguments(**(training_defaults() | values))
 
 
-def training_defaults() -> dict[str, Any]:
+def training_defaults() -> Values:
     """Return what differs from `TrainingArguments` on this machine."""
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     return TRAINING_DEFAULTS | {
@@ -61,9 +65,7 @@ def training_defaults() -> dict[str, Any]:
     }
 
 
-def from_scratch_defaults(
-    preset: str, given: Collection[str], has_evaluation: bool
-) -> dict[str, Any]:
+def from_scratch_defaults(preset: str, given: Collection[str], has_evaluation: bool) -> Values:
     """Return length and rate for a preset, each where none of `given` decides it; log them.
 
     Args:
@@ -72,8 +74,7 @@ def from_scratch_defaults(
         has_evaluation: whether there is data to evaluate on.
     """
     length = {} if {"num_train_epochs", "max_steps"} & set(given) else FROM_SCRATCH_LENGTH
-    if not has_evaluation:
-        length = {name: value for name, value in length.items() if not name.startswith("eval_")}
+    length = _of_run(length, has_evaluation)
     rate = {} if "learning_rate" in given else FROM_SCRATCH_RATE
     defaults = {name: value for name, value in (length | rate).items() if name not in given}
     if defaults:
@@ -83,7 +84,7 @@ def from_scratch_defaults(
 
 
 def prepared_arguments(
-    args: TrainingArguments | Mapping[str, Any] | None, preset: str | None, has_evaluation: bool
+    args: TrainingArguments | Mapping[str, object] | None, preset: str | None, has_evaluation: bool
 ) -> TrainingArguments:
     """Return checked arguments for our rows.
 
@@ -108,11 +109,22 @@ def prepared_arguments(
         values = dict(given)
         if preset is not None:
             values |= from_scratch_defaults(preset, values, has_evaluation)
+        if given.get("max_steps", -1) != -1 and not EVERY_FIFTH.keys() & given.keys():
+            values |= _of_run(EVERY_FIFTH, has_evaluation)
         prepared = training_arguments(**values)
     check_arguments(prepared, has_evaluation)
     if not has_evaluation:
         prepared.eval_strategy = IntervalStrategy.NO
     return prepared
+
+
+def _of_run(values: Values, has_evaluation: bool) -> Values:
+    """Leave the values of evaluations out of a run that has none."""
+    return {
+        name: value
+        for name, value in values.items()
+        if has_evaluation or not name.startswith("eval_")
+    }
 
 
 def check_arguments(arguments: TrainingArguments, has_evaluation: bool = True) -> None:

@@ -4,17 +4,18 @@
 Errors name the argument at fault in backticks; the commands spell it as their option.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..configuration.configuration_vlmoe import PRESETS, VLMoEConfig
 from ..data.conversations import parse_row
-from ..data.row_fields import did_you_mean
+from ..data.row_fields import AnyRow, did_you_mean
 from ..data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 from ..hub.input_errors import reading
 from ..hub.json_files import read_json
@@ -22,7 +23,7 @@ from ..hub.saved_model import load_model, read_config, read_processor, require_m
 from ..hub.whole_model import weights_problems
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..processing.processing_vlmoe import VLMoEProcessor
-from .overrides import merged, replace_fields, require_known
+from .overrides import Fields, merged, replace_fields, require_known
 
 
 class ModelAndProcessor(NamedTuple):
@@ -32,24 +33,10 @@ class ModelAndProcessor(NamedTuple):
     processor: VLMoEProcessor
 
 
-def build_model(
-    name: str,
-    texts: Iterable[str] = (),
-    processor: VLMoEProcessor | None = None,
-    *,
-    tokenizer: str | None = None,
-    tiling: bool = False,
-    model_overrides: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    attn_implementation: str | None = None,
-    experts_implementation: str | None = None,
-) -> ModelAndProcessor:
-    """Build a preset with random weights, or load a saved model, to be trained.
+class ModelOptions(TypedDict, total=False):
+    """How a model is built or loaded to be trained.
 
-    Args:
-        name: a preset, a folder or a Hub id.
-        texts: of the training data; a preset's tokenizer is trained on them.
-        processor: in place of a new one, or of the saved one.
+    Attributes:
         tokenizer: folder or Hub id of a tokenizer for a preset, in place of a new one.
         tiling: whether a preset's processor cuts large images into tiles.
         model_overrides: fields of the config to replace, nested configs as dicts.
@@ -57,12 +44,53 @@ def build_model(
             the saved one for a saved model.
         attn_implementation: as for `from_pretrained`.
         experts_implementation: as for `from_pretrained`.
+    """
+
+    tokenizer: str | None
+    tiling: bool
+    model_overrides: Fields | None
+    dtype: str | None
+    attn_implementation: str | None
+    experts_implementation: str | None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a saved model runs.
+
+    Attributes:
+        device: such as "cuda:1"; by default the best one there is.
+        dtype: number type of the weights; by default the saved one.
+        attn_implementation: as for `from_pretrained`.
+        experts_implementation: as for `from_pretrained`.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    experts_implementation: str | None = None
+
+
+def build_model(
+    name: str,
+    texts: Iterable[str] = (),
+    processor: VLMoEProcessor | None = None,
+    **options: Unpack[ModelOptions],
+) -> ModelAndProcessor:
+    """Build a preset with random weights, or load a saved model, to be trained.
+
+    Args:
+        name: a preset, a folder or a Hub id.
+        texts: of the training data; a preset's tokenizer is trained on them.
+        processor: in place of a new one, or of the saved one.
+        options: see `ModelOptions`.
 
     Raises:
         ValueError: an argument has a wrong value.
         FileNotFoundError: there is no such folder.
     """
-    overrides, weights_dtype = model_overrides or {}, _dtype(dtype)
+    overrides, weights_dtype = options.get("model_overrides") or {}, _dtype(options.get("dtype"))
+    tokenizer, tiling = options.get("tokenizer"), options.get("tiling", False)
     if is_preset(name):
         config, processor = _new_config(name, overrides, texts, tokenizer, tiling, processor)
         with _reading_overrides(overrides):
@@ -75,7 +103,8 @@ def build_model(
             replace_fields(config, overrides)
         processor = processor or read_processor(name)
         model = load_model(name, config, weights_dtype)
-    _choose_implementations(model, attn_implementation, experts_implementation)
+    attention, experts = options.get("attn_implementation"), options.get("experts_implementation")
+    _choose_implementations(model, attention, experts)
     return ModelAndProcessor(model, processor)
 
 
@@ -107,22 +136,15 @@ def config_and_processor(
     return read_config(name), read_processor(name)
 
 
-def model_for_answers(
-    source: str,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    attn_implementation: str | None = None,
-    experts_implementation: str | None = None,
-) -> ModelAndProcessor:
-    """Load a saved model in evaluation mode, by default onto the best device there is.
+def model_for_answers(source: str, runtime: Runtime = Runtime()) -> ModelAndProcessor:
+    """Load a saved model in evaluation mode.
 
     Raises:
         ValueError: the folder holds no whole VLMoE model, or an argument has a wrong value.
         FileNotFoundError: there is no such folder.
     """
     check_model_source(source)
-    processor = read_processor(source)
+    processor, device = read_processor(source), runtime.device
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
@@ -131,8 +153,8 @@ def model_for_answers(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` {device!r} cannot be used: {reason}") from error
-    model = load_model(source, dtype=_dtype(dtype))
-    _choose_implementations(model, attn_implementation, experts_implementation)
+    model = load_model(source, dtype=_dtype(runtime.dtype))
+    _choose_implementations(model, runtime.attn_implementation, runtime.experts_implementation)
     model.eval().to(device)
     return ModelAndProcessor(model, processor)
 
@@ -163,7 +185,7 @@ def check_model_source(source: str) -> None:
     require_model_source(source)
 
 
-def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def row_texts(rows: Iterable[AnyRow]) -> Iterator[str]:
     """Yield every text of every conversation, once per occurrence, in order."""
     for position, row in enumerate(rows):
         for conversation in parse_row(row, position).conversations:
@@ -172,7 +194,7 @@ def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def _new_config(
     preset: str,
-    overrides: Mapping[str, Any],
+    overrides: Fields,
     texts: Iterable[str],
     tokenizer_source: str | None,
     tiling: bool,
@@ -224,7 +246,7 @@ def _require_saved(name: str, tokenizer: str | None, tiling: bool) -> None:
         raise ValueError("`tiling` is for presets: a saved model keeps its own way.")
 
 
-def _reading_overrides(overrides: Mapping[str, Any]) -> AbstractContextManager[None]:
+def _reading_overrides(overrides: Fields) -> AbstractContextManager[None]:
     """Blame `model_overrides`, if there are some, for what is raised in the block."""
     return reading("`model_overrides`") if overrides else nullcontext()
 

@@ -2,7 +2,6 @@
 """Callbacks that stop a run gone wrong and show its progress."""
 
 import math
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -10,6 +9,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 REMEDY = (
     "Try a smaller learning rate, gradient clipping (`max_grad_norm`), or bf16 in place of fp16"
 )
+
+Logs = dict[str, float]
+"""What Trainer logs at one step, by name."""
 
 ROUTER = "router/"
 SHOWN = ("loss", "learning_rate")
@@ -34,8 +36,8 @@ class TrainingProgress(ProgressCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: Logs | None = None,
+        **kwargs: object,
     ) -> None:
         """Show training logs at the end of the bar, others, such as evaluations, above it."""
         logs = logs or {}
@@ -61,8 +63,8 @@ class TrainingPrinter(PrinterCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: Logs | None = None,
+        **kwargs: object,
     ) -> None:
         """Print training losses and evaluations."""
         if not any(name.startswith(ROUTER) for name in logs or {}):
@@ -81,13 +83,13 @@ class StopOnBadLoss(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: Logs | None = None,
+        **kwargs: object,
     ) -> None:
         """Raise `ValueError` naming step and value."""
-        for key in ("loss", "eval_loss"):
-            value = (logs or {}).get(key)
-            if isinstance(value, float) and not math.isfinite(value):
+        for key, value in (logs or {}).items():
+            is_loss = key == "loss" or (key.startswith("eval_") and key.endswith("_loss"))
+            if is_loss and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(
                     f"{key} is {value} at step {state.global_step}: training cannot go on. "
                     f"{REMEDY}; the last checkpoint is from before this step."

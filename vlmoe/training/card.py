@@ -6,7 +6,7 @@ The card that a library would generate never takes the place of ours.
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -14,6 +14,7 @@ from ..hub.adapter_card import hide_base_model, tidy_adapter_card
 from ..hub.atomic_files import atomic_path, open_to_readers, write_json
 from ..hub.card_results import PIPELINE_TAG
 from ..hub.input_errors import writing
+from ..hub.json_files import JsonObject
 from ..hub.model_card import CARD_FILE, may_write, write_model_card
 from ..hub.provenance import (
     STAGES_FILE,
@@ -39,7 +40,7 @@ class ModelCardMixin(Base):
         origin: what the trainer cannot know of the run; without it the card leaves it out.
     """
 
-    def __init__(self, *args: Any, origin: RunOrigin | None = None, **kwargs: Any):
+    def __init__(self, *args: object, origin: RunOrigin | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.origin = origin or RunOrigin()
         model = self._own_model()
@@ -49,7 +50,7 @@ class ModelCardMixin(Base):
             is_folder = self._start["kind"] == "folder"
             self._earlier_stages = read_stages(model.name_or_path) if is_folder else []
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
         with writing(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -74,7 +75,7 @@ class ModelCardMixin(Base):
             if pushes_saves and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 hide_base_model(folder)
 
-    def create_model_card(self, **given: Any) -> None:
+    def create_model_card(self, **given: object) -> None:
         """Write our card where `Trainer` and TRL write theirs.
 
         Args:
@@ -89,7 +90,7 @@ class ModelCardMixin(Base):
         metadata = {name: value for name, value in used.items() if value} | {"tags": tags or []}
         self.write_card(self.args.output_dir, metadata)
 
-    def write_card(self, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    def write_card(self, folder: str | Path, metadata: JsonObject | None = None) -> None:
         """Write training_stages.json and the card into `folder`, if the whole model is there.
 
         Args:

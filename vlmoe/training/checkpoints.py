@@ -17,12 +17,11 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from ..hub.atomic_files import free_name, remove_folder
 from ..hub.file_checks import content_problems
 from ..hub.input_errors import InputError
-from ..hub.json_files import read_json
+from ..hub.json_files import JsonObject, read_json
 from ..hub.whole_model import (
     PICKLED_WEIGHTS,
     SHARDED_WEIGHTS,
@@ -223,7 +222,7 @@ def _not_resumable(folder: Path, problems: list[str]) -> ValueError:
     )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> JsonObject:
     """Read the trainer state of a whole checkpoint, as a dict: `global_step`, `log_history`, ..."""
     return read_json(checkpoint / STATE_FILE, finite=False)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from transformers.utils import logging
@@ -14,10 +14,12 @@ from ..data.answers import evaluation_mode, greedy_answers
 from ..data.collator import PromptBatch, VLMoEPromptCollator
 from ..data.conversations import parse_row
 from ..data.long_rows import prompt_limit
-from ..data.rows import ConversationRows, Rows
+from ..data.row_fields import AnyRow, Rows
+from ..data.rows import ConversationRows
+from ..hub.json_files import JsonObject
 from ..processing.processing_vlmoe import VLMoEProcessor
 from ..routing.expert_load import has_experts, record_expert_load
-from .metrics import exact_match
+from .metrics import ExactMatch, exact_match
 
 if TYPE_CHECKING:
     import datasets
@@ -56,9 +58,9 @@ class Evaluation:
     seconds: float
     questions_per_second: float
     predictions: list[Prediction]
-    expert_load: dict[str, Any] | None
+    expert_load: JsonObject | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return every attribute but the predictions, for a JSON file."""
         names = [each.name for each in fields(self) if each.name != "predictions"]
         return {name: getattr(self, name) for name in names}
@@ -74,6 +76,14 @@ class Evaluation:
         lines = [f"{'question type':<{width}}  {'questions':>9}  {'exact match':>11}"]
         lines += [f"{kind:<{width}}  {count:>9,}  {share:>11.2%}" for kind, count, share in rows]
         return "\n".join(lines)
+
+
+class AskingOptions(TypedDict, total=False):
+    """The options of `evaluate` that change its figures; see there."""
+
+    batch_size: int
+    max_new_tokens: int
+    max_length: int | None
 
 
 def evaluate(
@@ -116,23 +126,12 @@ def evaluate(
     limit = prompt_limit(model, max_new_tokens, max_length)
     collator = VLMoEPromptCollator(processor, limit, allow_image_urls=allow_image_urls)
     recording = record_expert_load(model) if has_experts(model) else nullcontext()
-    predictions: list[Prediction] = []
+    batches = _batches(questions, batch_size, progress)
     start = time.perf_counter()
-    with evaluation_mode(model), torch.inference_mode(), recording as load:
-        for batch in _batches(questions, batch_size, progress):
-            prompts = collator(batch)
-            inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
-            tokens = greedy_answers(model, processor.tokenizer, inputs, max_new_tokens)
-            answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            predictions += _records(batch, prompts, answers)
+    with recording as load:
+        predictions = _predictions(model, processor, batches, collator, max_new_tokens)
     seconds = time.perf_counter() - start
-    scores = exact_match(
-        [each["prediction"] for each in predictions],
-        [each["reference"] for each in predictions],
-        [each["question_type"] for each in predictions],
-    )
-    for record, hit in zip(predictions, scores.hits, strict=True):
-        record["correct"] = hit
+    scores = _scored(predictions)
     return Evaluation(
         scores.exact_match,
         scores.exact_match_by_type,
@@ -145,9 +144,40 @@ def evaluate(
     )
 
 
+def _predictions(
+    model: "PreTrainedModel",
+    processor: VLMoEProcessor,
+    batches: Iterator[list[AnyRow]],
+    collator: VLMoEPromptCollator,
+    max_new_tokens: int,
+) -> list[Prediction]:
+    """Answer every conversation."""
+    predictions: list[Prediction] = []
+    with evaluation_mode(model), torch.inference_mode():
+        for batch in batches:
+            prompts = collator(batch)
+            inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
+            tokens = greedy_answers(model, processor.tokenizer, inputs, max_new_tokens)
+            answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            predictions += _records(batch, prompts, answers)
+    return predictions
+
+
+def _scored(predictions: list[Prediction]) -> ExactMatch:
+    """Compare answers and references, and mark each record as correct or not."""
+    scores = exact_match(
+        [each["prediction"] for each in predictions],
+        [each["reference"] for each in predictions],
+        [each["question_type"] for each in predictions],
+    )
+    for record, hit in zip(predictions, scores.hits, strict=True):
+        record["correct"] = hit
+    return scores
+
+
 def _batches(
     questions: ConversationRows, batch_size: int, progress: bool
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[AnyRow]]:
     """Yield lists of `batch_size` conversations, the last one shorter, with a progress bar."""
     bar = logging.tqdm(
         total=len(questions), desc="answering", unit="question", disable=not progress
@@ -159,9 +189,7 @@ def _batches(
             bar.update(stop - start)
 
 
-def _records(
-    batch: list[dict[str, Any]], prompts: PromptBatch, answers: list[str]
-) -> list[Prediction]:
+def _records(batch: list[AnyRow], prompts: PromptBatch, answers: list[str]) -> list[Prediction]:
     """Gather question, answer and reference of each conversation of a batch."""
     records: list[Prediction] = []
     for position, (row, answer) in enumerate(zip(batch, answers, strict=True)):

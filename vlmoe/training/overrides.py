@@ -10,10 +10,13 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from ..data.row_fields import did_you_mean
 
+Fields = Mapping[str, Any]
+"""Fields of a config by name, those of a config inside as a mapping."""
+
 _ARGUMENT = "`model_overrides`"
 
 
-def require_known(config: PreTrainedConfig, overrides: Mapping[str, Any], path: str = "") -> None:
+def require_known(config: PreTrainedConfig, overrides: Fields, path: str = "") -> None:
     """Refuse a field that the config, or a config inside it, does not have.
 
     Args:
@@ -41,7 +44,7 @@ def require_known(config: PreTrainedConfig, overrides: Mapping[str, Any], path: 
             _require_rope(value, f"{path}{name}.")
 
 
-def replace_fields(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
+def replace_fields(config: PreTrainedConfig, overrides: Fields) -> None:
     """Set fields of a loaded config, nested ones by nested dicts.
 
     Raises:
@@ -51,7 +54,7 @@ def replace_fields(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> No
     _set(config, overrides)
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Fields, over: Fields) -> dict[str, Any]:
     """Return `base` with the values of `over`, nested dicts merged."""
     result = dict(base)
     for key, value in over.items():
@@ -60,7 +63,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _set(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
+def _set(config: PreTrainedConfig, overrides: Fields) -> None:
     for name, value in overrides.items():
         inner = getattr(config, name, None)
         if isinstance(value, dict) and isinstance(inner, PreTrainedConfig):
@@ -79,7 +82,7 @@ def _field_names(config: PreTrainedConfig) -> set[str]:
     return {*config.to_dict(), *declared, *config.attribute_map}
 
 
-def _require_rope(given: Mapping[str, Any], path: str) -> None:
+def _require_rope(given: Fields, path: str) -> None:
     known = sorted(RopeParameters.__annotations__)
     for name in given:
         if name not in known:

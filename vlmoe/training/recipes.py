@@ -3,13 +3,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..configuration.configuration_vlmoe import PRESETS, VLMoEConfig
 from ..data.loading import load_rows
 from ..data.tokenizer import train_tokenizer
+from .arguments import Values
 from .build import row_texts
 from .data import TrainingData
 from .run import TrainResult, train
@@ -18,7 +18,7 @@ RECIPES = PRESETS.parent / "recipes"
 CAPTIONS, QUESTIONS, QUESTION_ONLY = "easy_vqa_captions", "easy_vqa", "easy_vqa_question_only"
 
 
-def read_recipe(name: str, **values: Any) -> tuple[TrainingData, dict[str, Any]]:
+def read_recipe(name: str, **values: object) -> tuple[TrainingData, Values]:
     """Return the data and the training arguments of a recipe, with some values replaced."""
     given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) | values
     of_data = {field.name for field in dataclasses.fields(TrainingData)} & given.keys()
@@ -26,7 +26,7 @@ def read_recipe(name: str, **values: Any) -> tuple[TrainingData, dict[str, Any]]
 
 
 def train_recipe(
-    name: str, model: str, *, tokenizer: str | None = None, **values: Any
+    name: str, model: str, *, tokenizer: str | None = None, **values: object
 ) -> TrainResult:
     """Train with a recipe.
 

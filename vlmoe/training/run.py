@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 from accelerate.utils import broadcast_object_list
 from transformers import (
@@ -28,6 +28,7 @@ from ..data.rows import ConversationRows
 from ..hub.atomic_files import publish_folder, refuse_mixing, staging_folder, write_json
 from ..hub.folder_lock import launch_lock
 from ..hub.input_errors import writing
+from ..hub.json_files import JsonObject
 from ..hub.model_card import remove_evaluations
 from ..hub.provenance import RESULTS_FILE, RunOrigin, versions
 from ..hub.saved_model import read_processor
@@ -35,15 +36,42 @@ from ..hub.whole_model import require_finite_files
 from .arguments import prepared_arguments
 from .build import (
     ModelAndProcessor,
+    ModelOptions,
     build_model,
     is_preset,
     require_same_model,
     row_texts,
 )
-from .callbacks import REMEDY
+from .callbacks import REMEDY, Logs
 from .checkpoints import STATE_FILE, find_checkpoint, read_state, set_aside_newer
 from .data import TrainingData, TrainingRows
 from .trainer import VLMoETrainer, row_collator
+
+
+class LoraOptions(TypedDict):
+    """Options of `add_expert_lora` for `train`."""
+
+    r: int
+    attention: bool
+    dropout: float
+
+
+class TrainMetrics(TypedDict):
+    """What train_results.json holds; see `results`."""
+
+    train_loss: float | None
+    eval_loss: float | None
+    eval_exact_match: float | None
+    eval_questions: int | None
+    steps: int
+    epochs: float
+    resumed_at_step: int | None
+    train_seconds: float
+    tokens: int
+    tokens_per_second: float
+    parameters: dict[str, int]
+    seed: int
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,20 +88,20 @@ class TrainResult:
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    metrics: dict[str, Any]
-    log_history: list[dict[str, Any]]
+    metrics: TrainMetrics
+    log_history: list[Logs]
     output_dir: Path
 
 
 def train(
     model: str,
     data: TrainingData,
-    args: TrainingArguments | Mapping[str, Any] | None = None,
+    args: TrainingArguments | Mapping[str, object] | None = None,
     *,
-    lora: Mapping[str, Any] | None = None,
+    lora: LoraOptions | None = None,
     max_length: int | None = None,
     on_long_rows: str = "error",
-    **model_options: Any,
+    **model_options: Unpack[ModelOptions],
 ) -> TrainResult:
     """Train in a folder that nobody else writes into; evaluate, save, and return the result.
 
@@ -84,7 +112,7 @@ def train(
         lora: options of `add_expert_lora`, to train an adapter of a saved model in its place.
         max_length: as for `VLMoETrainer`.
         on_long_rows: as for `VLMoETrainer`.
-        **model_options: further arguments of `build_model`.
+        **model_options: see `ModelOptions`.
 
     Raises:
         ValueError: arguments, data or checkpoint cannot be used; the message names the culprit.
@@ -237,7 +265,7 @@ def require_finite_loss(trainer: Trainer) -> None:
         )
 
 
-def results(trainer: Trainer, before: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def results(trainer: Trainer, before: JsonObject, seconds: float) -> TrainMetrics:
     """Return what train_results.json holds: losses, speed, sizes, and what the run was.
 
     Seconds and tokens per second are of this session (after a resume: since then), with the
@@ -271,9 +299,7 @@ def results(trainer: Trainer, before: Mapping[str, Any], seconds: float) -> dict
     }
 
 
-def _with_adapter(
-    name: str, lora: Mapping[str, Any], model_options: Mapping[str, Any]
-) -> ModelAndProcessor:
+def _with_adapter(name: str, lora: LoraOptions, model_options: ModelOptions) -> ModelAndProcessor:
     """Build a saved model with a new LoRA adapter of its experts, which alone is trained."""
     if is_preset(name):
         raise ValueError(
@@ -313,5 +339,5 @@ def _last(state: TrainerState, key: str) -> float | None:
     return _last_of_log(here, key)
 
 
-def _last_of_log(log: list[dict[str, Any]], key: str) -> float | None:
+def _last_of_log(log: list[Logs], key: str) -> float | None:
     return next((entry[key] for entry in reversed(log) if key in entry), None)

@@ -2,10 +2,9 @@
 """Whether a training run was long enough, judged by its losses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import median
-from typing import Any
 
 JUDGED_SHARE = 1 / 3  # of the run, its end
 FEWEST_LOSSES = 5  # to judge by
@@ -15,7 +14,7 @@ DEMO_STEPS = 5975
 """Optimizer steps of the demo, captions and questions, from the preset `tiny` to 99%."""
 
 
-def still_falling(log_history: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+def still_falling(log_history: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
     """Return the loss before and at the end of the last third of a run, if it was still falling.
 
     The trend is the Theil-Sen slope (Sen, 1968, https://doi.org/10.2307/2285891): the median of the
@@ -46,7 +45,9 @@ def still_falling(log_history: Sequence[dict[str, Any]]) -> tuple[float, float] 
     return (start, end) if is_trend and start - end > STILL_FALLING * abs(start) else None
 
 
-def advice(log_history: Sequence[dict[str, Any]], steps: int, from_scratch: bool) -> str | None:
+def advice(
+    log_history: Sequence[Mapping[str, float]], steps: int, from_scratch: bool
+) -> str | None:
     """Return what to tell about a run that was too short, or None if there is nothing to tell.
 
     Args:

@@ -4,19 +4,22 @@
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub.atomic_files import atomic_path
-from ..hub.json_files import json_text, read_json
+from ..hub.json_files import JsonObject, json_text, read_json
 from ..routing.expert_load import ExpertLoad, record_expert_load
+from .callbacks import Logs
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 TELEMETRY_FILE = "router_telemetry.json"
 DIGITS = 5
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | None"
+
 WAIT_PER_WRITING = 100  # between two writings of the file, in times that one took
 
 
@@ -48,7 +51,11 @@ class RouterTelemetry(TrainerCallback):
         self._write_after = 0.0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Start to record; of an earlier session keep the entries up to the checkpoint.
 
@@ -73,8 +80,8 @@ class RouterTelemetry(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: Logs | None = None,
+        **kwargs: object,
     ) -> None:
         """Hand on what was recorded since the last logged loss."""
         if self._load is None or "loss" not in (logs or {}):
@@ -88,13 +95,21 @@ class RouterTelemetry(TrainerCallback):
         self._trainer.log(scalars(figures))
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Write the file."""
         self._write(state)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Write the file and stop recording."""
         self._write(state)
@@ -111,7 +126,7 @@ class RouterTelemetry(TrainerCallback):
         self._write_after = end + WAIT_PER_WRITING * (end - start)
 
 
-def read_telemetry(path: str | Path) -> list[dict[str, Any]]:
+def read_telemetry(path: str | Path) -> list[JsonObject]:
     """Read the entries of a `router_telemetry.json`, oldest first.
 
     Raises:
@@ -127,7 +142,7 @@ def read_telemetry(path: str | Path) -> list[dict[str, Any]]:
     raise ValueError(f"{path} is damaged ({problem}); delete it to record anew.")
 
 
-def scalars(figures: dict[str, Any]) -> dict[str, float]:
+def scalars(figures: JsonObject) -> dict[str, float]:
     """Return the loggers' part of `ExpertLoad.as_dict`: four numbers per layer, if known."""
     scalars = _scalars(figures, "layer_{}")
     for place, of_place in figures.get("vision", {}).items():
@@ -135,7 +150,7 @@ def scalars(figures: dict[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def _scalars(figures: dict[str, Any], layer_name: str) -> dict[str, float]:
+def _scalars(figures: JsonObject, layer_name: str) -> dict[str, float]:
     names = ("max_violation", "dead_experts", "router_entropy")
     columns = {name: figures[name]["all"] for name in names} | {"overlap": figures["overlap"]}
     return {
@@ -146,7 +161,7 @@ def _scalars(figures: dict[str, Any], layer_name: str) -> dict[str, float]:
     }
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Json) -> Json:
     """Numbers with `DIGITS` decimals, through dicts and lists."""
     if isinstance(value, float):
         return round(value, DIGITS)

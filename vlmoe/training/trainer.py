@@ -8,7 +8,7 @@ answer(trainer.model, trainer.processing_class, "red.png", "what color?")
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from transformers import (
@@ -33,9 +33,10 @@ from ..routing.expert_load import has_experts
 from ..routing.finite_checks import StopOnNonFiniteRouting
 from .answer_accuracy import answer_accuracy, most_likely_tokens
 from .arguments import prepared_arguments
-from .build import build_model, is_preset, row_texts
+from .build import ModelOptions, build_model, is_preset, row_texts
 from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
+from .overrides import Fields
 from .telemetry import RouterTelemetry
 
 
@@ -54,7 +55,8 @@ class VLMoETrainer(ModelCardMixin, Trainer):
             as `{"max_steps": 100}`. Where those give no length and rate, a preset takes
             `arguments.FROM_SCRATCH_LENGTH` and `FROM_SCRATCH_RATE`.
         train_dataset: rows as `load_rows` returns them, or a list of rows.
-        eval_dataset: rows to evaluate on; each conversation counts as one sample.
+        eval_dataset: rows to evaluate on, or several sets of them by name; each conversation counts
+            as one sample.
         processing_class: the processor; by default that of the saved model, or for a preset a new
             one with a tokenizer trained on the texts of `train_dataset`.
         data_collator: by default a `VLMoECollator`.
@@ -80,63 +82,51 @@ class VLMoETrainer(ModelCardMixin, Trainer):
     def __init__(
         self,
         model: str | PathLike | PreTrainedModel | nn.Module,
-        args: TrainingArguments | Mapping[str, Any] | None = None,
+        args: TrainingArguments | Mapping[str, object] | None = None,
         *,
         train_dataset: Rows,
-        eval_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: ProcessorMixin | None = None,
         data_collator: DataCollator | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = answer_accuracy,
         callbacks: Sequence[TrainerCallback] | None = None,
         tokenizer: str | None = None,
         tiling: bool = False,
-        model_overrides: Mapping[str, Any] | None = None,
+        model_overrides: Fields | None = None,
         max_length: int | None = None,
         on_long_rows: str = "error",
         origin: RunOrigin | None = None,
-        **trainer_kwargs: Any,
+        **trainer_kwargs: object,
     ):
-        callbacks = callbacks or []
-        name = str(model) if isinstance(model, (str, PathLike)) else None
+        name = str(model) if isinstance(model, str | PathLike) else None
         preset = name if name is not None and is_preset(name) else None
         train_dataset = as_rows(train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            eval_dataset = as_rows(eval_dataset, "eval_dataset")
-        arguments = prepared_arguments(args, preset, eval_dataset is not None)
+        evaluated = _evaluated_rows(eval_dataset)
+        arguments = prepared_arguments(args, preset, bool(evaluated))
+        options = ModelOptions(tokenizer=tokenizer, tiling=tiling, model_overrides=model_overrides)
         if isinstance(model, str | PathLike):
             set_seed(arguments.seed)
-            model, processing_class = build_model(
-                str(model),
-                row_texts(train_dataset),
-                processing_class,
-                tokenizer=tokenizer,
-                tiling=tiling,
-                model_overrides=model_overrides,
-            )
-        elif tokenizer or tiling or model_overrides:
-            raise ValueError(
-                "`tokenizer`, `tiling` and `model_overrides` are for a model that is given by its "
-                "name."
-            )
-        elif processing_class is None and isinstance(source := model.name_or_path, str) and source:
-            processing_class = read_processor(source)
-        if processing_class is None:
-            raise ValueError("`processing_class` is missing: give the model's processor.")
+            texts = row_texts(train_dataset)
+            model, processing_class = build_model(str(model), texts, processing_class, **options)
+        else:
+            processing_class = _processor_of(model, processing_class, options)
         if data_collator is None:
             data_collator = row_collator(model, processing_class, max_length, on_long_rows)
         if isinstance(data_collator, VLMoECollator):
             check = (data_collator, on_long_rows, arguments.process_index == 0)
             train_dataset = checked_rows(train_dataset, "training", *check)
-            if eval_dataset is not None:
-                used = checked_rows(eval_dataset, "evaluation", *check)
-                eval_dataset = cast(Rows, ConversationRows(used))
+            evaluated = {
+                key: cast(Rows, ConversationRows(checked_rows(rows, "evaluation", *check)))
+                for key, rows in evaluated.items()
+            }
         if compute_metrics is answer_accuracy:
             trainer_kwargs.setdefault("preprocess_logits_for_metrics", most_likely_tokens)
+        callbacks = callbacks or []
         super().__init__(
             model,
             arguments,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=evaluated.get("", evaluated or None),
             processing_class=processing_class,
             data_collator=data_collator,
             compute_metrics=compute_metrics,
@@ -144,16 +134,44 @@ class VLMoETrainer(ModelCardMixin, Trainer):
             origin=origin or RunOrigin(preset=preset, rows=len(train_dataset)),
             **trainer_kwargs,
         )
-        default, own = (
-            (PrinterCallback, TrainingPrinter())
-            if arguments.disable_tqdm
-            else (ProgressCallback, TrainingProgress())
-        )
-        if not _has_kind(callbacks, default):
-            self.remove_callback(default)
-            self.add_callback(own)
+        self._show_progress(callbacks)
         if has_experts(model) and not _has_kind(callbacks, RouterTelemetry):
             self.add_callback(RouterTelemetry(self))
+
+    def _show_progress(self, given: Sequence[TrainerCallback]) -> None:
+        """Put our bar, or our printer where there is no bar, in the place of Trainer's."""
+        default, own = (
+            (PrinterCallback, TrainingPrinter())
+            if self.args.disable_tqdm
+            else (ProgressCallback, TrainingProgress())
+        )
+        if not _has_kind(given, default):
+            self.remove_callback(default)
+            self.add_callback(own)
+
+
+def _evaluated_rows(given: Rows | Mapping[str, Rows] | None) -> dict[str, Rows]:
+    """Return the sets of rows to evaluate on by name; a single one is called ""."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return {name: as_rows(rows, f"eval_dataset[{name!r}]") for name, rows in given.items()}
+    return {"": as_rows(given, "eval_dataset")}
+
+
+def _processor_of(
+    model: PreTrainedModel, given: ProcessorMixin | None, options: ModelOptions
+) -> ProcessorMixin:
+    """Return the processor that was given, or else that of the folder that the model is from."""
+    if any(options.values()):
+        raise ValueError(
+            "`tokenizer`, `tiling` and `model_overrides` are for a model that is given by its name."
+        )
+    if given is not None:
+        return given
+    if isinstance(source := model.name_or_path, str) and source:
+        return read_processor(source)
+    raise ValueError("`processing_class` is missing: give the model's processor.")
 
 
 def own_callbacks(

@@ -25,12 +25,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from transformers import DataCollator
+from transformers.utils import ModelOutput
 
 from ..data.collator import IGNORE_INDEX, VLMoECollator, VLMoEPreferenceCollator
 from ..data.long_rows import length_limit
+from ..hub.provenance import RunOrigin
 from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .card import ModelCardMixin
@@ -42,16 +44,23 @@ try:
 except ImportError as error:
     raise ImportError("vlmoe.training.trl_trainers needs TRL: pip install trl") from error
 
+Inputs = dict[str, torch.Tensor]
+LossAndOutputs = torch.Tensor | tuple[torch.Tensor, ModelOutput]
+
 
 @contextmanager
 def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWithPast]]:
     """Record the output, with router logits, of every call of `backbone`, in order."""
     recorded: list[VLMoEModelOutputWithPast] = []
 
-    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def ask(
+        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         return args, {**kwargs, "output_router_logits": True}
 
-    def keep(module: Any, args: Any, output: Any) -> None:
+    def keep(
+        module: torch.nn.Module, args: tuple[object, ...], output: VLMoEModelOutputWithPast
+    ) -> None:
         recorded.append(output)
 
     handles = [
@@ -73,11 +82,11 @@ class RouterLossTrainer(ModelCardMixin, ABC):
 
     trl_collator: type
     own_collator: type[VLMoECollator]
-    data_collator: Any
+    data_collator: DataCollator
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, origin: RunOrigin | None = None, **kwargs: object) -> None:
         """Arguments of the TRL trainer; raises `ValueError` where rows are packed into one."""
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, origin=origin, **kwargs)
         if self.args.padding_free or getattr(self.args, "packing", False):
             raise ValueError(
                 "padding_free and packing put several samples into one row, but the router losses "
@@ -102,10 +111,10 @@ class RouterLossTrainer(ModelCardMixin, ABC):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    ) -> LossAndOutputs:
         """TRL's loss plus the router losses times their coefficients."""
         vlmoe = self._vlmoe()
         if not vlmoe.model.wants_router_losses():
@@ -127,7 +136,7 @@ class RouterLossTrainer(ModelCardMixin, ABC):
 
     @abstractmethod
     def row_weights(
-        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+        self, inputs: Inputs, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """(batch,): the share of each row in TRL's loss, and so in the router losses."""
 
@@ -160,7 +169,7 @@ class VLMoESFTTrainer(RouterLossTrainer, SFTTrainer):
     own_collator = VLMoECollator
 
     def row_weights(
-        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+        self, inputs: Inputs, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """(batch,): label tokens of each row over those of the optimizer step, of all ranks."""
         labels_per_row = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
@@ -185,7 +194,7 @@ class VLMoEDPOTrainer(RouterLossTrainer, DPOTrainer):
     own_collator = VLMoEPreferenceCollator
 
     def row_weights(
-        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+        self, inputs: Inputs, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """(2 * pairs,): equal shares."""
         rows = inputs["input_ids"].shape[0]

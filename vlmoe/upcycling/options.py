@@ -4,11 +4,11 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import VLMoETextConfig
+from ..data.row_fields import did_you_mean
 from ..hub.json_files import JsonObject
 
 EXPERT_INITS = ("copy", "shared", "drop", "noise")
@@ -186,6 +186,5 @@ class Upcycling:
 
 def _require(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        close = get_close_matches(str(value), allowed, 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
+        meant = did_you_mean(str(value), allowed)
         raise ValueError(f"{name} is {value!r}{meant}; allowed: {', '.join(allowed)}.")
