@@ -24,7 +24,7 @@ class Bar:
 def shown() -> Any:
     progress, bar = TrainingProgress(), Bar()
     progress.training_bar = bar  # type: ignore[assignment]
-    state = SimpleNamespace(is_world_process_zero=True)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=7)
 
     def log(**logs: float) -> Bar:
         progress.on_log(None, state, None, {name.replace("__", "/"): v for name, v in logs.items()})
@@ -46,7 +46,9 @@ def test_training_logs_end_the_bar_and_the_layers_of_the_routing_are_left_to_the
 
 
 def test_evaluations_stand_above_the_bar(shown: Any) -> None:
-    assert "'eval_loss': '0.25'" in shown(eval_loss=0.25, epoch=1.0).lines[0]
+    shown(train_runtime=3.1, train_loss=0.5)
+    bar = shown(eval_loss=0.25, eval_runtime=3.0, eval_steps_per_second=2.0, epoch=1.0)
+    assert bar.lines == ["step 7: train_loss 0.5", "step 7: eval_loss 0.25"]
 
 
 def test_without_a_bar_losses_are_printed_and_layers_are_not(

@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Load a model only to judge it: by the headers of its files, and without a word."""
+"""Load a model only to judge it, by the headers of its files; silence what libraries show."""
 
 import logging
 from collections.abc import Iterator
@@ -22,12 +22,22 @@ def meta_device_map() -> str | None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Silence warnings and progress bars: the real loading repeats all of them."""
-    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress bars of transformers."""
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.disable(disabled)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -15,6 +15,8 @@ Logs = dict[str, float]
 
 ROUTER = "router/"
 SHOWN = ("loss", "learning_rate")
+NOT_SHOWN = ("epoch", "num_input_tokens_seen", "total_flos", "_runtime", "_per_second")
+"""Ends of names that are left out of the lines above the bar; the loggers have them all."""
 
 
 class TrainingProgress(ProgressCallback):
@@ -50,9 +52,19 @@ class TrainingProgress(ProgressCallback):
         if busiest:
             self._shown["busiest expert"] = f"{max(busiest):.2f}x"
         elif not set(SHOWN) & logs.keys() and not any(name.startswith(ROUTER) for name in logs):
-            super().on_log(args, state, control, logs=logs, **kwargs)
+            self._write(state, logs)
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.set_postfix(self._shown)
+
+    def _write(self, state: TrainerState, logs: Logs) -> None:
+        """Write a line above the bar."""
+        figures = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in logs.items()
+            if not name.endswith(NOT_SHOWN)
+        ]
+        if state.is_world_process_zero and self.training_bar is not None and figures:
+            self.training_bar.write(f"step {state.global_step}: {', '.join(figures)}")
 
 
 class TrainingPrinter(PrinterCallback):

@@ -15,6 +15,7 @@ from ..hub.atomic_files import atomic_path, open_to_readers, write_json
 from ..hub.card_results import PIPELINE_TAG
 from ..hub.input_errors import writing
 from ..hub.json_files import JsonObject
+from ..hub.meta_loading import without_bars
 from ..hub.model_card import CARD_FILE, may_write, write_model_card
 from ..hub.provenance import (
     STAGES_FILE,
@@ -56,7 +57,8 @@ class ModelCardMixin(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, and write the card beside the model."""
-        super().save_model(output_dir, _internal_call)
+        with without_bars():  # one of a moment, for every checkpoint
+            super().save_model(output_dir, _internal_call)
         folder, pushed = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
         pushes_saves = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
         if self.args.should_save:
