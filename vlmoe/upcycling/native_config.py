@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .native_pairs import CONTAINERS, REFUSED, TEXT_PAIRS, WHOLE_PAIRS, Pair
+from .native_sizes import native_sizes
 from .options import Upcycling
 
 BOOKKEEPING = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
@@ -76,70 +78,127 @@ def _text(dense: PreTrainedConfig, options: Upcycling) -> NativeConfig:
         refuse(dense.model_type, _reason(dense))
     pair = _chosen(dense.model_type, options)
     config_class = CONFIG_MAPPING[pair.sparse]
-    known = set(config_class().to_dict()) | set(pair.also)
-    declared = set(type(dense)().to_dict())
-    values, lost = {}, {}
+    known, declared = set(config_class().to_dict()), set(type(dense)().to_dict())
+    _require_same_rotation(dense, pair)
+    values, lost = dict(pair.fields), {}
     for name, value in _values(dense).items():
-        if name in declared | set(TOKENS) and name in known and value is not None:
+        if name in known and name in declared | set(TOKENS):
             values[name] = value
-        elif name in declared and name in known:
-            values |= {} if name in pair.also else {name: None}
+        elif name in pair.also:
+            values |= {} if value is None else {name: value}
         elif name in declared:
-            _require_neutral(dense, name, value)
-            lost[name] = value
+            _require_neutral(dense, pair, name, value)
+            lost |= {} if name == "intermediate_size" else {name: value}
         elif name not in known:  # read by neither class
             values[name] = value
-    values = dict(pair.fields) | values | _sizes(dense, pair, options)
-    for name, value in options.fields.items():
-        if name not in ROUTER_FIELDS or name not in known:
-            raise ValueError(
-                f"`fields` holds {name!r}, which {config_class.__name__} does not have; allowed: "
-                f'{", ".join(n for n in ROUTER_FIELDS if n in known)}. Others need target="vlmoe".'
-            )
-        values[name] = value
+    if "layer_types" not in known and _attends(dense) == {"full_attention"}:
+        values |= {"sliding_window": None} if "sliding_window" in known else {}
+    if pair.partial_rotary and pair.sparse != dense.model_type:  # whose class may rotate a part
+        rope = {"partial_rotary_factor": 1.0} | values["rope_parameters"]
+        values["rope_parameters"] = rope
+    values |= native_sizes(dense, pair, options) | _router_fields(options, pair, known)
     return NativeConfig(config_class(**values), pair, lost)
 
 
 def _chosen(kind: str, options: Upcycling) -> Pair:
-    return TEXT_PAIRS[kind][0]
+    """Return the pair that the options ask for, by default the first."""
+    pairs = TEXT_PAIRS[kind]
+    if options.sparse_type is None:
+        return pairs[0]
+    for pair in pairs:
+        if pair.sparse == options.sparse_type:
+            return pair
+    raise ValueError(
+        f"`sparse_type` is {options.sparse_type!r}; allowed for a model of type {kind!r}: "
+        f"{', '.join(pair.sparse for pair in pairs)}."
+    )
 
 
-def _sizes(dense: PreTrainedConfig, pair: Pair, options: Upcycling) -> dict[str, Any]:
-    """Return the sizes of the experts, and the layers that have them."""
-    width, split = dense.intermediate_size, options.expert_split
-    if width % split:
-        raise ValueError(
-            f"`expert_split` is {split}; allowed: divisors of the dense model's "
-            f"`intermediate_size`, {width}."
+def _router_fields(options: Upcycling, pair: Pair, known: set[str]) -> dict[str, Any]:
+    allowed = [name for name in ROUTER_FIELDS if name in known]
+    for name in options.fields:
+        if name not in allowed:
+            raise ValueError(
+                f"`fields` holds {name!r}; the native class {pair.sparse!r} allows: "
+                f'{", ".join(allowed) or "none"}. Other fields need target="vlmoe".'
+            )
+    return dict(options.fields)
+
+
+def _attends(dense: PreTrainedConfig) -> set[str]:
+    """Return the kinds of the dense model's layers; empty where its class has one kind."""
+    return set(getattr(dense, "layer_types", None) or ())
+
+
+def _require_same_rotation(dense: PreTrainedConfig, pair: Pair) -> None:
+    """Require that the sparse class reads all of the dense `rope_parameters`."""
+    rope = dense.rope_parameters or {}
+    if pair.sparse == dense.model_type:
+        return
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not pair.partial_rotary:
+        refuse(dense.model_type, "it rotates a part of each head, which the sparse class does not")
+    if rope.get("llama_4_scaling_beta"):
+        usual = rope.get("original_max_position_embeddings", 0)
+        if dense.max_position_embeddings > usual:
+            refuse(
+                dense.model_type,
+                f"it scales queries beyond position {usual} (`llama_4_scaling_beta`), which the "
+                "sparse class does not",
+            )
+    if rope.get("rope_type") == "longrope":
+        refuse(dense.model_type, "its rotary table changes with the length of the text (longrope)")
+    ignored = ("max_position_embeddings", "llama_4_scaling_beta", "type")
+    known = {*RopeParameters.__annotations__, *ignored} - {"mrope_section"} | set(pair.rope_keys)
+    if unknown := sorted(set(rope) - known):
+        refuse(
+            dense.model_type,
+            f"its `rope_parameters` have {', '.join(unknown)}, which the sparse class lacks",
         )
-    if not 1 <= options.num_experts_per_tok <= options.num_experts:
-        raise ValueError(
-            f"`num_experts_per_tok` is {options.num_experts_per_tok}; allowed: 1 to "
-            f"num_experts={options.num_experts}."
-        )
-    sizes = {
-        pair.num_experts: options.num_experts * split,
-        pair.top_k: options.num_experts_per_tok * split,
-        pair.width: width // split,
-    }
-    return sizes | _layers(dense.num_hidden_layers, pair, options)
 
 
-def _layers(count: int, pair: Pair, options: Upcycling) -> dict[str, Any]:
-    sparse = options.sparse_layer_indices(count)
-    dense = [i for i in range(count) if i not in sparse]
-    if pair.sparse_layers == "mlp_only_layers":
-        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-    return {}
+def _always(config: PreTrainedConfig, value: Any) -> bool:
+    return True
+
+
+def _is_off(config: PreTrainedConfig, value: Any) -> bool:
+    return not value
 
 
 NEUTRAL: dict[str, Callable[[PreTrainedConfig, Any], bool]] = {
-    "layer_types": lambda config, types: set(types or ()) <= {"full_attention"},
-    "max_window_layers": lambda config, value: True,
+    "attention_bias": _is_off,
+    "mlp_bias": _is_off,
+    "no_rope_layers": lambda config, value: all(value or ()),
+    "sliding_window": lambda config, value: not value or _attends(config) == {"full_attention"},
+    **dict.fromkeys(
+        (
+            "intermediate_size",  # the width of the experts
+            "use_sliding_window",  # `layer_types` decides
+            "max_window_layers",
+            "no_rope_layer_interval",  # `no_rope_layers` decides
+            "full_attn_idxs",  # `layer_types` decides
+            "block_auto_adjust_ff_dim",  # the width of the experts is that of the dense MLP
+            "block_ffn_dim_multiplier",
+            "block_multiple_of",
+            "original_max_position_embeddings",  # of longrope, which is refused
+            "pretraining_tp",
+            "resid_pdrop",  # dropout, in training alone
+            "embd_pdrop",
+        ),
+        _always,
+    ),
 }
 """Whether a field that the sparse class does not know is without effect on the function."""
 
 
-def _require_neutral(dense: PreTrainedConfig, name: str, value: Any) -> None:
-    if name not in NEUTRAL or not NEUTRAL[name](dense, value):
-        refuse(dense.model_type, f"its `{name}` is {value!r}, which the sparse class does not have")
+def _require_neutral(dense: PreTrainedConfig, pair: Pair, name: str, value: Any) -> None:
+    if name == "layer_types":
+        kinds = _attends(dense)
+        one_window = (
+            kinds == {"sliding_attention"}
+            and "sliding_window" in CONFIG_MAPPING[pair.sparse]().to_dict()
+        )
+        is_neutral = kinds <= {"full_attention"} or one_window
+    else:
+        is_neutral = name in NEUTRAL and NEUTRAL[name](dense, value)
+    if not is_neutral:
+        refuse(dense.model_type, f"its `{name}` is {value!r}, which {pair.sparse!r} does not have")

@@ -13,22 +13,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """The shared expert of a sparse class: it adds its output to that of the routed experts.
+    """The shared expert of a sparse class: its output is added to that of the routed experts.
 
     Attributes:
-        width: the field of its width, or None where that follows from `count`.
-        count: the field of the number of shared experts, or None where there is always one.
+        width: the field of its width; None: it has the width of a routed expert.
+        count: the field of the number of shared experts; None: there is always one.
         required: the class has no version without it.
-        of: one shared expert has the width of a routed one ("moe") or `intermediate_size`
-            ("dense"), where `width` is None.
-        fields: values that make the class add the two outputs.
+        gated: a sigmoid scales its output.
     """
 
     width: str | None = None
     count: str | None = None
     required: bool = False
-    of: str = "moe"
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,16 @@ class Pair:
         sparse: `model_type` of the sparse configuration.
         num_experts, top_k, width: its fields for the number of experts, those that a token is
             routed to, and the width of one.
-        fields: values that the sparse class needs in order to compute the dense function, where
-            its defaults differ.
+        fields: values that the sparse class needs in order to compute the dense function; a field
+            that the dense configuration has keeps its value.
         also: fields that the sparse class reads without declaring them.
         shared: its shared expert, if the class has one.
-        sparse_layers: how it says which layers are sparse: the field `mlp_only_layers`, or a field
-            of the number of dense layers at the start; None: all are.
+        sparse_layers: how it says which layers are sparse: the field `mlp_only_layers`, a field of
+            the number of dense layers at the start, or a pair of fields for the first and the last
+            sparse layer; None: all layers are sparse.
         partial_rotary: it can rotate a part of each head.
-        note: for the table in the documentation.
+        rope_keys: further keys of `rope_parameters` that it reads.
+        silent_branch: the dense MLP stays, and experts are added beside it.
     """
 
     sparse: str
@@ -56,41 +55,52 @@ class Pair:
     fields: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     shared: SharedExpert | None = None
-    sparse_layers: str | None = None
+    sparse_layers: str | tuple[str, str] | None = None
     partial_rotary: bool = False
-    note: str = ""
+    rope_keys: tuple[str, ...] = ()
+    silent_branch: bool = False
 
 
 NORMALIZED = {"norm_topk_prob": True}
-LOCAL = {"num_experts": "num_local_experts", "width": "intermediate_size"}
-GATED = SharedExpert(width="shared_expert_intermediate_size", required=True)
-MIXTRAL = Pair("mixtral", **LOCAL, fields={"router_jitter_noise": 0.0, "sliding_window": None})
-GLM4_MOE = Pair(
-    "glm4_moe",
-    num_experts="n_routed_experts",
-    fields=NORMALIZED
-    | {
-        "routed_scaling_factor": 1.0,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_nextn_predict_layers": 0,
-        "use_qk_norm": False,
-    },
-    also=("head_dim",),
-    shared=SharedExpert(count="n_shared_experts", required=True),
-    sparse_layers="first_k_dense_replace",
-    partial_rotary=True,
-    note="a sigmoid router with a selection bias, for bias balancing",
+GATED = SharedExpert(width="shared_expert_intermediate_size", required=True, gated=True)
+M_ROPE_KEYS = ("mrope_section", "mrope_interleaved")
+MIXTRAL = Pair(
+    "mixtral",
+    num_experts="num_local_experts",
+    width="intermediate_size",
+    fields={"router_jitter_noise": 0.0, "sliding_window": None},
 )
 
+
+def _glm4_moe(**fields: bool) -> Pair:
+    """Return the pair of a sigmoid router with a selection bias, for bias balancing."""
+    groups = {"routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
+    return Pair(
+        "glm4_moe",
+        num_experts="n_routed_experts",
+        fields=NORMALIZED | groups | {"num_nextn_predict_layers": 0, "use_qk_norm": False} | fields,
+        also=("head_dim",),
+        shared=SharedExpert(count="n_shared_experts", required=True),
+        sparse_layers="first_k_dense_replace",
+        partial_rotary=True,
+    )
+
+
 TEXT_PAIRS: Mapping[str, tuple[Pair, ...]] = {
-    "qwen3_vl_text": (
+    "llama": (MIXTRAL, _glm4_moe()),
+    "mistral": (MIXTRAL,),
+    "ministral": (MIXTRAL,),
+    "ministral3": (MIXTRAL,),
+    "phi3": (MIXTRAL,),
+    "smollm3": (MIXTRAL,),
+    "qwen2": (
         Pair(
-            "qwen3_vl_moe_text",
-            num_experts="num_local_experts",
-            fields={"sliding_window": None},
+            "qwen2_moe",
+            fields=NORMALIZED | {"qkv_bias": True},
+            shared=GATED,
             sparse_layers="mlp_only_layers",
         ),
+        _glm4_moe(attention_bias=True),
     ),
     "qwen3": (
         Pair(
@@ -100,15 +110,105 @@ TEXT_PAIRS: Mapping[str, tuple[Pair, ...]] = {
             also=("head_dim",),
             sparse_layers="mlp_only_layers",
         ),
+        _glm4_moe(use_qk_norm=True),
+    ),
+    "qwen3_vl_text": (
+        Pair(
+            "qwen3_vl_moe_text",
+            num_experts="num_local_experts",
+            fields={"sliding_window": None},
+            sparse_layers="mlp_only_layers",
+            rope_keys=M_ROPE_KEYS,
+        ),
+    ),
+    "qwen3_5_text": (
+        Pair("qwen3_5_moe_text", shared=GATED, partial_rotary=True, rope_keys=M_ROPE_KEYS),
+    ),
+    "granite": (Pair("granitemoe", num_experts="num_local_experts", width="intermediate_size"),),
+    "granite_swa": (
+        Pair(
+            "granitemoe_swa",
+            num_experts="num_local_experts",
+            width="intermediate_size",
+            shared=SharedExpert(width="shared_intermediate_size"),
+        ),
+    ),
+    "cohere2": (
+        Pair(
+            "cohere2_moe",
+            width="intermediate_size",
+            fields=NORMALIZED
+            | {"expert_selection_fn": "softmax", "shared_expert_combination_strategy": "sum"},
+            shared=SharedExpert(count="num_shared_experts"),
+        ),
+    ),
+    "lfm2": (
+        Pair(
+            "lfm2_moe",
+            fields=NORMALIZED | {"use_expert_bias": True, "routed_scaling_factor": 1.0},
+            sparse_layers="num_dense_layers",
+        ),
+    ),
+    "olmo2": (Pair("flex_olmo", width="intermediate_size", fields=NORMALIZED),),
+    "hunyuan_v1_dense": (
+        Pair(
+            "hunyuan_v1_moe",
+            top_k="moe_topk",
+            width="intermediate_size",
+            shared=SharedExpert(required=True),
+            rope_keys=("alpha",),
+        ),
+    ),
+    "ernie4_5": (
+        Pair(
+            "ernie4_5_moe",
+            num_experts="moe_num_experts",
+            top_k="moe_k",
+            fields={"moe_layer_interval": 1, "moe_norm_min": 1e-12},
+            also=("head_dim",),
+            shared=SharedExpert(count="moe_num_shared_experts"),
+            sparse_layers=("moe_layer_start_index", "moe_layer_end_index"),
+        ),
+    ),
+    "gemma4_text": (
+        Pair("gemma4_text", top_k="top_k_experts", partial_rotary=True, silent_branch=True),
     ),
 }
 """Pairs by the dense text model's type; the first is the default."""
 
-WHOLE_PAIRS: Mapping[str, str] = {"qwen3_vl": "qwen3_vl_moe"}
+WHOLE_PAIRS: Mapping[str, str] = {"qwen3_vl": "qwen3_vl_moe", "qwen3_5": "qwen3_5_moe"}
 """Vision-language models whose sparse version is a class of its own."""
 
-CONTAINERS = ("llava",)
+CONTAINERS = (
+    "aya_vision",
+    "cohere2_vision",
+    "gemma4",
+    "idefics3",
+    "internvl",
+    "lfm2_vl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "ovis2",
+    "smolvlm",
+)
 """Vision-language models that hold any language model: the class stays."""
 
-REFUSED: Mapping[str, str] = {}
+POST_NORMS = "it has norms after attention and MLP, which the sparse class of its family lacks"
+NO_CLASS = "transformers has no sparse class of its family"
+REFUSED: Mapping[str, str] = {
+    "exaone4": "it has no norm before attention and MLP, and the sparse class of its family has",
+    "gemma3": NO_CLASS,
+    "gemma3_text": NO_CLASS,
+    "glm4": POST_NORMS,
+    "glm46v": POST_NORMS,
+    "glm4v": POST_NORMS,
+    "glm4v_text": POST_NORMS,
+    "olmo": "the sparse class of its family has norms of queries and keys, and weights in its norms",
+    "paligemma": NO_CLASS,
+    "phimoe": "it has experts already",
+    "qwen2_5_vl": "no sparse class has both positions on three axes (M-RoPE) and biases on q, k, v",
+    "qwen2_vl": "no sparse class has both positions on three axes (M-RoPE) and biases on q, k, v",
+}
 """Models without an exact sparse version, and why."""

@@ -1,19 +1,30 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Images and texts on which a dense model and its native sparse version are compared."""
+"""Images and texts on which a dense model and its native sparse version are compared.
+
+Three rows, padded on the left: one with two images, one with one, one with text alone; where the
+family has positions on three axes, the last row has a video. They come from the source's own
+processor, or, without one, pixels and words are drawn at random.
+"""
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .sample import TEXTS
 from .target import Processor, Sample
 
 Tensor = torch.Tensor
+Pixels = dict[str, Tensor]
+Layout = Callable[[PreTrainedConfig, torch.Generator], Pixels]
+M_ROPE = ("qwen3_vl", "qwen3_5")
+"""Families with positions on three axes, which follow from the types of the tokens."""
 
 
 def processed_inputs(processor: Processor, config: PreTrainedConfig) -> Sample:
-    """Encode three rows, padded on the left: with two images, with one, and with text alone.
+    """Encode drawn pictures and fixed texts.
 
     Args:
         processor: of the dense model; a tokenizer for a language model.
@@ -30,16 +41,164 @@ def processed_inputs(processor: Processor, config: PreTrainedConfig) -> Sample:
 
 
 @torch.no_grad()
-def drawn_inputs(model: PreTrainedModel, length: int = 24) -> Sample:
-    """Draw inputs for a model without its processor: three rows, padded on the left.
+def drawn_inputs(
+    model: PreTrainedModel, images: Sequence[int] = (2, 1, 0), length: int = 24, frames: int = 2
+) -> Sample:
+    """Draw inputs for a model without its processor, rows padded on the left.
 
     Args:
-        model: the dense model.
+        model: the dense model; `get_image_features` gives the number of tokens of an image.
+        images: the number of images of each row.
         length: tokens of text of the longest row.
+        frames: of a video in the last row, for families with positions on three axes.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (3, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, :5], mask[2, :9] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    image_token_id = getattr(config, "image_token_id", None)
+    spans: list[list[list[int]]] = [[] for _ in images]  # of image tokens, row by row
+    pixels: list[Pixels] = []
+    if image_token_id is not None:
+        layout = LAYOUTS[config.model_type]
+        for row, count in enumerate(images):
+            for _ in range(count):
+                pixels.append(layout(config, generator))
+                spans[row].append([image_token_id] * _tokens_of(model, pixels[-1]))
+    sample = _merged(pixels, images, config.model_type)
+    if config.model_type in M_ROPE and frames:
+        video = _grid(config, generator, frames)
+        sample |= {"pixel_values_videos": video["pixel_values"]}
+        sample |= {"video_grid_thw": video["image_grid_thw"]}
+        per_frame = _tokens_of(model, video) // frames
+        spans[-1] += [[config.video_token_id] * per_frame] * frames
+    return _rows(config, spans, length, generator) | sample
+
+
+def _rows(
+    config: PreTrainedConfig, spans: Sequence[Sequence[list[int]]], length: int, g: torch.Generator
+) -> Pixels:
+    """Put each row's spans of image tokens among random words."""
+    special = {
+        value
+        for name, value in config.to_dict().items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    } | set(getattr(config, "visual_indicator_token_ids", ()))
+    words = [i for i in range(config.get_text_config().vocab_size) if i not in special]
+    texts = []
+    for row, of_row in enumerate(spans):
+        count = max(length - 5 * row, 3 * len(of_row) + 3)
+        text = [words[i] for i in torch.randint(len(words), (count,), generator=g).tolist()]
+        for i, span in reversed(list(enumerate(of_row))):
+            text[2 + 3 * i : 2 + 3 * i] = span
+        texts.append(text)
+    longest, pad = max(map(len, texts)), words[0]
+    ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    rows = {"input_ids": ids, "attention_mask": mask}
+    return rows | _types(config, ids)
+
+
+def _types(config: PreTrainedConfig, ids: Tensor) -> Pixels:
+    """Return the types of the tokens, for families whose positions or masks follow from them."""
+    if config.model_type not in (*M_ROPE, "gemma4"):
+        return {}
+    types = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    return {"mm_token_type_ids": types}
+
+
+def _tokens_of(model: PreTrainedModel, pixels: Pixels) -> int:
+    placed = {name: tensor.to(model.device) for name, tensor in pixels.items()}
+    features = model.get_image_features(**placed, return_dict=True).pooler_output
+    return sum(len(each.reshape(-1, each.shape[-1])) for each in features)
+
+
+def _merged(pixels: Sequence[Pixels], images: Sequence[int], model_type: str) -> Pixels:
+    """Join the images of all rows as the family takes them."""
+    if not pixels:
+        return {}
+    joined = {name: torch.cat([each[name] for each in pixels]) for name in pixels[0]}
+    if model_type not in ("idefics3", "smolvlm"):
+        return joined
+    padded: Pixels = {}  # (rows, images of a row, ...), padded
+    for name, tensor in joined.items():
+        flat = tensor[:, 0]
+        padded[name] = flat.new_zeros(len(images), max(images), *flat.shape[1:])
+        at = 0
+        for row, count in enumerate(images):
+            padded[name][row, :count] = flat[at : at + count]
+            at += count
+    return padded
+
+
+def _size(config: PreTrainedConfig) -> tuple[int, int]:
+    size = config.vision_config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _square(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
+    """Draw one tile of the tower's size."""
+    return {"pixel_values": torch.randn(1, 3, *_size(config), generator=g)}
+
+
+def _sized(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
+    """Draw one tile, and give its size."""
+    return _square(config, g) | {"image_sizes": torch.tensor([_size(config)])}
+
+
+def _anyres(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
+    """Draw the tiles of a wide image, the whole image first."""
+    height, width = _size(config)
+    size = (height, 2 * width - 1)  # so that some of the last tile is padding
+    tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, height)
+    pixels = torch.randn(1, tiles, 3, height, width, generator=g)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+
+
+def _masked(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
+    """Draw one tile whose lower rows of patches are padding."""
+    pixels = _square(config, g)["pixel_values"][None]
+    mask, patch = torch.ones(1, 1, *_size(config)).long(), config.vision_config.patch_size
+    pixels[..., -patch:, :], mask[..., -patch:, :] = 0, 0
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def _patches(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
+    """Draw flat patches of 4 x 4, and their number."""
+    patches = torch.randn(1, 16, 3 * config.vision_config.patch_size**2, generator=g)
+    mask = torch.ones(1, 16).long()
+    return {
+        "pixel_values": patches,
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "pixel_attention_mask": mask,
+    }
+
+
+def _placed_patches(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
+    """Draw flat patches, and the place of each; one side has two windows of pooling."""
+    side = 2 * config.vision_config.pooling_kernel_size
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    patches = torch.rand(1, side**2, 3 * config.vision_config.patch_size**2, generator=g)
+    places = torch.stack([x.flatten(), y.flatten()], dim=-1)[None]
+    return {"pixel_values": patches, "image_position_ids": places}
+
+
+def _grid(config: PreTrainedConfig, g: torch.Generator, frames: int = 1) -> Pixels:
+    """Draw flat patches of a grid of 2 x 3 merged ones."""
+    vision = config.vision_config
+    height, width = 2 * vision.spatial_merge_size, 3 * vision.spatial_merge_size
+    size = 3 * vision.temporal_patch_size * vision.patch_size**2
+    patches = torch.randn(frames * height * width, size, generator=g)
+    return {
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[frames, height, width]]),
+    }
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    **dict.fromkeys(("llava", "internvl", "aya_vision", "cohere2_vision", "ovis2"), _square),
+    **dict.fromkeys(("llava_next", "llava_onevision"), _anyres),
+    **dict.fromkeys(("idefics3", "smolvlm"), _masked),
+    **dict.fromkeys(M_ROPE, _grid),
+    "mistral3": _sized,
+    "lfm2_vl": _patches,
+    "gemma4": _placed_patches,
+}
+"""How a family takes an image."""

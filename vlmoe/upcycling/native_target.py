@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from .exactness import TOLERANCE
 from .native_config import native_config
 from .native_pairs import Pair
 from .native_plan import NativePlan
@@ -21,6 +22,7 @@ from .origins import Origin
 from .target import Processor, Sample, Target
 
 Tensor = torch.Tensor
+SILENT_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -52,6 +54,18 @@ class NativeTarget(Target):
         return cls(made.config, options, dense, made.pair, made.lost)
 
     @property
+    def tolerance(self) -> float:
+        """Of the error of the logits in fp32; a norm before a norm changes them by its epsilon."""
+        return SILENT_TOLERANCE if self.pair.silent_branch else TOLERANCE
+
+    @property
+    def exactness(self) -> str:
+        """Return how far the sparse model keeps the dense function."""
+        if self.pair.silent_branch:
+            return "adds a silent MoE branch, exact in the limit only"
+        return self.options.exactness
+
+    @property
     def model_class(self) -> type[PreTrainedModel]:
         """Return the class that plain Auto classes load."""
         with_images = type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -66,7 +80,7 @@ class NativeTarget(Target):
         """Find the origin of each of the sparse model's tensors; see `NativePlan`."""
         std = self.options.router_std
         std = self.config.get_text_config().initializer_range if std is None else std
-        return NativePlan(weights, self.options, std, dtype).of(skeleton)
+        return NativePlan(weights, self.pair, self.options, std, dtype).of(skeleton)
 
     def sample(self, dense: PreTrainedModel, processor: Processor | None) -> Sample:
         """Encode drawn pictures and fixed texts, or draw pixels and random tokens."""

@@ -57,6 +57,8 @@ class Upcycling:
         sparse_layers: decoder layers that get experts: `"all"`, `"second_half"`, a number n for
             every n-th layer, or a list of indices.
         drop_ratio, noise_ratio: see `expert_init`.
+        sparse_type: of native targets, the `model_type` of the sparse text model where a family has
+            more than one; by default the first of the table in native_pairs.py.
         router_std: standard deviation of the router's weights; by default the dense model's
             `initializer_range`. With 0 all experts tie, and copies stay equal in training.
         seed: of the router's weights, and of the draws of `expert_init`.
@@ -74,6 +76,7 @@ class Upcycling:
     sparse_layers: str | int | Sequence[int] = "all"
     drop_ratio: float = 0.5
     noise_ratio: float = 0.05
+    sparse_type: str | None = None
     router_std: float | None = None
     seed: int = 0
     fields: JsonObject = field(default_factory=dict)
@@ -144,6 +147,8 @@ class Upcycling:
         Args:
             dense: as `dense_configs.vlmoe_fields` gives them.
         """
+        if self.sparse_type is not None:
+            raise ValueError(f"`sparse_type` is {self.sparse_type!r}; it is for native targets.")
         text, split = dense["text_config"], self.expert_split
         width = text["intermediate_size"]
         if width % split:

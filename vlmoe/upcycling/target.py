@@ -27,13 +27,11 @@ class Target(ABC):
 
     Attributes:
         name: "vlmoe" or "native".
-        tolerance: of the error of the logits in fp32.
         config: of the sparse model.
         options: of the conversion.
     """
 
     name: ClassVar[str]
-    tolerance: float = TOLERANCE
     config: PreTrainedConfig
     options: Upcycling
 
@@ -41,6 +39,11 @@ class Target(ABC):
     @abstractmethod
     def model_class(self) -> type[PreTrainedModel]:
         """Return the class of the sparse model."""
+
+    @property
+    def tolerance(self) -> float:
+        """Of the error of the logits in fp32."""
+        return TOLERANCE
 
     @property
     def exactness(self) -> str:
