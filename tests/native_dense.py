@@ -1,12 +1,15 @@
 """Tiny dense models that have a native sparse version, one for each row of the table of pairs."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from dense_fields import GRANITE, HALF_ROPE
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers import PreTrainedModel
+from dense_fields import GRANITE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 IMAGE, VIDEO = 5, 7
 TEXT: dict[str, Any] = {

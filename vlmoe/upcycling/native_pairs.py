@@ -205,7 +205,7 @@ REFUSED: Mapping[str, str] = {
     "glm46v": POST_NORMS,
     "glm4v": POST_NORMS,
     "glm4v_text": POST_NORMS,
-    "olmo": "the sparse class of its family has norms of queries and keys, and weights in its norms",
+    "olmo": "its family's sparse class normalizes queries and keys, and its norms have weights",
     "paligemma": NO_CLASS,
     "phimoe": "it has experts already",
     "qwen2_5_vl": "no sparse class has both positions on three axes (M-RoPE) and biases on q, k, v",
