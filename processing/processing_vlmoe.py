@@ -42,7 +42,6 @@ from .image_layout import (
 )
 from .image_sources import DEFAULT_LIMITS, ImageLimits, ImageSource
 from .text_checks import check_text_options, require_characters
-from .tower_layout import image_processor_for, image_seq_length
 
 Texts = str | Sequence[str]
 TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
@@ -171,35 +170,14 @@ class VLMoEProcessor(HubProcessorMixin):
         config: VLMoEConfig,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: BaseImageProcessor | None = None,
-        tiling: bool = False,
-        max_tiles_per_side: int = 4,
-        **kwargs: Any,
+        **options: Any,
     ) -> Self:
-        """Make a processor that fits a `VLMoEConfig`.
+        """Make a processor that fits a `VLMoEConfig`, such as one that tiles: `tiling=True`.
 
-        Args:
-            config: read for the tower's image and patch size, pixel shuffle and `image_token_id`.
-            tokenizer: must hold the image token under `config.image_token_id`.
-            image_processor: by default Idefics3's at the tower's size and with its pixel
-                statistics, which never enlarges an image to get tiles.
-            tiling: whether calls tile unless they say otherwise (`do_image_splitting`).
-            max_tiles_per_side: larger images are shrunk to this many tiles per side before tiling.
-            **kwargs: further arguments of the processor.
-
-        Raises:
-            ValueError: token id, image size, patches or pixel shuffle do not fit each other.
+        For the arguments and errors see `vlmoe.data.tower_layout.processor_for_config`.
         """
-        if image_processor is None:
-            image_processor = image_processor_for(config.vision_config, tiling, max_tiles_per_side)
-        length = image_seq_length(config)
-        processor = cls(image_processor, tokenizer, image_seq_len=length, **kwargs)
-        if processor.image_token_id != config.image_token_id:
-            raise ValueError(
-                f"`image_token_id` is {config.image_token_id} in the configuration but "
-                f"{processor.image_token!r} is token {processor.image_token_id} of the tokenizer; "
-                "make them equal."
-            )
-        return processor
+        maker = toolkit_module("data.tower_layout", "A new processor")
+        return maker.processor_for_config(cls, config, tokenizer, image_processor, **options)
 
     @classmethod
     def from_dense(
@@ -210,18 +188,7 @@ class VLMoEProcessor(HubProcessorMixin):
     ) -> Self:
         """Make the processor for a converted dense vision-language model.
 
-        Text and pixels are the source's, token for token and pixel for pixel (by PIL). A source
-        without a chat template gets `DEFAULT_CHAT_TEMPLATE`.
-
-        Args:
-            source: a local folder or Hub id of a Llava, InternVL, SmolVLM or Idefics3 model; its
-                processor; or a pair `(image_processor, tokenizer)`.
-            config: the converted model's `VLMoEConfig`.
-            **kwargs: of `from_pretrained`, such as `revision` or `token`, for a folder or Hub id.
-
-        Raises:
-            ValueError: a file is missing or broken, the processor is of another kind, or its image
-                token, number of image tokens or image size does not fit `config`.
+        For the arguments and errors see `vlmoe.upcycling.dense_processor.processor_from_dense`.
         """
         converter = toolkit_module("upcycling.dense_processor", "Upcycling")
         return converter.processor_from_dense(cls, source, config, **kwargs)

@@ -17,7 +17,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import get_resiz
 
 from vlmoe.processing import processing_vlmoe
 from vlmoe.processing.image_checks import load_rgb_image
-from vlmoe.processing.image_layout import _idefics3_size
+from vlmoe.processing.image_layout import tile_grid
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
 
 
@@ -245,10 +245,23 @@ def test_an_unknown_pixel_layout_is_refused_by_name(processor, make_image):
         strange(images=make_image(), text="<image>")
 
 
+class SizesOnly(Idefics3ImageProcessorPil):
+    """transformers' steps from image to tiles, without pixels."""
+
+    def resize(self, image, size, **kwargs):
+        return np.broadcast_to(np.uint8(0), (3, size.height, size.width))
+
+
 @pytest.mark.parametrize("longest", [45, 64, 4096, 5001])
-def test_idefics3_sizes_are_those_of_transformers(longest):
+def test_idefics3_grids_are_those_of_transformers(longest, tile):
+    sizes = {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": tile}}
+    image_processor = SizesOnly(do_resize=True, do_image_splitting=True, **sizes)
     for height in (1, 2, 17, 333, 1000, 4095):
         for width in (1, 3, 16, 334, 999, 6000):
             image = np.broadcast_to(np.uint8(0), (3, height, width))
-            wanted = get_resize_output_image_size(image, longest)
-            assert _idefics3_size(height, width, longest) == wanted
+            size = get_resize_output_image_size(image, longest)
+            resized = np.broadcast_to(np.uint8(0), (3, *size))
+            _, high, wide = image_processor.resize_for_vision_encoder(resized, tile).shape
+            grid = (high // tile, wide // tile)
+            wanted = grid if max(grid) > 1 else (0, 0)
+            assert tile_grid(height, width, image_processor, {}) == wanted, (height, width)

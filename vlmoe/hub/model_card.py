@@ -28,7 +28,6 @@ from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.tower_facts import tower_image_size
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..processing.image_layout import TILING_OPTIONS
-from ..processing.tower_layout import image_seq_length
 from .atomic_files import atomic_path, free_name
 from .card_results import (
     EVALUATION_FILE,
@@ -248,7 +247,7 @@ def _image_facts(config: VLMoEConfig, folder: Path) -> JsonObject:
     tiling = any(image_processor.get(option) for option in TILING_OPTIONS)
     size = tokens = None
     if getattr(config.vision_config, "image_size", None) is not None:
-        size, tokens = tower_image_size(config.vision_config), image_seq_length(config)
+        size, tokens = tower_image_size(config.vision_config), processor.get("image_seq_len")
     return {"image_size": size, "image_tokens": tokens, "tiling": tiling}
 
 

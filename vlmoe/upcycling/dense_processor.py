@@ -250,7 +250,24 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = "<ima
 def processor_from_dense(
     cls: type[VLMoEProcessor], source: Any, config: VLMoEConfig, **kwargs: Any
 ) -> VLMoEProcessor:
-    """Make the processor that `VLMoEProcessor.from_dense` returns."""
+    """Make the processor for a converted dense vision-language model.
+
+    `VLMoEProcessor.from_dense` calls it with its class.
+
+    Text and pixels are the source's, token for token and pixel for pixel (by PIL). A source
+    without a chat template gets `DEFAULT_CHAT_TEMPLATE`.
+
+    Args:
+        cls: the processor's class.
+        source: a local folder or Hub id of a Llava, InternVL, SmolVLM or Idefics3 model; its
+            processor; or a pair `(image_processor, tokenizer)`.
+        config: the converted model's `VLMoEConfig`.
+        **kwargs: of `from_pretrained`, such as `revision` or `token`, for a folder or Hub id.
+
+    Raises:
+        ValueError: a file is missing or broken, the processor is of another kind, or its image
+            token, number of image tokens or image size does not fit `config`.
+    """
     dense = read_dense_processor(source, **kwargs)
     parts = config, dense.tokenizer, dense.image_processor
     layout: dict[str, Any] = {"chat_template": dense.chat_template, **layout_of(dense)}

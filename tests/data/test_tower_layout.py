@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from vlmoe.data.tower_layout import image_processor_for, image_seq_length
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
-from vlmoe.processing.tower_layout import image_processor_for, image_seq_length
 
 TOWERS = [
     ("siglip_vision_model", {}),
