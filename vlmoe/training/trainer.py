@@ -37,10 +37,11 @@ from .build import ModelOptions, build_model, is_preset, row_texts
 from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
 from .overrides import Fields
+from .strict_resume import StrictResumeMixin
 from .telemetry import RouterTelemetry
 
 
-class VLMoETrainer(ModelCardMixin, Trainer):
+class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
     """`transformers.Trainer` for conversations about images and sparse models.
 
     Beyond `Trainer` it collates rows, checks their lengths before the first step, updates router

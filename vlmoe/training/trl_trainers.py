@@ -36,6 +36,7 @@ from ..hub.provenance import RunOrigin
 from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from .card import ModelCardMixin
+from .strict_resume import StrictResumeMixin
 
 try:
     from trl import DPOTrainer, SFTTrainer
@@ -74,7 +75,7 @@ def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWith
             handle.remove()
 
 
-class RouterLossTrainer(ModelCardMixin, ABC):
+class RouterLossTrainer(StrictResumeMixin, ModelCardMixin, ABC):
     """Adds the router losses, and our model card, to a TRL trainer, the next class in line.
 
     `own_collator` takes the place of `trl_collator`, TRL's choice for rows with `images`.
