@@ -24,6 +24,7 @@ MODULES = {
     "inspect": "inspect_experts",
     "card": "card",
     "upcycle": "upcycle",
+    "export": "export",
     "merge": "merge",
     "export-lora": "export_lora",
     "push": "push_to_hub",

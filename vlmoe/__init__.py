@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .data.collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
     from .data.collator import VLMoEPromptCollator as VLMoEPromptCollator
     from .data.loading import load_rows as load_rows
+    from .hub.export import export as export
     from .hub.push_to_hub import push as push
     from .lora.add import add_expert_lora as add_expert_lora
     from .lora.config import expert_lora_config as expert_lora_config
@@ -74,6 +75,7 @@ _MODULES = {
     "evaluate": "training.evaluation",
     "expert_int8_config": "lora.int8",
     "expert_lora_config": "lora.config",
+    "export": "hub.export",
     "hotswap_expert_lora": "lora.wrappers",
     "inspect_routing": "routing.inspection.inspect",
     "load_rows": "data.loading",

@@ -11,6 +11,9 @@ from .lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .card_folder import write_card as write_card
+    from .export import ExportResult as ExportResult
+    from .export import export as export
+    from .export import publish_layout as publish_layout
     from .folder_lock import FolderInUseError as FolderInUseError
     from .input_errors import InputError as InputError
     from .model_card import write_model_card as write_model_card
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "ExportResult": "export",
         "FolderInUseError": "folder_lock",
         "InputError": "input_errors",
         "PushResult": "push_to_hub",
+        "export": "export",
         "model_problems": "whole_model",
+        "publish_layout": "export",
         "push": "push_to_hub",
         "write_card": "card_folder",
         "write_model_card": "model_card",
