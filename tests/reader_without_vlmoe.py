@@ -1,4 +1,5 @@
-"""What a person does with a folder that someone else saved; used by test_hub_loading.py.
+"""What a person does with a folder that someone else saved; used by test_hub_loading.py and
+test_native_pairs.py.
 
 Run as a program, `python -P reader_without_vlmoe.py jobs.json results.pt`, it can import nothing of
 `vlmoe`. The jobs are `[[function, {argument: value}], ...]`; the results come in the same order.
@@ -121,6 +122,18 @@ def ask(folder: str, image: str, question: str, new_tokens: int) -> dict[str, An
         logits = pipe.model(**inputs).logits
     answer = pipe(text=messages, max_new_tokens=new_tokens, return_full_text=False)
     return {"logits": logits, "answer": answer[0]["generated_text"]}
+
+
+def native(folder: str, inputs: str) -> torch.Tensor:
+    """Logits of a model whose class is one of transformers'; no code of its own is trusted."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        return model(**torch.load(inputs)).logits
 
 
 def save_again(folder: str, to: str) -> None:

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.configuration import hub_code
@@ -158,3 +164,15 @@ def test_what_is_no_dense_model_is_refused(
         VLMoEForConditionalGeneration.from_vision_text(
             *dense_parts(), 4, 2, connector={"layers": 1}
         )
+
+
+def test_half_precision_is_split_by_powers_of_two(
+    dense_model: Callable[..., Any], tmp_path: Any
+) -> None:
+    """Shards are multiplied by the split, which is exact in bf16 for powers of two alone."""
+    dense_model().save_pretrained(tmp_path)
+    half = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"`expert_split` is 5.*torch.bfloat16.*powers of two"):
+        VLMoEForConditionalGeneration.from_dense(half, 4, 2, expert_split=5)
+    report = VLMoEForConditionalGeneration.from_dense(half, 4, 2, expert_split=4).upcycling_report
+    assert report.error <= 1e-5

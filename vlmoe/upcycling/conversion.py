@@ -22,7 +22,7 @@ from ..modeling_vlmoe.vision_tower import unused_vision_parameters
 from ..modeling_vlmoe.whole_weights import NotWholeError, weight_problems
 from .dense_configs import text_fields, vision_fields, vlmoe_fields
 from .dense_models import Dense, dense_config, is_tied, kind_of, load_dense
-from .exactness import Outputs, UpcyclingError, experts_computed_by, outputs_of
+from .exactness import HALF, Outputs, UpcyclingError, experts_computed_by, outputs_of
 from .native_target import NativeTarget
 from .options import Upcycling
 from .origins import Origin
@@ -173,6 +173,7 @@ class Conversion:
         sample: Sample | None,
         processor_for: ProcessorFor | None,
     ) -> Self:
+        _require_exact_split(target.options.expert_split, model.dtype)
         was_training = model.training
         model.eval()
         processor = None if processor_for is None else processor_for(target.config)
@@ -272,6 +273,15 @@ class Conversion:
             ],
             versions={name: version(name) for name in ("torch", "transformers")},
             target=self.target.name,
+        )
+
+
+def _require_exact_split(split: int, dtype: torch.dtype) -> None:
+    """Refuse a split whose factor on `down_proj` the dtype would round."""
+    if dtype in HALF and split & (split - 1):
+        raise ValueError(
+            f"`expert_split` is {split}: each shard's weights are multiplied by it, which {dtype} "
+            "rounds; allowed: powers of two, or a source that is loaded in fp32."
         )
 
 

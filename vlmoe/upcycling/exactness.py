@@ -23,8 +23,11 @@ TOLERANCE = 1e-5
 HALF = (torch.float16, torch.bfloat16)
 PRODUCTS = (
     F.linear,
+    F.conv1d,
     F.conv2d,
+    F.conv3d,
     F.layer_norm,
+    F.rms_norm,
     F.group_norm,
     F.multi_head_attention_forward,
     torch.matmul,
