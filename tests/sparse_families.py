@@ -16,7 +16,7 @@ from transformers import (
 
 IMAGE, VIDEO, START, END = 5, 7, 8, 9
 """Token ids of images and videos, and of what stands around them."""
-EXPERTS, TOP_K, VOCABULARY = 4, 2, 128
+EXPERTS, TOP_K, VOCABULARY, IMAGE_LENGTH = 4, 2, 128, 4
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -71,7 +71,7 @@ QWEN_VISION = {
     "depth": 2,
     "hidden_size": 24,
     "intermediate_size": 36,
-    "num_heads": 4,
+    "num_heads": 3,
     "out_hidden_size": 32,
     "patch_size": 4,
     "spatial_merge_size": 2,
@@ -222,28 +222,57 @@ def sparse_family(name: str, seed: int = 0, **text_fields: Any) -> PreTrainedMod
     return auto.from_config(config)
 
 
-def text_row(length: int, labels: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return a row of text tokens, the last `labels` of which are to be learned."""
+def row(length: int, labels: int, seed: int, images: int = 0) -> dict[str, torch.Tensor]:
+    """Return a row of text tokens with images at its start, the last `labels` to be learned."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(20, VOCABULARY, (length,), generator=generator)
+    text = torch.randint(20, VOCABULARY, (length,), generator=generator)
+    image = torch.tensor([START, *[IMAGE] * IMAGE_LENGTH, END])
+    ids = torch.cat([*[image] * images, text])
     learned = torch.full_like(ids, -100)
     if labels:
         learned[-labels:] = ids[-labels:]
-    return {"input_ids": ids, "labels": learned, "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "labels": learned,
+        "attention_mask": torch.ones_like(ids),
+        "images": torch.randn(images, 3, 16, 16, generator=generator),
+    }
 
 
-class TextCollator:
-    """Pads rows on the right and adds the token types that the model's family asks for."""
+class FamilyCollator:
+    """Pads rows on the right, and gives images and token types as the model's family takes them."""
 
     def __init__(self, name: str):
-        self.types = {
-            "ernie4_5_vl_moe": ("moe_mm_token_type_ids", "mm_token_type_ids"),
-            "gemma4": ("mm_token_type_ids",),
-        }.get(name, ())
+        self.name = name
 
     def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Each (batch, length)."""
+        """Texts (batch, length); images as `pixels_of`."""
         fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
         pad = torch.nn.utils.rnn.pad_sequence
         batch = {key: pad([row[key] for row in rows], True, fill[key]) for key in fill}
-        return batch | {key: torch.zeros_like(batch["input_ids"]) for key in self.types}
+        types = (batch["input_ids"] == IMAGE).long()
+        if self.name in VISIONS:
+            batch["mm_token_type_ids"] = types
+        if self.name == "ernie4_5_vl_moe":
+            batch["moe_mm_token_type_ids"] = types
+        images = torch.cat([row["images"] for row in rows])
+        return batch | (pixels_of(self.name, images) if len(images) else {})
+
+
+def pixels_of(name: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(images, 3, 16, 16) -> the same as the family's processor gives them; 4 tokens for each."""
+    if name.startswith("internvl"):
+        return {"pixel_values": images}
+    if name.startswith("llava"):
+        return {"pixel_values": images[..., :8, :8]}
+    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+    # patches (images, 16, 3 * 4 * 4)
+    if name == "gemma4":
+        y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+        places = torch.stack([x.flatten(), y.flatten()], -1).expand(len(images), -1, -1)
+        return {"pixel_values": patches, "image_position_ids": places}
+    flat = patches.flatten(0, 1)
+    if name != "ernie4_5_vl_moe":
+        flat = torch.cat([flat, flat], 1)  # two frames
+    grid = torch.tensor([[1, 4, 4]]).expand(len(images), -1)
+    return {"pixel_values": flat, "image_grid_thw": grid}

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .routing.inspection.inspect import inspect_routing as inspect_routing
     from .routing.trace import record_routing as record_routing
     from .training.evaluation import evaluate as evaluate
+    from .training.sparse_loss import SparseLoss as SparseLoss
     from .training.trainer import VLMoETrainer as VLMoETrainer
     from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
     from .training.trl_trainers import VLMoESFTTrainer as VLMoESFTTrainer
@@ -62,6 +63,7 @@ AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 
 # Where each name that is imported on first use is defined; the imports above are for editors.
 _MODULES = {
+    "SparseLoss": "training.sparse_loss",
     "VLMoECollator": "data.collator",
     "VLMoEDPOTrainer": "training.trl_trainers",
     "VLMoEPreferenceCollator": "data.collator",

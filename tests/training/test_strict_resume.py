@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from sparse_families import FAMILIES, TextCollator, sparse_family, text_row
+from sparse_families import FAMILIES, FamilyCollator, row, sparse_family
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from vlmoe.training.strict_resume import StrictResumeMixin, load_weights_in_place
@@ -77,11 +77,11 @@ def run(
         use_cpu=True,
         **more,
     )
-    rows = [text_row(6 + n, 3 + n % 3, n) for n in range(6)]
+    rows = [row(6 + n, 3 + n % 3, n) for n in range(6)]
     trainer = kind(
         model,
         arguments,
-        TextCollator(name),
+        FamilyCollator(name),
         train_dataset=rows,
         eval_dataset=rows[:2],
         callbacks=[MoveBias()],

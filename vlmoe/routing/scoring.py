@@ -1,0 +1,148 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""How a router of any family gets from logits to its choice, found by asking it.
+
+A copy of the router with drawn weights is called once with drawn tokens. Of the known ways that one
+is taken which explains both outputs, weights and choice: softmax or sigmoid scores, or an output
+that is probabilities already (Gemma 4). With the router's own weights the answer would not be
+certain: at logits near 0 all ways agree.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from ..modeling_vlmoe.router import choose_experts
+from .routed_layers import RoutedLayer, without_wrappers
+
+Kind = Literal["softmax", "sigmoid", "probabilities"]
+
+_TOKENS, _TOLERANCE = 64, 1e-4
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores follow from a router's output and choices from scores.
+
+    Attributes:
+        kind: softmax or sigmoid of the output, or the output itself.
+        top_k, n_group, topk_group: as in `choose_experts`.
+    """
+
+    kind: Kind
+    top_k: int
+    n_group: int = 1
+    topk_group: int = 1
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """(tokens, experts) -> the same as logits: probabilities become their logarithm."""
+        if self.kind != "probabilities":
+            return output
+        return output.clamp(min=torch.finfo(output.dtype).tiny).log()
+
+    @property
+    def of_logits(self) -> Literal["softmax", "sigmoid"]:
+        """The function that makes scores of `logits`."""
+        return "sigmoid" if self.kind == "sigmoid" else "softmax"
+
+    def scores(self, output: torch.Tensor) -> torch.Tensor:
+        """(tokens, experts) -> the same as scores, float32."""
+        logits = self.logits(output.float())
+        return logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(-1)
+
+
+def router_logits_of(output: object, num_experts: int) -> torch.Tensor | None:
+    """Return the first floating-point tensor (tokens, experts) of a router's output."""
+    for part in output if isinstance(output, tuple | list) else (output,):
+        if isinstance(part, torch.Tensor) and part.is_floating_point():
+            if part.dim() == 2 and part.shape[-1] == num_experts:
+                return part
+    return None
+
+
+@torch.no_grad()
+def router_scoring(layer: RoutedLayer) -> Scoring:
+    """Find how a layer's router scores and chooses.
+
+    Raises:
+        ValueError: none of the known ways explains its outputs, or several do (a single expert
+            whose weight is always 1).
+    """
+    output, weights, choice = _asked(layer)
+    router = without_wrappers(layer.router)
+    groups = _number(router, "num_group", "n_group"), _number(router, "topk_group")
+    given = weights / weights.sum(-1, keepdim=True)
+    fitting = []
+    for kind in get_args(Kind):
+        scoring = Scoring(kind, layer.top_k, *groups)
+        if kind == "probabilities" and not _are_probabilities(output):
+            continue
+        scores = scoring.scores(output)
+        chosen = choose_experts(scores, choice.shape[-1], *groups)
+        taken = scores.gather(-1, choice)
+        shares = taken / taken.sum(-1, keepdim=True)
+        if torch.equal(chosen.sort(-1)[0], choice.sort(-1)[0]) and _close(shares, given):
+            fitting.append(scoring)
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{type(layer.router).__name__} ({layer.name}) "
+            + ("fits several ways" if fitting else "chooses or weighs in none of the known ways")
+            + " (softmax, sigmoid, probabilities; the k best, in groups or not): its probabilities "
+            "do not follow from its output."
+        )
+    return fitting[0]
+
+
+def _asked(layer: RoutedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return output (tokens, experts), weights and choice (tokens, k) for drawn tokens.
+
+    A router of one expert chooses two: where it normalizes, the weight of one alone is always 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    router = copy.deepcopy(without_wrappers(layer.router)).to_empty(device="cpu").float()
+    router.requires_grad_(False)
+    if layer.top_k == 1 and layer.num_experts > 1 and hasattr(router, "top_k"):
+        setattr(router, "top_k", 2)  # noqa: B010 - an attribute of some routers
+    hidden = _hidden_size(router, layer.num_experts)
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if tensor.dim() < 2 or name.endswith("bias"):
+            tensor.fill_(1 if name.endswith("scale") else 0)  # ERNIE's bias is (1, experts)
+        else:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * hidden**-0.5)
+    tokens = 3 * torch.randn(_TOKENS, hidden, generator=generator)
+    arguments = inspect.signature(router.forward).parameters
+    more = {"expert_bias": torch.zeros(layer.num_experts)} if "expert_bias" in arguments else {}
+    outputs = router(tokens, **more)
+    logits = router_logits_of(outputs, layer.num_experts)
+    others = [part for part in outputs if part is not logits]
+    weights = [part for part in others if part.is_floating_point()]
+    choice = [part for part in others if not part.is_floating_point()]
+    if logits is None or len(weights) != 1 or len(choice) != 1:
+        raise ValueError(
+            f"{type(router).__name__} ({layer.name}) does not return logits (tokens, experts), "
+            "weights and choice (tokens, k): its routing cannot be read."
+        )
+    return logits, weights[0], choice[0]
+
+
+def _hidden_size(router: nn.Module, num_experts: int) -> int:
+    for parameter in router.parameters():
+        if parameter.dim() == 2 and parameter.shape[0] == num_experts:
+            return parameter.shape[1]
+    raise ValueError(f"{type(router).__name__} has no weight (experts, hidden).")
+
+
+def _number(router: nn.Module, *names: str) -> int:
+    values = [value for name in names if isinstance(value := getattr(router, name, None), int)]
+    return values[0] if values else 1
+
+
+def _are_probabilities(output: torch.Tensor) -> bool:
+    return bool((output >= 0).all()) and _close(output.sum(-1), torch.ones(len(output)))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE)
