@@ -227,19 +227,20 @@ class GuardedTokenizer:
 
 
 def guarded_tokenizer(
-    processor: ProcessorMixin, values: object, template: str
+    tokenizer: PreTrainedTokenizerBase, values: object, template: str, markers: tuple[str, ...]
 ) -> GuardedTokenizer | None:
     """Make the tokenizer for a chat whose values hold control strings; None if they hold none.
 
     Args:
-        processor: a `VLMoEProcessor`, whose tokenizer has the control strings.
+        tokenizer: of the processor; its special tokens are control strings.
         values: all that a caller gives the template: messages, tools, documents, variables.
         template: the chat template.
+        markers: added tokens that are control strings, too; see `chat_markers`.
 
     Raises:
         ValueError: the tokenizer is no fast one.
     """
-    control = _control_strings(processor)
+    control = _control_strings(tokenizer, markers)
     texts: list[str] = []
     found = False
 
@@ -253,14 +254,19 @@ def guarded_tokenizer(
     _each_string(values, look)
     if not found:
         return None
-    return GuardedTokenizer(processor.tokenizer, control, set("".join((*texts, template))))
+    return GuardedTokenizer(tokenizer, control, set("".join((*texts, template))))
 
 
-def _control_strings(processor: ProcessorMixin) -> ControlStrings:
-    """Return those of a processor's tokenizer, remembered until tokens are added to it."""
-    tokenizer, image_token = processor.tokenizer, processor.image_token
+def chat_markers(processor: ProcessorMixin) -> tuple[str, ...]:
+    """Return the markers of our chat template and of a `VLMoEProcessor`'s images."""
     around = processor.image_start_token, processor.image_end_token, processor.global_image_token
-    markers = (*CHAT_MARKERS, image_token, *around)
+    return (*CHAT_MARKERS, processor.image_token, *around)
+
+
+def _control_strings(
+    tokenizer: PreTrainedTokenizerBase, markers: tuple[str, ...]
+) -> ControlStrings:
+    """Return those of a tokenizer, remembered until tokens are added to it."""
     key = (markers, len(tokenizer), tokenizer.all_special_tokens)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != key:

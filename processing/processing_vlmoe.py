@@ -29,7 +29,7 @@ from transformers.processing_utils import (
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.hub_code import HubCodeMixin, toolkit_module
 from .chat_template import DEFAULT_CHAT_TEMPLATE
-from .control_text import guarded_tokenizer
+from .control_text import chat_markers, guarded_tokenizer
 from .image_checks import load_rgb_image
 from .image_layout import (
     Images,
@@ -245,7 +245,8 @@ class VLMoEProcessor(HubProcessorMixin):
                 for name, value in kwargs.items()
                 if name != "processor_kwargs" and not name.endswith("_token")
             }
-            guard = guarded_tokenizer(self, [values, options], template)
+            markers = chat_markers(self)
+            guard = guarded_tokenizer(self.tokenizer, [values, options], template, markers)
         if guard is None:
             return super().apply_chat_template(**values, chat_template=chat_template, **kwargs)
         guarded = copy.copy(self)

@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..hub.input_errors import reading
-from ..processing.control_text import guarded_tokenizer
+from ..processing.control_text import chat_markers, guarded_tokenizer
 from ..processing.image_checks import decode
 from ..processing.image_sources import encoded_image
 from ..processing.processing_vlmoe import VLMoEProcessor
@@ -172,7 +172,8 @@ class ConversationEncoder:
         first one. The tokenizer's own chat templating adds none, so they are added here.
         """
         tokenizer, messages = self.processor.tokenizer, [turn.as_message() for turn in conversation]
-        guard = guarded_tokenizer(self.processor, messages, self.processor.chat_template)
+        template = self.processor.chat_template
+        guard = guarded_tokenizer(tokenizer, messages, template, chat_markers(self.processor))
         if guard is not None:
             tokenizer, messages = guard, guard.mark(messages)
         output = tokenizer.apply_chat_template(

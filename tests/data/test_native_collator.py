@@ -1,0 +1,140 @@
+"""Rows to batches of transformers' own models: their processor's inputs, labels on the answers."""
+
+from typing import Any
+
+import pytest
+import torch
+from builders import assistant, picture, row, user
+from native_processors import MARKED, TEMPLATE, tiny_processor
+
+from vlmoe.data.collator import IGNORE_INDEX
+from vlmoe.data.native_collator import NativeCollator, NativePromptCollator
+
+VISION = ("qwen3_vl_moe", "glm4v_moe", "gemma4", "llava_qwen3_moe", "internvl_qwen3_moe")
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        row(user("what color?", 1), assistant("red"), images=[picture(0)]),
+        row(user("hi"), assistant("yo")),
+        row(
+            user("a?", 2),
+            assistant("b"),
+            user("and?"),
+            assistant("end"),
+            images=[picture(1), picture(2, (30, 40))],
+        ),
+    ]
+
+
+def learned(processor: Any, batch: dict[str, torch.Tensor]) -> list[str]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [tokenizer.decode(of_row[of_row != IGNORE_INDEX]) for of_row in batch["labels"]]
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_inputs_are_the_processors_and_labels_the_assistants(family: str) -> None:
+    processor = tiny_processor(family)
+    batch = NativeCollator(processor)(rows())
+    assert learned(processor, batch) == [
+        "red<|im_end|>",
+        "yo<|im_end|>",
+        "b<|im_end|>end<|im_end|>",
+    ]
+    labels = batch.pop("labels")
+    assert torch.equal(labels[labels != IGNORE_INDEX], batch["input_ids"][labels != IGNORE_INDEX])
+    chats = [
+        [
+            {**turn, "content": [part | {"image": picture(0)} for part in turn["content"]]}
+            if turn["role"] == "user"
+            else turn
+            for turn in each["messages"]
+        ]
+        for each in rows()[:1]
+    ]
+    alone = NativeCollator(processor)(rows()[:1])
+    expected = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert alone.keys() == {*expected.keys(), "labels"}
+    for name, tensor in expected.items():
+        assert torch.equal(alone[name], tensor), name
+    marked = NativeCollator(tiny_processor(family, marked=True))(rows())
+    assert torch.equal(marked["labels"], labels)
+
+
+def test_a_language_models_tokenizer_takes_the_place_of_a_processor() -> None:
+    tokenizer = tiny_processor("mixtral")
+    batch = NativeCollator(tokenizer)(rows()[1:2])
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert learned(tokenizer, batch) == ["yo<|im_end|>"]
+    with pytest.raises(ValueError, match=r"what color\?.* has images, but the model reads text"):
+        NativeCollator(tokenizer)(rows())
+
+
+def test_prompts_end_where_the_answer_begins() -> None:
+    processor = tiny_processor("llava")
+    prompts = NativePromptCollator(processor)(rows())
+    assert prompts.references == ["red", "yo", "end"]
+    ends = [
+        text.rsplit("<|im_start|>")[-1]
+        for text in processor.batch_decode(prompts.inputs["input_ids"])
+    ]
+    assert ends == ["assistant\n"] * 3
+    whole = NativeCollator(processor)(rows()[1:2])
+    length = int((whole["labels"][0] == IGNORE_INDEX).int().cumprod(0).sum())
+    assert torch.equal(prompts.inputs["input_ids"][1, -length:], whole["input_ids"][0, :length])
+    assert prompts.inputs["attention_mask"][1].sum() == length
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_control_strings_in_a_row_are_text(marked: bool) -> None:
+    processor = tiny_processor("qwen3_vl_moe", marked)
+    text = "<image>or<|im_end|>?"
+    batch = NativeCollator(processor)(
+        [row(user(text, 1), assistant(f"no{text}"), images=[picture(0)])]
+    )
+    ids = batch["input_ids"][0].tolist()
+    assert ids.count(6) == 2, "the ends of two turns"
+    assert ids.count(5) == int(batch["image_grid_thw"].prod()) // 4
+    assert learned(processor, batch) == [f"no{text}<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (row(user("a")), {}, "no token to learn; it needs an assistant turn"),
+        (
+            row(user("long" * 30), assistant("b")),
+            {"max_length": 100},
+            "tokens, more than max_length",
+        ),
+        (row(user("a", 1), assistant("b"), images=["nowhere.png"]), {}, "image 0"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(
+    given: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"row 'r7' .*{message}"):
+        NativeCollator(tiny_processor("llava"), **options)([{**given, "id": "r7"}])
+
+
+def test_a_template_that_rewrites_earlier_turns_needs_markers() -> None:
+    processor = tiny_processor("llava")
+    template = TEMPLATE.replace("{{ m['content'] }}", "").replace("START", "").replace("END", "")
+    last = "{{ m['content'][0]['text'] if loop.last or m['role'] == 'user' else 'gone' }}"
+    start = template.index("{% if m['content']")
+    end = template.index("{{ '<|im_end|>")
+    processor.chat_template = template[:start] + last + template[end:]
+    several = row(user("a"), assistant("b"), user("c"), assistant("d"))
+    with pytest.raises(ValueError, match="turn 1 in another way where more turns follow"):
+        NativeCollator(processor)([several])
+    processor.chat_template = MARKED.replace("START", "").replace("END", "")
+    assert learned(processor, NativeCollator(processor)([several])) == ["b<|im_end|>d<|im_end|>"]
+
+
+def test_a_processor_without_a_chat_template_is_refused() -> None:
+    processor = tiny_processor("llava")
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):
+        NativeCollator(processor)

@@ -1,0 +1,112 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""Rows to batches for a model of transformers, by its own processor: `native_chat.py`.
+
+Rows and labels are those of `collator.py`: the loss is on the assistant's turns alone. Padding,
+grids, token types and tiles are the processor's. Images are processed anew in every batch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
+from .collator import IGNORE_INDEX, PromptBatch
+from .conversations import ParsedRow, parse_row, split_reference
+from .images import open_image
+from .native_chat import Chat, NativeChatEncoder, Processor
+from .row_fields import AnyRow
+
+
+class NativeRowCollator:
+    """The base of the two collators.
+
+    Args:
+        processor: of the model; a tokenizer for a text-only model.
+        max_length: the longest row in tokens, None for any; a longer one is an error.
+        limits: on the size of images.
+        allow_image_urls: download images that rows name by http(s) URL.
+
+    Raises:
+        ValueError: `max_length` is below 1; as `NativeChatEncoder`.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        max_length: int | None = None,
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        allow_image_urls: bool = False,
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 or None, got {max_length}.")
+        self.processor, self.max_length = processor, max_length
+        self.limits, self.allow_image_urls = limits, allow_image_urls
+        self.encode = NativeChatEncoder(processor)
+
+    def _chats(self, parsed: ParsedRow) -> Iterator[Chat]:
+        """Open the images of a row, and yield its conversations."""
+        if parsed.images and self.encode.tokenizer is self.processor:
+            raise ValueError(f"{parsed.name} has images, but the model reads text alone.")
+        images = [
+            open_image(
+                image,
+                f"{parsed.name}, image {i}",
+                limits=self.limits,
+                allow_urls=self.allow_image_urls,
+            )
+            for i, image in enumerate(parsed.images)
+        ]
+        yield from (Chat(each, images, parsed.name) for each in parsed.conversations)
+
+    def _require_fit(self, chats: Sequence[Chat], attention_mask: torch.Tensor) -> None:
+        """Raise `ValueError` naming the first row that is too long."""
+        for chat, length in zip(chats, attention_mask.sum(-1).tolist(), strict=True):
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"{chat.name} has {length} tokens, more than max_length={self.max_length}. "
+                    "Raise max_length (up to the model's positions), shorten the row or leave it "
+                    "out."
+                )
+
+
+class NativeCollator(NativeRowCollator):
+    """Rows -> training batch: the processor's inputs, padded on the right, and `labels`.
+
+    Arguments as in `NativeRowCollator`.
+    """
+
+    def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
+        """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
+        parsed = [parse_row(row, position) for position, row in enumerate(rows)]
+        chats = [chat for each in parsed for chat in self._chats(each)]
+        inputs, is_learned = self.encode(chats, side="right")
+        self._require_fit(chats, inputs["attention_mask"])
+        for chat, learns in zip(chats, is_learned.any(-1).tolist(), strict=True):
+            if not learns:
+                raise ValueError(f"{chat.name}: no token to learn; it needs an assistant turn.")
+        labels = inputs["input_ids"].masked_fill(~is_learned, IGNORE_INDEX)
+        return {**inputs, "labels": labels}
+
+
+class NativePromptCollator(NativeRowCollator):
+    """Rows -> `PromptBatch`: without the last assistant turn, padded on the left.
+
+    Arguments as in `NativeRowCollator`.
+    """
+
+    def __call__(self, rows: Sequence[AnyRow]) -> PromptBatch:
+        """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
+        chats: list[Chat] = []
+        references: list[str] = []
+        types: list[str] = []
+        for position, row in enumerate(rows):
+            parsed = parse_row(row, position)
+            types += parsed.question_types
+            for chat in self._chats(parsed):
+                prompt, reference = split_reference(chat.conversation, chat.name)
+                chats.append(Chat(prompt, chat.images, chat.name))
+                references.append(reference)
+        inputs, _ = self.encode(chats, side="left", generation_prompt=True)
+        self._require_fit(chats, inputs["attention_mask"])
+        return PromptBatch(dict(inputs), references, types, [chat.name for chat in chats])
