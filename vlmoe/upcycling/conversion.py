@@ -273,6 +273,7 @@ class Conversion:
             ],
             versions={name: version(name) for name in ("torch", "transformers")},
             target=self.target.name,
+            lost_fields=self.target.lost,
         )
 
 

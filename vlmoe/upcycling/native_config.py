@@ -76,6 +76,8 @@ def _values(config: PreTrainedConfig) -> dict[str, Any]:
 def _text(dense: PreTrainedConfig, options: Upcycling) -> NativeConfig:
     if dense.model_type not in TEXT_PAIRS:
         refuse(dense.model_type, _reason(dense))
+    if getattr(dense, "enable_moe_block", False):
+        refuse(dense.model_type, "it has experts already")
     pair = _chosen(dense.model_type, options)
     config_class = CONFIG_MAPPING[pair.sparse]
     known, declared = set(config_class().to_dict()), set(type(dense)().to_dict())

@@ -32,8 +32,8 @@ class NativeTarget(Target):
     Attributes:
         dense_config: the dense model's.
         pair: the pair of text models.
-        lost: fields of the dense configuration that the sparse one does not have; none changes the
-            function.
+        lost_fields: of the dense configuration, which the sparse one does not have; none changes
+            the function.
     """
 
     name = "native"
@@ -41,7 +41,7 @@ class NativeTarget(Target):
     options: Upcycling
     dense_config: PreTrainedConfig
     pair: Pair
-    lost: dict[str, Any] = field(default_factory=dict)
+    lost_fields: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def for_dense(cls, dense: PreTrainedConfig, options: Upcycling) -> Self:
@@ -52,6 +52,11 @@ class NativeTarget(Target):
         """
         made = native_config(dense, options)
         return cls(made.config, options, dense, made.pair, made.lost)
+
+    @property
+    def lost(self) -> dict[str, Any]:
+        """Return the dense fields that the sparse class does not have."""
+        return self.lost_fields
 
     @property
     def tolerance(self) -> float:

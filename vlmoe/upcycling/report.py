@@ -43,6 +43,8 @@ class UpcyclingReport:
             perturbed, extended, new) and the dense tensors that it is made of.
         versions: of the libraries.
         target: "vlmoe", or "native" for the sparse class of the dense model's own family.
+        lost_fields: of the dense configuration, which the sparse class does not have; none of
+            them changes the function.
         bases: facts from the dense models' cards, if they were read: `name`, `license`, ...
     """
 
@@ -62,6 +64,7 @@ class UpcyclingReport:
     versions: dict[str, str] = field(default_factory=dict)
     bases: list[dict[str, Any]] = field(default_factory=list)
     target: str = "vlmoe"
+    lost_fields: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
         """Write the report into a folder and return its path."""
@@ -97,6 +100,8 @@ class UpcyclingReport:
         if "image_token" in dense:  # a model with vision
             images = f"{dense['image_token']:,}, {sparse['image_token']:,}"
             rows.append(("active per image token", images))
+        if self.lost_fields:
+            rows.append(("lost fields", ", ".join(map(str, self.lost_fields))))
         rows += [
             ("tensors", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))),
         ]

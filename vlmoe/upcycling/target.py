@@ -7,7 +7,7 @@ the dense model's own family.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -87,6 +87,11 @@ class Target(ABC):
     @abstractmethod
     def sparse_parameters(self, model: PreTrainedModel) -> dict[str, int]:
         """Count the parameters: `total`, and those that a token uses."""
+
+    @property
+    def lost(self) -> dict[str, Any]:
+        """Return the dense configuration's fields that the sparse one does not have."""
+        return {}
 
     def frozen(self, model: PreTrainedModel) -> list[str]:
         """Name the parameters that no output depends on."""
