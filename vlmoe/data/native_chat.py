@@ -14,20 +14,19 @@ import copy
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..hub.input_errors import reading
+from ..hub.saved_model import Processor
 from ..processing.control_text import GuardedTokenizer, guarded_tokenizer
 from .conversations import Conversation
 from .encoding import GENERATION_BLOCK
 
 Span = tuple[int, int]
-Processor: TypeAlias = "ProcessorMixin | PreTrainedTokenizerBase"
 Messages = list[dict[str, object]]
 
 

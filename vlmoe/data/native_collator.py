@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..hub.saved_model import Processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .collator import IGNORE_INDEX, PromptBatch
 from .conversations import ParsedRow, parse_row, split_reference
 from .images import open_image
-from .native_chat import Chat, NativeChatEncoder, Processor
+from .native_chat import Chat, NativeChatEncoder
 from .row_fields import AnyRow
 
 

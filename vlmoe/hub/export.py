@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -26,7 +27,6 @@ from .published_layout import (
     is_transposed_bank,
     saved_bank_shape,
 )
-from .saved_model import Source
 from .tensor_files import DTYPE_NAMES, StreamedTensor, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class ExportResult:
     banks: int
 
 
-def export(source: Source, output_dir: Source) -> ExportResult:
+def export(source: str | PathLike[str], output_dir: str | PathLike[str]) -> ExportResult:
     """Copy a saved Qwen3-VL-MoE, with its banks of experts in the published layout.
 
     Other families need no export: `save_pretrained` writes their published layout.
@@ -119,7 +119,7 @@ def publish_layout(folder: str | Path) -> int:
     return sum(_publish_file(file, file, config) for file in sorted(folder.glob(WEIGHTS)))
 
 
-def refuse_ambiguous_banks(folder: str | Path) -> None:
+def refuse_ambiguous_banks(folder: str | PathLike[str]) -> None:
     """Refuse a Qwen3-VL-MoE that transformers would load wrongly, without an error.
 
     Raises:

@@ -1,21 +1,34 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Load a saved VLMoE and its processor: whole, finite, and with a chat template that ends."""
+"""Load a saved model and its processor: whole, finite, and with a chat template that ends.
+
+The model is a VLMoE, or of a family of transformers: a vision-language or a language model.
+"""
 
 import os
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
-from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..processing.processing_vlmoe import VLMoEProcessor
 from .finite_weights import require_finite
 from .input_errors import reading
+from .model_classes import is_native, load_whole, saved_config
 from .template_trial import try_templates
 from .whole_model import model_problems
 
 Source = str | os.PathLike[str]
 """A folder or a Hub id."""
+Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
+"""What makes a model's inputs; of a language model, its tokenizer."""
 
 
 def require_model_source(source: Source) -> None:
@@ -40,31 +53,31 @@ def require_model_source(source: Source) -> None:
         raise FileNotFoundError(f"There is no model folder {source}; a Hub id is USER/NAME.")
 
 
-def read_config(source: Source) -> VLMoEConfig:
+def read_config(source: Source) -> PreTrainedConfig:
     """Read the config of a saved model.
 
     Raises:
-        InputError: there is none, or it has wrong values.
+        InputError: there is none, it has wrong values, or its model type is unknown.
     """
     with reading(f"{source}/config.json"):
-        return VLMoEConfig.from_pretrained(source)
+        return saved_config(source)
 
 
-def read_processor(source: Source) -> VLMoEProcessor:
+def read_processor(source: Source) -> Processor:
     """Read the processor of a saved model and try its chat template.
 
     Raises:
         InputError: it cannot be read, or the template does not end.
     """
     with reading(f"The processor of {source}"):
-        processor = VLMoEProcessor.from_pretrained(source)
+        processor = _processor_class(source).from_pretrained(source)
     try_templates(processor.chat_template, str(source))
     return processor
 
 
 def load_model(
-    source: Source, config: VLMoEConfig | None = None, dtype: torch.dtype | None = None
-) -> VLMoEForConditionalGeneration:
+    source: Source, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Load a saved model whose weights are all there and all finite.
 
     Args:
@@ -77,8 +90,19 @@ def load_model(
     """
     config = config or read_config(source)
     with reading(f"The weights of {source}"):
-        model = VLMoEForConditionalGeneration.from_pretrained(
-            source, config=config, dtype=dtype or "auto"
-        )
+        model = load_whole(source, config, dtype=dtype or "auto")
     require_finite(model.state_dict().items(), str(source))
     return model
+
+
+def _processor_class(
+    source: Source,
+) -> type[VLMoEProcessor] | type[AutoProcessor] | type[AutoTokenizer]:
+    """Return the class that loads the processor; a language model has a tokenizer alone."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return VLMoEProcessor
+    config = read_config(source)
+    if not is_native(config):
+        return VLMoEProcessor
+    return AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer

@@ -12,9 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration.configuration_vlmoe import VLMoEConfig
-from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.whole_weights import NotWholeError
 from .file_checks import content_problems, tensor_dtypes
 from .finite_weights import require_finite
@@ -22,6 +21,7 @@ from .input_errors import InputError, reading
 from .json_files import read_json
 from .json_kinds import json_problem
 from .meta_loading import meta_device_map, quietly
+from .model_classes import load_whole, saved_config
 
 CONFIG_FILE, WEIGHTS = "config.json", "model.safetensors"
 WEIGHT_FILES = (
@@ -74,7 +74,7 @@ def absent_files(folder: Path) -> Iterator[str]:
             yield "tokenizer.json: missing"
 
 
-def weights_problems(folder: Path, config: VLMoEConfig | None = None) -> Iterator[str]:
+def weights_problems(folder: Path, config: PreTrainedConfig | None = None) -> Iterator[str]:
     """Yield `file: problem` for weights that do not fit the model.
 
     Args:
@@ -86,10 +86,7 @@ def weights_problems(folder: Path, config: VLMoEConfig | None = None) -> Iterato
     unfit = f"{CONFIG_FILE}: no model can be built from it"
     try:
         with reading(unfit, keep=(NotWholeError,)), quietly():
-            config = config or VLMoEConfig.from_pretrained(folder)
-            model = VLMoEForConditionalGeneration.from_pretrained(
-                folder, config=config, device_map=meta_device_map()
-            )
+            model = load_whole(folder, config or saved_config(folder), device_map=meta_device_map())
     except NotWholeError as error:
         yield f"{WEIGHTS}: {error.problems}"
     except InputError as error:
@@ -109,7 +106,7 @@ def require_finite_files(folder: Path) -> None:
             require_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(file))
 
 
-def _dtype_problems(folder: Path, model: VLMoEForConditionalGeneration) -> Iterator[str]:
+def _dtype_problems(folder: Path, model: PreTrainedModel) -> Iterator[str]:
     """Yield a problem for integers where the model has floating-point numbers, or the reverse."""
     own = model.state_dict()
     for name, dtype in tensor_dtypes(folder).items():

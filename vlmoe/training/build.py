@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration.configuration_vlmoe import PRESETS, VLMoEConfig
 from ..data.conversations import parse_row
@@ -19,7 +25,13 @@ from ..data.row_fields import AnyRow, did_you_mean
 from ..data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
 from ..hub.input_errors import reading
 from ..hub.json_files import read_json
-from ..hub.saved_model import load_model, read_config, read_processor, require_model_source
+from ..hub.saved_model import (
+    Processor,
+    load_model,
+    read_config,
+    read_processor,
+    require_model_source,
+)
 from ..hub.whole_model import weights_problems
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..processing.processing_vlmoe import VLMoEProcessor
@@ -29,8 +41,8 @@ from .overrides import Fields, merged, replace_fields, require_known
 class ModelAndProcessor(NamedTuple):
     """A model, and the processor that makes its inputs."""
 
-    model: VLMoEForConditionalGeneration
-    processor: VLMoEProcessor
+    model: PreTrainedModel
+    processor: Processor
 
 
 class ModelOptions(TypedDict, total=False):
@@ -74,7 +86,7 @@ class Runtime:
 def build_model(
     name: str,
     texts: Iterable[str] = (),
-    processor: VLMoEProcessor | None = None,
+    processor: Processor | None = None,
     **options: Unpack[ModelOptions],
 ) -> ModelAndProcessor:
     """Build a preset with random weights, or load a saved model, to be trained.
@@ -108,7 +120,7 @@ def build_model(
     return ModelAndProcessor(model, processor)
 
 
-def require_same_model(config: VLMoEConfig, checkpoint: Path) -> None:
+def require_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
     """Refuse a checkpoint whose tensors are not those of `config`: Trainer would skip them.
 
     Raises:
@@ -123,7 +135,7 @@ def require_same_model(config: VLMoEConfig, checkpoint: Path) -> None:
 
 def config_and_processor(
     name: str, texts: Iterable[str] = (), *, tokenizer: str | None = None, tiling: bool = False
-) -> tuple[VLMoEConfig, VLMoEProcessor]:
+) -> tuple[PreTrainedConfig, Processor]:
     """Return what `build_model` would, with the config in place of the model.
 
     Raises:
@@ -140,7 +152,7 @@ def model_for_answers(source: str, runtime: Runtime = Runtime()) -> ModelAndProc
     """Load a saved model in evaluation mode.
 
     Raises:
-        ValueError: the folder holds no whole VLMoE model, or an argument has a wrong value.
+        ValueError: the folder holds no whole model, or an argument has a wrong value.
         FileNotFoundError: there is no such folder.
     """
     check_model_source(source)
@@ -252,14 +264,23 @@ def _reading_overrides(overrides: Fields) -> AbstractContextManager[None]:
 
 
 def _choose_implementations(
-    model: VLMoEForConditionalGeneration, attention: str | None, experts: str | None
+    model: PreTrainedModel, attention: str | None, experts: str | None
 ) -> None:
     if attention:
         with reading(f"`attn_implementation` {attention}"):
             model.set_attn_implementation(attention)
     if experts:
         with reading(f"`experts_implementation` {experts}"):
-            model.set_experts_implementation(experts)
+            for part in _parts_with_experts(model):
+                part.set_experts_implementation(experts)
+
+
+def _parts_with_experts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the model, or of a container such as LLaVA the language model inside."""
+    if model._can_set_experts_implementation():
+        return [model]
+    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    return [each for each in parts if each._can_set_experts_implementation()] or [model]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -1,0 +1,56 @@
+"""Models of transformers' own families load whole, with their processors, or are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_processors import tiny_processor
+from safetensors.torch import load_file, save_file
+from sparse_families import sparse_family
+from transformers import LlavaForConditionalGeneration, MixtralForCausalLM
+
+from vlmoe.hub.saved_model import load_model, read_processor, require_model_source
+from vlmoe.training.build import Runtime, build_model, model_for_answers
+
+
+@pytest.fixture(params=["llava_qwen3_moe", "mixtral"])
+def saved(request: Any, tmp_path: Path) -> Path:
+    """Make a saved model with its processor."""
+    folder = tmp_path / request.param
+    sparse_family(request.param).save_pretrained(folder)
+    tiny_processor(request.param).save_pretrained(folder)
+    return folder
+
+
+def test_a_native_model_loads_by_its_own_class(saved: Path) -> None:
+    require_model_source(saved)
+    model, processor = model_for_answers(str(saved), Runtime("cpu", experts_implementation="eager"))
+    own = {"mixtral": MixtralForCausalLM}.get(saved.name, LlavaForConditionalGeneration)
+    assert type(model) is own and not model.training
+    assert model.config.get_text_config()._experts_implementation == "eager"
+    assert type(processor) is type(tiny_processor(saved.name)) or saved.name == "mixtral"
+    expected = sparse_family(saved.name).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    built, _ = build_model(str(saved), dtype="bfloat16")
+    assert built.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"the config has no field '(text_confg|num_lay)'"):
+        wrong: dict[str, object] = {"text_confg": {}} if "llava" in saved.name else {"num_lay": 2}
+        build_model(str(saved), model_overrides=wrong)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("gate.weight", r"missing: .*\.mlp\.gate\.weight \(1 in all\)"),
+        ("experts.0", "of another shape"),
+    ],
+)
+def test_weights_that_are_missing_are_named(saved: Path, lost: str, message: str) -> None:
+    weights = load_file(saved / "model.safetensors")
+    del weights[next(name for name in weights if lost in name)]
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    for load in (load_model, require_model_source):
+        with pytest.raises(ValueError, match=message):
+            load(saved)
+    read_processor(saved)
