@@ -366,9 +366,8 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
 
         For the other arguments see `VLMoEModel`. A batch without any label token has loss 0.
         """
-        text_config = self.config.text_config
         if output_router_logits is None:
-            output_router_logits = text_config.output_router_logits
+            output_router_logits = self.config.text_config.output_router_logits
         with_router_losses = labels is not None and self.model.wants_router_losses()
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a loss needs no cache
@@ -386,15 +385,46 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             output_router_logits=output_router_logits or with_router_losses,
             **kwargs,
         )
+        batch = labels, attention_mask, num_items_in_batch
+        return self._predict(
+            outputs, logits_to_keep, *batch, with_router_losses, output_router_logits, **kwargs
+        )
+
+    def _predict(
+        self,
+        outputs: VLMoEModelOutputWithPast,
+        logits_to_keep: int | torch.Tensor,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        with_router_losses: bool,
+        output_router_logits: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VLMoECausalLMOutputWithPast:
+        """Compute logits and, with `labels`, the total loss from the output of the backbone."""
+        text_config = self.config.text_config
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if text_config.logits_scaling != 1:
             logits = logits / text_config.logits_scaling
-
         loss, losses = None, RouterLosses()
         if labels is not None:
-            routed = outputs if with_router_losses else None
-            batch = logits, labels, attention_mask, num_items_in_batch
-            loss, losses = self._loss(*batch, routed, **kwargs)
+            check_labels(labels, logits)
+            labels_per_row = (labels[..., 1:] != -100).sum(-1)  # (batch,)
+            if num_items_in_batch is None:
+                num_items_in_batch = labels_per_row.sum()
+            num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
+            kwargs |= {"vocab_size": text_config.vocab_size, "num_items_in_batch": num_items}
+            loss = self.loss_function(logits, labels, **kwargs)
+            if with_router_losses:
+                losses = self.router_losses(
+                    outputs.router_logits,
+                    real_tokens(attention_mask, labels),
+                    row_weights=labels_per_row.to(num_items.device) / num_items,
+                    mm_token_type_ids=outputs.mm_token_type_ids,
+                    vision_router_logits=outputs.vision_router_logits,
+                    shown_tiles=outputs.shown_tiles,
+                )
+                loss = losses.added_to(loss)
         return VLMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=losses.aux_loss,
@@ -408,41 +438,6 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             image_hidden_states=outputs.image_hidden_states,
             vision_router_logits=outputs.vision_router_logits if output_router_logits else None,
         )
-
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-        routed: VLMoEModelOutputWithPast | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, RouterLosses]:
-        """Compute the total loss; with the backbone's output `routed` also the router losses."""
-        check_labels(labels, logits)
-        labels_per_row = (labels[..., 1:] != -100).sum(-1)  # (batch,)
-        if num_items_in_batch is None:
-            num_items_in_batch = labels_per_row.sum()
-        num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-        loss = self.loss_function(
-            logits,
-            labels,
-            vocab_size=self.config.text_config.vocab_size,
-            num_items_in_batch=num_items,
-            **kwargs,
-        )
-        if routed is None:
-            return loss, RouterLosses()
-        row_weights = labels_per_row.to(num_items.device) / num_items
-        losses = self.router_losses(
-            routed.router_logits,
-            real_tokens(attention_mask, labels),
-            row_weights,
-            mm_token_type_ids=routed.mm_token_type_ids,
-            vision_router_logits=routed.vision_router_logits,
-            shown_tiles=routed.shown_tiles,
-        )
-        return losses.added_to(loss), losses
 
     def router_losses(
         self,

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration.configuration_vlmoe_text import MODALITIES, Modality, VLMoETextConfig
-from .router import choose_experts
+from .router import Routing, choose_experts
 
 Summed = Callable[[torch.Tensor], torch.Tensor]
 
@@ -57,18 +57,6 @@ class RouterLosses:
     aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
-
-    def with_total(self, config: VLMoETextConfig, device: torch.device) -> "RouterLosses":
-        """Return these losses with their `total`, weighted by the coefficients."""
-        total = torch.zeros((), device=device)
-        for coefficient, loss in (
-            (config.router_z_loss_coef, self.z_loss),
-            (config.router_aux_loss_coef, self.aux_loss),
-            (1, self.entropy_loss),
-        ):
-            if loss is not None:
-                total = total + coefficient * loss
-        return RouterLosses(total, self.aux_loss, self.z_loss, self.entropy_loss)
 
     def added_to(self, loss: torch.Tensor) -> torch.Tensor:
         """Return a loss plus the total, if there are router losses."""
@@ -135,16 +123,12 @@ def load_balancing_loss(
     chosen = torch.zeros_like(logits).scatter_(
         -1, choose_experts(probabilities.detach(), top_k, n_group, topk_group), 1.0
     )
-    loads, importances, counts = [], [], []
     banks = banks or [(token_mask, logits.shape[-1])]
-    for members, _ in banks:
-        mask = (members & token_mask).to(logits.device, logits.dtype)[..., None]
-        loads.append((chosen * mask).sum(2))
-        importances.append((probabilities * mask).sum(2))
-        counts.append(mask.sum(1))
-    load, importance = torch.stack(loads), torch.stack(importances)
+    masks = [(members & token_mask).to(logits)[..., None] for members, _ in banks]
+    load = torch.stack([(chosen * mask).sum(2) for mask in masks])
+    importance = torch.stack([(probabilities * mask).sum(2) for mask in masks])
     # load, importance (banks, layers, batch, experts)
-    tokens = torch.stack(counts)[:, None]  # (banks, 1, batch, 1)
+    tokens = torch.stack([mask.sum(1) for mask in masks])[:, None]  # (banks, 1, batch, 1)
     if summed is not None:
         load, tokens, row_weights = all_reduce_together(summed, load, tokens, row_weights)
     fractions = load / tokens.clamp(min=1)
@@ -268,32 +252,50 @@ def decoder_router_losses(
     if mm_token_type_ids is not None:
         is_image = mm_token_type_ids.to(device) == Modality.image.value
     rows = TokenGroups(token_mask, is_image, row_weights)
+    return losses_of_place(config, router_logits, rows, training, config)
+
+
+def losses_of_place(
+    config: VLMoETextConfig,
+    router_logits: tuple[torch.Tensor, ...],
+    rows: TokenGroups,
+    training: bool,
+    routing: Routing | VLMoETextConfig,
+) -> RouterLosses:
+    """Compute the router losses of the decoder, the tower or the connector.
+
+    `routing` says how their routers choose. The decoder's is `config` itself: only there are banks
+    and entropy losses, which compare modalities.
+    """
     compared = rows.in_scope(config.router_aux_loss_scope, training)
-    losses = RouterLosses()
+    losses, banks = RouterLosses(), []
     if config.router_z_loss_coef != 0:
-        losses.z_loss = router_z_loss(router_logits, token_mask, row_weights)
+        losses.z_loss = router_z_loss(router_logits, rows.mask, rows.row_weights)
+    if routing is config and config.has_separate_banks:
+        banks = [(compared.of(name), len(config.experts_of(name))) for name in MODALITIES]
     if config.router_aux_loss_coef != 0:
-        losses.aux_loss = _aux_loss(config, router_logits, compared)
-    if config.has_entropy_losses:
+        losses.aux_loss = load_balancing_loss(
+            router_logits,
+            routing.num_experts_per_tok,
+            compared.mask,
+            compared.row_weights,
+            routing.scoring_func,
+            n_group=routing.n_group,
+            topk_group=routing.topk_group,
+            banks=banks,
+            summed=compared.summed,
+        )
+    if routing is config and config.has_entropy_losses:
         losses.entropy_loss = _entropy_loss(config, router_logits, rows, compared)
-    return losses.with_total(config, device)
-
-
-def _aux_loss(
-    config: VLMoETextConfig, router_logits: tuple[torch.Tensor, ...], tokens: TokenGroups
-) -> torch.Tensor:
-    banks = [(tokens.of(name), len(config.experts_of(name))) for name in MODALITIES]
-    return load_balancing_loss(
-        router_logits,
-        config.num_experts_per_tok,
-        tokens.mask,
-        tokens.row_weights,
-        config.scoring_func,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-        banks=banks if config.has_separate_banks else (),
-        summed=tokens.summed,
-    )
+    losses.total = torch.zeros((), device=rows.mask.device)
+    for coefficient, loss in (
+        (config.router_z_loss_coef, losses.z_loss),
+        (config.router_aux_loss_coef, losses.aux_loss),
+        (1, losses.entropy_loss),
+    ):
+        if loss is not None:
+            losses.total = losses.total + coefficient * loss
+    return losses
 
 
 def _entropy_loss(

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from .router_losses import RouterLosses, TokenGroups, load_balancing_loss, router_z_loss
+from .router import Routing
+from .router_losses import RouterLosses, TokenGroups, losses_of_place
 from .sparse_moe import VLMoERoutingStats
 
 
@@ -75,8 +76,7 @@ def vision_router_losses(
     """Compute load balancing loss and z-loss of tower and connector, of each that has experts.
 
     The mean over the tower's layers and the connector's losses are kept apart, to be added to the
-    decoder's, so that no place dilutes another's balance. Only the decoder has entropy losses,
-    which compare modalities.
+    decoder's, so that no place dilutes another's balance.
 
     Args:
         config: of the whole model.
@@ -94,34 +94,16 @@ def vision_router_losses(
         (router_logits[:layers], config.vision_num_experts_per_tok),
         (router_logits[layers:], config.projector_num_experts_per_tok),
     )
-    return [
-        _losses_of_place(config, logits, top_k, shown, weights, training)
-        for logits, top_k in places
-        if logits
-    ]
-
-
-def _losses_of_place(
-    config: VLMoEConfig,
-    router_logits: tuple[torch.Tensor, ...],
-    top_k: int,
-    shown: torch.Tensor,
-    weights: torch.Tensor,
-    training: bool,
-) -> RouterLosses:
-    text_config, device = config.text_config, router_logits[0].device
-    (tile, row), weights = shown.to(device), weights.to(device)
-    logits = tuple(
-        each.index_select(0, tile.to(each.device)).flatten(0, 1) for each in router_logits
-    )
-    real = (row >= 0)[:, None].expand(-1, router_logits[0].shape[1])  # (shown, patches)
-    tokens = TokenGroups(real, real, weights)
-    losses = RouterLosses()
-    if text_config.router_z_loss_coef != 0:
-        losses.z_loss = router_z_loss(logits, tokens.mask, tokens.row_weights)
-    if text_config.router_aux_loss_coef != 0:
-        compared = tokens.in_scope(text_config.router_aux_loss_scope, training)
-        losses.aux_loss = load_balancing_loss(
-            logits, top_k, compared.mask, compared.row_weights, summed=compared.summed
+    losses = []
+    for logits, top_k in places:
+        if not logits:
+            continue
+        (tile, row), of_tiles = shown.to(logits[0].device), weights.to(logits[0].device)
+        logits_shown = tuple(
+            each.index_select(0, tile.to(each.device)).flatten(0, 1) for each in logits
         )
-    return losses.with_total(text_config, device)
+        real = (row >= 0)[:, None].expand(-1, logits[0].shape[1])  # (shown, patches)
+        tiles = TokenGroups(real, real, of_tiles)
+        place = logits_shown, tiles, training, Routing(top_k)
+        losses.append(losses_of_place(config.text_config, *place))
+    return losses
