@@ -151,7 +151,7 @@ VISION_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "num_key_value_heads": 4,
             "head_dim": 8,
             "pooling_kernel_size": 2,
-            "position_embedding_size": 16,
+            "position_embedding_size": 64,
         },
         {"video_token_id": VIDEO, "audio_token_id": 15, "audio_config": None},
     ),

@@ -82,7 +82,8 @@ def _text(dense: PreTrainedConfig, options: Upcycling) -> NativeConfig:
     config_class = CONFIG_MAPPING[pair.sparse]
     known, declared = set(config_class().to_dict()), set(type(dense)().to_dict())
     _require_same_rotation(dense, pair)
-    values, lost = dict(pair.fields), {}
+    values: dict[str, Any] = dict(pair.fields)
+    lost: dict[str, Any] = {}
     for name, value in _values(dense).items():
         if name in known and name in declared | set(TOKENS):
             values[name] = value

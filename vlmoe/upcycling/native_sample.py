@@ -2,19 +2,29 @@
 """Images and texts on which a dense model and its native sparse version are compared.
 
 Three rows, padded on the left: one with two images, one with one, one with text alone; where the
-family has positions on three axes, the last row has a video. They come from the source's own
-processor, or, without one, pixels and words are drawn at random.
+family has positions on three axes, the last row has a video, whose pixels are random. Images and
+texts come from the source's own processor; without one, pixels and words are drawn at random.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from PIL import Image
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import logging
 
-from .sample import TEXTS
+from .sample import TEXTS, drawn_picture
 from .target import Processor, Sample
+
+logger = logging.get_logger(__name__)
 
 Tensor = torch.Tensor
 Pixels = dict[str, Tensor]
@@ -23,21 +33,71 @@ M_ROPE = ("qwen3_vl", "qwen3_5")
 """Families with positions on three axes, which follow from the types of the tokens."""
 
 
-def processed_inputs(processor: Processor, config: PreTrainedConfig) -> Sample:
+def source_processor(source: str) -> Processor | None:
+    """Load the processor of a dense model, or a tokenizer for a language model.
+
+    Returns None, with a warning, where there is none, or where it needs a package that is not
+    installed: pixels and words are then drawn.
+    """
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning(
+            f"The processor of {source} cannot be loaded ({error}). The two models are compared on "
+            "random pixels and words instead."
+        )
+        return None
+
+
+@torch.no_grad()
+def processed_inputs(processor: Processor, model: PreTrainedModel) -> Sample:
     """Encode drawn pictures and fixed texts.
 
     Args:
         processor: of the dense model; a tokenizer for a language model.
-        config: of the dense model.
+        model: the dense model.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if isinstance(processor, PreTrainedTokenizerBase):
-        tokenizer = copy.deepcopy(tokenizer)
-        if tokenizer.pad_token is None:  # masked anyway
-            tokenizer.pad_token = tokenizer.eos_token
-        return dict(tokenizer(list(TEXTS), **options))
-    raise NotImplementedError
+    config, tokenizer = model.config, getattr(processor, "tokenizer", processor)
+    image_token_id = getattr(config, "image_token_id", None)
+    if image_token_id is None:
+        return _padded(config, [tokenizer(text)["input_ids"] for text in TEXTS])
+    wide = drawn_picture(640, 360, ("white", "gold", "teal"))
+    high = drawn_picture(300, 420, ("navy", "crimson", "olive"))
+    encoded = _encoded(processor, [[wide, high], [high]])
+    real = encoded["attention_mask"].bool()
+    ids = [row[mask].tolist() for row, mask in zip(encoded["input_ids"], real, strict=True)]
+    per_token = {"token_type_ids", "mm_token_type_ids", "input_ids", "attention_mask"}
+    sample = {name: value for name, value in encoded.items() if name not in per_token}
+    ids.append(tokenizer(TEXTS[2])["input_ids"])
+    video, spans = _video(model, torch.Generator().manual_seed(0))
+    for span in spans:
+        ids[-1] += span + ids[-1][:2]
+    return _padded(config, ids) | sample | video
+
+
+def _encoded(processor: ProcessorMixin, shown: Sequence[list[Image.Image]]) -> BatchFeature:
+    """Encode rows of pictures and a text, as a chat where the processor has a template."""
+    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if processor.tokenizer.pad_token is None:  # masked anyway
+        processor = copy.copy(processor)
+        processor.tokenizer = copy.deepcopy(processor.tokenizer)
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    rows = list(zip(shown, TEXTS[: len(shown)], strict=True))
+    if processor.chat_template is None:  # words between images, which M-RoPE would join
+        texts = [" and ".join([processor.image_token] * len(row)) + text for row, text in rows]
+        return processor(text=texts, images=list(shown), **padding)
+    chats = []
+    for row, text in rows:
+        content = [{"type": "image", "image": picture} for picture in row]
+        chats.append([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
+    return processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs=padding,
+    )
 
 
 @torch.no_grad()
@@ -63,24 +123,29 @@ def drawn_inputs(
                 pixels.append(layout(config, generator))
                 spans[row].append([image_token_id] * _tokens_of(model, pixels[-1]))
     sample = _merged(pixels, images, config.model_type)
-    if config.model_type in M_ROPE and frames:
-        video = _grid(config, generator, frames)
-        sample |= {"pixel_values_videos": video["pixel_values"]}
-        sample |= {"video_grid_thw": video["image_grid_thw"]}
-        per_frame = _tokens_of(model, video) // frames
-        spans[-1] += [[config.video_token_id] * per_frame] * frames
-    return _rows(config, spans, length, generator) | sample
+    video, of_frames = _video(model, generator, frames)
+    spans[-1] += of_frames
+    return _rows(config, spans, length, generator) | sample | video
+
+
+def _video(
+    model: PreTrainedModel, g: torch.Generator, frames: int = 2
+) -> tuple[Pixels, list[list[int]]]:
+    """Draw a video for families that take one as grids: its pixels, and the tokens of a frame."""
+    config = model.config
+    if config.model_type not in M_ROPE or not frames:
+        return {}, []
+    pixels = _grid(config, g, frames)
+    span = [config.video_token_id] * (_tokens_of(model, pixels) // frames)
+    names = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
+    return {names[name]: tensor for name, tensor in pixels.items()}, [span] * frames
 
 
 def _rows(
     config: PreTrainedConfig, spans: Sequence[Sequence[list[int]]], length: int, g: torch.Generator
 ) -> Pixels:
     """Put each row's spans of image tokens among random words."""
-    special = {
-        value
-        for name, value in config.to_dict().items()
-        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
-    } | set(getattr(config, "visual_indicator_token_ids", ()))
+    special = _special(config)
     words = [i for i in range(config.get_text_config().vocab_size) if i not in special]
     texts = []
     for row, of_row in enumerate(spans):
@@ -89,11 +154,27 @@ def _rows(
         for i, span in reversed(list(enumerate(of_row))):
             text[2 + 3 * i : 2 + 3 * i] = span
         texts.append(text)
-    longest, pad = max(map(len, texts)), words[0]
+    return _padded(config, texts)
+
+
+def _padded(config: PreTrainedConfig, texts: Sequence[list[int]]) -> Pixels:
+    """Pad rows of tokens on the left, by one that is no image token."""
+    longest, special = max(map(len, texts)), _special(config)
+    pad = next(i for i in range(len(special) + 1) if i not in special)
     ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
     rows = {"input_ids": ids, "attention_mask": mask}
     return rows | _types(config, ids)
+
+
+def _special(config: PreTrainedConfig) -> set[int]:
+    """Return the tokens that stand for images and videos, or mark them."""
+    tokens = {
+        value
+        for name, value in config.to_dict().items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    return tokens | set(getattr(config, "visual_indicator_token_ids", ()))
 
 
 def _types(config: PreTrainedConfig, ids: Tensor) -> Pixels:

@@ -91,7 +91,7 @@ class NativeTarget(Target):
         """Encode drawn pictures and fixed texts, or draw pixels and random tokens."""
         if processor is None:
             return drawn_inputs(dense)
-        return processed_inputs(processor, dense.config)
+        return processed_inputs(processor, dense)
 
     def inputs(self, model: PreTrainedModel, sample: Sample) -> dict[str, Tensor]:
         """Return the sample: dense and sparse class take the same."""

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..data.native_chat import Processor
 from .exactness import TOLERANCE
 from .options import Upcycling
 from .origins import Origin
 
 Tensor = torch.Tensor
 Sample = Mapping[str, Tensor]
-Processor = ProcessorMixin | PreTrainedTokenizerBase
 ProcessorFor = Callable[[PreTrainedConfig], Processor]
 
 
