@@ -72,7 +72,7 @@ class ImageGenerationMixin(GenerationMixin):
         encoded.pooler_output = features.unsqueeze(0)
         return kwargs | {"mm_encoder_outputs": {"image": encoded}}
 
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+    def adjust_generation_fn(self, *args: object, **kwargs: object) -> None:
         """Load the generation config as transformers does, and suppress image tokens in it."""
         super().adjust_generation_fn(*args, **kwargs)
         self.suppress_image_tokens()
@@ -91,7 +91,7 @@ class ImageGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,  # transformers asks for this name
         is_first_iteration: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Inputs:
         """Prepare as transformers does; generated tokens are not searched for image tokens.
 
@@ -108,7 +108,7 @@ class ImageGenerationMixin(GenerationMixin):
         return prepared
 
     def generate_batch(
-        self, inputs: list[list[int]], *args: Any, **kwargs: Any
+        self, inputs: list[list[int]], *args: object, **kwargs: object
     ) -> dict[str, GenerationOutput]:
         """Generate by continuous batching, which passes on token ids and no images.
 

@@ -333,7 +333,9 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         self.post_init()
         self.suppress_image_tokens()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> VLMoEImageFeatures:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> VLMoEImageFeatures:
         """See `VLMoEModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 

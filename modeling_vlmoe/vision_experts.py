@@ -185,7 +185,7 @@ class VLMoEVisionLayer(GradientCheckpointingLayer):
         self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "vision_num_experts_per_tok")
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: object
     ) -> tuple[torch.Tensor, ...]:
         """(tiles, patches, channels) -> the same, router logits and choice as its `mlp` returns."""
         attended, _ = self.self_attn(

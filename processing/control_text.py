@@ -164,11 +164,11 @@ class GuardedTokenizer:
         """Replace the stand-ins of a text by their characters."""
         return text.translate(self._signs)
 
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+    def apply_chat_template(self, *args: object, **kwargs: object) -> Any:
         """Render marked messages as the tokenizer does."""
         return type(self._tokenizer).apply_chat_template(self, *args, **kwargs)
 
-    def __call__(self, text: str | Iterable[str], **kwargs: Any) -> BatchEncoding:
+    def __call__(self, text: str | Iterable[str], **kwargs: object) -> BatchEncoding:
         """Tokenize a text or texts rendered from marked values.
 
         Raises:

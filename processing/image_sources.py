@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,12 +94,7 @@ def encoded_image(
 ) -> ImageContent | None:
     """Read the bytes that `source` is or names; None for a decoded image or an unknown type.
 
-    Args:
-        source: a path, `data:` URL, base64 string, http(s) URL, bytes, or the
-            `{"bytes": ..., "path": ...}` of an undecoded `datasets` column.
-        where: the image's name in errors, such as `"sample 3, image 0"`.
-        limits: bounds the size of the file.
-        allow_urls: whether an http(s) URL is opened.
+    The arguments are those of `load_rgb_image`; `limits` bounds the size of the file.
 
     Raises:
         ImageError: a file that is missing, empty or too large, a URL that is not allowed or does
@@ -107,8 +102,9 @@ def encoded_image(
     """
     if isinstance(source, Mapping):
         held = source.get("path") if source.get("bytes") is None else source["bytes"]
-        options: Any = {"limits": limits, "allow_urls": allow_urls}
-        return None if held is None else encoded_image(held, where, **options)
+        if held is None:
+            return None
+        return encoded_image(held, where, limits=limits, allow_urls=allow_urls)
     if isinstance(source, bytes | bytearray | memoryview):
         encoded = ImageContent(bytes(source), f"the image of {len(source)} bytes")
     elif isinstance(source, str | Path) and os.path.isfile(source):

@@ -266,7 +266,7 @@ class VLMoEProcessor(HubProcessorMixin):
         text: Any = None,
         videos: object = None,
         audio: object = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[list[list[ImageSource]] | None, Any, None, None]:
         """Distribute the unopened images: `(images of each row, texts, None, None)`."""
         if videos is not None or audio is not None:
@@ -298,7 +298,7 @@ class VLMoEProcessor(HubProcessorMixin):
         self,
         images: list[list[ImageSource]] | None = None,
         text: list[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Check that each text has as many placeholders as images."""
         if _are_texts(text):
@@ -316,7 +316,7 @@ class VLMoEProcessor(HubProcessorMixin):
         super().validate_inputs(images=counted, text=text, **kwargs)
 
     def replace_image_token(
-        self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
+        self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: object
     ) -> str:
         """Return the text that image `image_idx` of the whole batch expands to."""
         rows = [rows for row in image_inputs["rows"] for rows in row][image_idx]
