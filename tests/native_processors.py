@@ -41,26 +41,32 @@ GRID = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 
 
 class WithoutVideo(ProcessorMixin):
-    """Lets a video processor be absent: transformers' need torchvision."""
+    """Lets parts for video and sound be absent: transformers' video processors need torchvision."""
 
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """Check all but an absent argument."""
-        return argument and super().check_argument_for_proper_class(argument_name, argument)
+    def __init__(self, *parts: Any, **named: Any) -> None:
+        given = {name: part for name, part in named.items() if part is not None}
+        super().__init__(*(part for part in parts if part is not None), **given)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Leave the absent parts out."""
+        absent = ("video_processor", "feature_extractor")
+        return [name for name in super().get_attributes() if name not in absent]
 
 
-class TinyQwen3VLProcessor(WithoutVideo, Qwen3VLProcessor):
+class TinyQwen3VLProcessor(Qwen3VLProcessor, WithoutVideo):
     """Of Qwen3-VL and Qwen3.5."""
 
 
-class TinyGlm4vProcessor(WithoutVideo, Glm4vProcessor):
+class TinyGlm4vProcessor(Glm4vProcessor, WithoutVideo):
     """Of GLM-4V."""
 
 
-class TinyGemma4Processor(WithoutVideo, Gemma4Processor):
+class TinyGemma4Processor(Gemma4Processor, WithoutVideo):
     """Of Gemma 4."""
 
 
-class TinyInternVLProcessor(WithoutVideo, InternVLProcessor):
+class TinyInternVLProcessor(InternVLProcessor, WithoutVideo):
     """Of InternVL."""
 
 

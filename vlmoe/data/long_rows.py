@@ -141,8 +141,13 @@ def usable_rows(
     collator([rows[kept[0]]])
     if on_long_rows != "drop":
         return UsableRows(rows, shortened=long)
+    return UsableRows(selected(rows, kept) if long else rows, dropped=long)
+
+
+def selected(rows: Rows, positions: list[int]) -> Rows:
+    """Return the rows at these positions."""
     select: Callable[[list[int]], Rows] = getattr(rows, "select", lambda ps: [rows[p] for p in ps])
-    return UsableRows(select(kept) if long else rows, dropped=long)
+    return select(positions)
 
 
 REMEDY = (

@@ -113,7 +113,9 @@ class NativeChatEncoder:
         with reading(f"{name}, by {type(self.processor).__name__}"):
             inputs = self._process(texts, [list(chat.images) for chat in chats], side, guard)
         offsets = inputs.pop("offset_mapping").tolist()
-        replaced = inputs.pop("text_replacement_offsets", None) or [[] for _ in texts]
+        replaced = inputs.pop("text_replacement_offsets", ())
+        if len(replaced) == 0:  # InternVL makes an empty tensor of an empty list
+            replaced = [[] for _ in texts]
         rows = zip(offsets, replaced, spans, strict=True)
         mask = torch.tensor([_token_mask(*row) for row in rows], dtype=torch.bool)
         return inputs, mask & inputs["attention_mask"].bool()

@@ -8,6 +8,7 @@ grids, token types and tiles are the processor's. Images are processed anew in e
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import BatchFeature
 
 from ..hub.saved_model import Processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
@@ -79,15 +80,22 @@ class NativeCollator(NativeRowCollator):
 
     def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
-        parsed = [parse_row(row, position) for position, row in enumerate(rows)]
-        chats = [chat for each in parsed for chat in self._chats(each)]
-        inputs, is_learned = self.encode(chats, side="right")
+        chats, inputs, is_learned = self._encoded(rows)
         self._require_fit(chats, inputs["attention_mask"])
         for chat, learns in zip(chats, is_learned.any(-1).tolist(), strict=True):
             if not learns:
                 raise ValueError(f"{chat.name}: no token to learn; it needs an assistant turn.")
         labels = inputs["input_ids"].masked_fill(~is_learned, IGNORE_INDEX)
         return {**inputs, "labels": labels}
+
+    def lengths(self, rows: Sequence[AnyRow]) -> list[int]:
+        """Count the tokens of each conversation, those of its images included."""
+        return self._encoded(rows)[1]["attention_mask"].sum(-1).tolist()
+
+    def _encoded(self, rows: Sequence[AnyRow]) -> tuple[list[Chat], BatchFeature, torch.Tensor]:
+        parsed = [parse_row(row, position) for position, row in enumerate(rows)]
+        chats = [chat for each in parsed for chat in self._chats(each)]
+        return chats, *self.encode(chats, side="right")
 
 
 class NativePromptCollator(NativeRowCollator):

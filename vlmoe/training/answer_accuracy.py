@@ -15,9 +15,14 @@ import torch
 from transformers import EvalPrediction
 
 
-def most_likely_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, length, vocab) -> token ids (rows, length)."""
-    return logits.argmax(-1)
+def most_likely_tokens(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor
+) -> torch.Tensor:
+    """Logits (rows, length, vocab) -> token ids (rows, length).
+
+    A model of transformers may have further outputs, after the logits.
+    """
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def answer_accuracy(prediction: EvalPrediction) -> dict[str, float]:

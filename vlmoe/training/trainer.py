@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     DataCollator,
     EvalPrediction,
     PreTrainedModel,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -25,9 +24,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.collator import VLMoECollator
 from ..data.long_rows import length_limit, usable_rows
+from ..data.native_collator import NativeCollator
+from ..data.native_rows import usable_native_rows
 from ..data.rows import ConversationRows, Rows, as_rows
+from ..hub.export import publish_layout
 from ..hub.provenance import RunOrigin
-from ..hub.saved_model import read_processor
+from ..hub.saved_model import Processor, read_processor
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
+from ..processing.processing_vlmoe import VLMoEProcessor
 from ..routing.balancing import RouterBiasCallback
 from ..routing.expert_load import has_experts
 from ..routing.finite_checks import StopOnNonFiniteRouting
@@ -36,9 +40,12 @@ from .arguments import prepared_arguments
 from .build import ModelOptions, build_model, is_preset, row_texts
 from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
+from .native import native_arguments
 from .overrides import Fields
 from .strict_resume import StrictResumeMixin
 from .telemetry import RouterTelemetry
+
+StateDict = dict[str, Tensor]
 
 
 class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
@@ -87,7 +94,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         *,
         train_dataset: Rows,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
-        processing_class: ProcessorMixin | None = None,
+        processing_class: Processor | None = None,
         data_collator: DataCollator | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = answer_accuracy,
         callbacks: Sequence[TrainerCallback] | None = None,
@@ -113,7 +120,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             processing_class = _processor_of(model, processing_class, options)
         if data_collator is None:
             data_collator = row_collator(model, processing_class, max_length, on_long_rows)
-        if isinstance(data_collator, VLMoECollator):
+        if isinstance(data_collator, RowCollator):
             check = (data_collator, on_long_rows, arguments.process_index == 0)
             train_dataset = checked_rows(train_dataset, "training", *check)
             evaluated = {
@@ -123,6 +130,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         if compute_metrics is answer_accuracy:
             trainer_kwargs.setdefault("preprocess_logits_for_metrics", most_likely_tokens)
         callbacks = callbacks or []
+        native = native_arguments(model, arguments, trainer_kwargs)
         super().__init__(
             model,
             arguments,
@@ -133,11 +141,16 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             compute_metrics=compute_metrics,
             callbacks=[*own_callbacks(model, callbacks), *callbacks],
             origin=origin or RunOrigin(preset=preset, rows=len(train_dataset)),
-            **trainer_kwargs,
+            **native | trainer_kwargs,
         )
         self._show_progress(callbacks)
         if has_experts(model) and not _has_kind(callbacks, RouterTelemetry):
             self.add_callback(RouterTelemetry(self))
+
+    def _save(self, output_dir: str | None = None, state_dict: StateDict | None = None) -> None:
+        """Save as `Trainer` does, in the layout in which the model's family publishes it."""
+        super()._save(output_dir, state_dict)
+        publish_layout(output_dir or self.args.output_dir)
 
     def _show_progress(self, given: Sequence[TrainerCallback]) -> None:
         """Put our bar, or our printer where there is no bar, in the place of Trainer's."""
@@ -161,8 +174,8 @@ def _evaluated_rows(given: Rows | Mapping[str, Rows] | None) -> dict[str, Rows]:
 
 
 def _processor_of(
-    model: PreTrainedModel, given: ProcessorMixin | None, options: ModelOptions
-) -> ProcessorMixin:
+    model: PreTrainedModel, given: Processor | None, options: ModelOptions
+) -> Processor:
     """Return the processor that was given, or else that of the folder that the model is from."""
     if any(options.values()):
         raise ValueError(
@@ -186,32 +199,51 @@ def own_callbacks(
     return [callback for callback in own if not _has_kind(given, type(callback))]
 
 
+RowCollator = VLMoECollator | NativeCollator
+
+
 def row_collator(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     max_length: int | None = None,
     on_long_rows: str = "error",
     *,
+    limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
-) -> VLMoECollator:
-    """Return the collator of the rows, with the length that the model and `max_length` allow."""
+) -> RowCollator:
+    """Return the collator of the rows, with the length that the model and `max_length` allow.
+
+    Args:
+        model: will be trained.
+        processor: of the model; a `VLMoEProcessor` has limits on images of its own.
+        max_length: the longest row in tokens.
+        on_long_rows: as for `VLMoETrainer`.
+        limits: on images, for a processor of transformers.
+        allow_image_urls: download images that rows name by http(s) URL.
+    """
+    limit = length_limit(model.config, max_length)
+    if not isinstance(processor, VLMoEProcessor):
+        return NativeCollator(processor, limit, limits=limits, allow_image_urls=allow_image_urls)
     return VLMoECollator(
         processor,
-        length_limit(model.config, max_length),
+        limit,
         shorten_prompts=on_long_rows == "shorten-prompt",
         allow_image_urls=allow_image_urls,
     )
 
 
 def checked_rows(
-    rows: Rows, what: str, collator: VLMoECollator, on_long_rows: str, is_first_rank: bool
+    rows: Rows, what: str, collator: RowCollator, on_long_rows: str, is_first_rank: bool
 ) -> Rows:
     """Return the rows that can be used; log once how many are too long.
 
     Raises:
         ValueError: a row is too long, malformed or has nothing to learn; it is named.
     """
-    usable = usable_rows(rows, collator, on_long_rows, progress=is_first_rank)
+    if isinstance(collator, NativeCollator):
+        usable = usable_native_rows(rows, collator, on_long_rows, progress=is_first_rank)
+    else:
+        usable = usable_rows(rows, collator, on_long_rows, progress=is_first_rank)
     if is_first_rank:
         usable.log(what, collator.max_length)
     return usable.rows

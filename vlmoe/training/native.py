@@ -1,0 +1,56 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""What `VLMoETrainer` does differently for a model of transformers' own classes."""
+
+import logging
+from collections.abc import Callable, Collection
+from typing import TypedDict
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel
+from ..routing.routed_layers import routed_layers
+from .sparse_loss import SparseLoss
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BALANCE = 0.001
+"""Coefficient of the load balancing loss for a family whose config has none: that of Qwen3-MoE."""
+
+
+class NativeArguments(TypedDict, total=False):
+    """Arguments of `Trainer`."""
+
+    compute_loss_func: Callable
+
+
+def is_vlmoe(model: nn.Module) -> bool:
+    """Return whether the model is a VLMoE, also inside of PEFT's wrapper."""
+    return any(isinstance(module, VLMoEPreTrainedModel) for module in model.modules())
+
+
+def native_arguments(
+    model: PreTrainedModel, arguments: TrainingArguments, given: Collection[str]
+) -> NativeArguments:
+    """Return the arguments of `Trainer` for a model of transformers; none for a VLMoE.
+
+    Args:
+        model: that is trained.
+        arguments: changed where they would not fit: a batch without images leaves the vision tower
+            without gradients, which DistributedDataParallel must look for.
+        given: names of arguments of `Trainer` that the caller gives.
+    """
+    if is_vlmoe(model):
+        return {}
+    if hasattr(model.config, "vision_config") and arguments.ddp_find_unused_parameters is False:
+        arguments.ddp_find_unused_parameters = None  # Trainer's own choice
+    if "compute_loss_func" in given:
+        return {}
+    try:
+        routed_layers(model)
+    except ValueError as error:
+        logger.warning("%s It is trained by its own loss.", error)
+        return {}
+    coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    balance = DEFAULT_BALANCE if coefficient is None else coefficient
+    return {"compute_loss_func": SparseLoss(model, balance)}
