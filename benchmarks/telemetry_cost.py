@@ -23,11 +23,11 @@ from measure import alternate, paired_ratio, write_result
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
-from vlmoe.routing import expert_load
-from vlmoe.routing.expert_load import record_expert_load
+from vlmoe.routing.load import record_expert_load
+from vlmoe.routing.record import Listener
 
 CASES = {"16 images, 10 questions each": (16, 10), "1 image, 4 questions": (1, 4)}
-HOOKS = ("_before_forward", "_after_router", "_after_forward")
+HOOKS = ("_begin", "_keep_logits", "_read", "_end")
 BUDGET = 0.02
 
 
@@ -69,7 +69,6 @@ def _seconds(call: Callable[[], object]) -> float:
 @contextmanager
 def named_hooks() -> Iterator[None]:
     """Show the recorder's hooks under the name `telemetry` in the profiler."""
-    recorder = expert_load._LoadRecorder
 
     def named(hook: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
@@ -78,7 +77,7 @@ def named_hooks() -> Iterator[None]:
 
         return call
 
-    with mock.patch.multiple(recorder, **{name: named(getattr(recorder, name)) for name in HOOKS}):
+    with mock.patch.multiple(Listener, **{name: named(getattr(Listener, name)) for name in HOOKS}):
         yield
 
 

@@ -15,7 +15,7 @@ from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.data.collator import VLMoECollator
 from vlmoe.data.loading import load_rows
 from vlmoe.data.rows import ConversationRows
-from vlmoe.routing.expert_load import record_expert_load
+from vlmoe.routing.load import record_expert_load
 from vlmoe.training.answer_accuracy import answer_accuracy, most_likely_tokens
 from vlmoe.training.evaluation import Evaluation, evaluate
 

@@ -14,7 +14,7 @@ from ranks import on_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.routing.expert_load import record_expert_load
+from vlmoe.routing.load import record_expert_load
 from vlmoe.training.arguments import training_arguments
 from vlmoe.training.data import TrainingData
 from vlmoe.training.run import train

@@ -58,7 +58,7 @@ def check_routing(model: nn.Module, step: int | None = None) -> None:
 def over_ranks(
     notes: list[torch.Tensor | None], model: nn.Module, shapes: list[tuple[int, ...]]
 ) -> list[torch.Tensor]:
-    """The sum over ranks of each sparse layer's note: int64 of its shape, zeros for None.
+    """Return the sum over ranks of each sparse layer's note: int64, zeros for None.
 
     On the device of the first note, or where no layer has any of the model's first parameter.
     """

@@ -1,12 +1,12 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Which experts every single token went to, and with what weights.
+"""Record which experts every single token went to, and with what weights.
 
-Unlike `expert_load.py`, which counts, this keeps each choice: for looking at a few samples, or at
-one batch after another. Hooks on the routers hand over what they chose, in plain forwards and in
-`generate`, where each forward holds the tokens that are new.
+Unlike load.py, which counts, this keeps each choice: for looking at a few samples, or at one batch
+after another; of plain forward passes and of `generate`, where each forward pass holds the tokens
+that are new.
 
-Shapes: B rows, T tokens of a forward, n tokens of a sequence, L sparse layers, E experts, k experts
-per token.
+Shapes: B rows, T tokens of a forward pass, n tokens of a sequence, L sparse layers of the decoder,
+E experts, k experts per token.
 """
 
 import threading
@@ -18,10 +18,14 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..configuration.configuration_vlmoe_text import Modality
 from ..data.answers import greedy_answers
-from .expert_load import PADDING, find_backbone, sparse_routers, token_kinds
+from .kinds import PADDING, Inputs, token_kinds, vision_bank_tokens
+from .load import ExpertLoad, LoadReader
+from .record import Listener, Routing, find_backbone
+from .routed_layers import RoutedLayer, routed_layers
 
 _recorded: WeakSet[nn.Module] = WeakSet()  # backbones inside a `record_routing` block
 _guard = threading.Lock()
@@ -35,7 +39,7 @@ class TokenRouting:
         layers: the decoder's index of each sparse layer.
         num_experts: E.
         token_ids: (n,) long.
-        is_image: (n,) bool.
+        kinds: (n,) long, positions in `KINDS`: text, image, video.
         experts: (L, n, k) long, by falling weight.
         weights: (L, n, k) float32, what the experts' outputs are multiplied by.
     """
@@ -43,9 +47,14 @@ class TokenRouting:
     layers: tuple[int, ...]
     num_experts: int
     token_ids: torch.Tensor
-    is_image: torch.Tensor
+    kinds: torch.Tensor
     experts: torch.Tensor
     weights: torch.Tensor
+
+    @property
+    def is_image(self) -> torch.Tensor:
+        """(n,) bool."""
+        return self.kinds == Modality.image.value
 
     @property
     def first_choices(self) -> torch.Tensor:
@@ -53,12 +62,12 @@ class TokenRouting:
         return self.experts[..., 0]
 
     def first(self, tokens: int) -> "TokenRouting":
-        """The same of the first `tokens` tokens."""
+        """Return the routing of the first `tokens` tokens."""
         return TokenRouting(
             self.layers,
             self.num_experts,
             self.token_ids[:tokens],
-            self.is_image[:tokens],
+            self.kinds[:tokens],
             self.experts[:, :tokens],
             self.weights[:, :tokens],
         )
@@ -66,8 +75,13 @@ class TokenRouting:
 
 @dataclass
 class ForwardRouting:
-    """The routing of one forward, on the CPU: `token_ids` and `kinds` (B, T; see `token_kinds`),
-    `experts` and `weights` (L, B, T, k), by falling weight."""
+    """The routing of one forward pass, on the CPU.
+
+    Attributes:
+        token_ids, kinds: (B, T); see `token_kinds`.
+        experts, weights: (L, B, T, k), by falling weight. ERNIE-4.5-VL numbers the experts of its
+            bank for images and videos from 0, too.
+    """
 
     token_ids: torch.Tensor
     kinds: torch.Tensor
@@ -77,15 +91,25 @@ class ForwardRouting:
 
 @dataclass
 class RoutingTrace:
-    """What `record_routing` has seen: one `ForwardRouting` for each forward, in order."""
+    """The recorded routing of a `record_routing` block.
+
+    Attributes:
+        layers: the decoder's index of each sparse layer.
+        num_experts: E.
+        load: counts of all forward passes, also by kind of token, of vision towers and connectors
+            with experts too, and the figures that follow from them.
+        forwards: the choices of each forward pass, in order; empty with `choices=False`.
+    """
 
     layers: tuple[int, ...]
     num_experts: int
+    load: ExpertLoad
     forwards: list[ForwardRouting] = field(default_factory=list)
 
     def sequences(self) -> list[TokenRouting]:
-        """The forwards joined along the tokens, as the steps of `generate` follow each other, one
-        entry per row.
+        """Join the forward passes along the tokens, as the steps of `generate` follow each other.
+
+        One entry per row.
 
         Raises:
             ValueError: there was no forward, or the forwards differ in their number of rows.
@@ -105,7 +129,7 @@ class RoutingTrace:
                 self.layers,
                 self.num_experts,
                 token_ids[row, real],
-                kinds[row, real] == Modality.image.value,
+                kinds[row, real],
                 experts[:, row, real],
                 weights[:, row, real],
             )
@@ -114,70 +138,119 @@ class RoutingTrace:
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
-    """Record the choices for every token of every forward of `model` inside the block.
-
-    Memory grows with the tokens: clear `forwards` between batches.
+def record_routing(model: nn.Module, choices: bool = True) -> Iterator[RoutingTrace]:
+    """Record the routing of every forward pass of `model` inside the block.
 
     Args:
-        model: a VLMoE, also inside a PEFT model, that is given `input_ids`.
+        model: any sparse model under transformers' experts interface, VLMoE or another; also
+            inside a PEFT model or DistributedDataParallel, sharded by FSDP2, or about to be
+            compiled (then with `choices=False`).
+        choices: keep the choices of every token, for which it must be given `input_ids`. Memory
+            grows with the tokens: clear `forwards` between batches, or keep the counts alone.
 
     Yields:
-        A `RoutingTrace` that grows with each forward.
+        A `RoutingTrace` that grows with each forward pass.
 
     Raises:
-        ValueError: the decoder has no sparse layer; in the block, it is given no `input_ids`.
+        ValueError: the model has no sparse layer, or computes its experts in its own way; in the
+            block, it is given no `input_ids`, or weights are NaN or infinite.
         RuntimeError: another block, also one of another thread, records this model.
 
     Example:
-        >>> with record_routing(model) as trace, torch.no_grad():
+        >>> with record_routing(model) as routing, torch.no_grad():
         ...     model(**batch)
-        >>> trace.sequences()[0].experts.shape
+        >>> routing.sequences()[0].experts.shape
         torch.Size([2, 23, 2])
+        >>> routing.load.as_dict()["max_violation"]["image"]
+        [0.31, 0.12]
     """
-    backbone, routers = find_backbone(model), sparse_routers(model)
-    if not routers:
-        raise ValueError(f"The decoder of {type(model).__name__} has no sparse layer.")
-    router: Any = next(iter(routers.values()))
-    trace = RoutingTrace(tuple(routers), router.weight.shape[0])
-    choices: list[tuple[torch.Tensor, torch.Tensor]] = []  # (B * T, k) each, of the layers so far
-    tokens: dict[str, torch.Tensor] = {}
-
-    def before_forward(backbone: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = {"input_ids": args[0]} | kwargs if args else kwargs
-        if inputs.get("input_ids") is None:
-            raise ValueError("Recording the routing of each token needs `input_ids`.")
-        choices.clear()
-        tokens["token_ids"] = inputs["input_ids"].cpu()
-        tokens["kinds"] = token_kinds(inputs, backbone.config).cpu()
-
-    def after_router(router: nn.Module, args: tuple, output: tuple) -> None:
-        _, weights, experts = (tensor.detach() for tensor in output)
-        # With a selection bias the order of choice is not that of the weights.
-        order = weights.argsort(dim=-1, descending=True, stable=True)
-        chosen = experts.gather(-1, order).cpu(), weights.gather(-1, order).float().cpu()
-        if not chosen[1].isfinite().all():
-            layer = list(routers)[len(choices)]
-            raise ValueError(f"The router of layer {layer} gives weights that are NaN or infinite.")
-        choices.append(chosen)
-
-    def after_forward(backbone: nn.Module, args: tuple, output: Any) -> None:
-        shape = (len(choices), *tokens["kinds"].shape, -1)
-        experts = torch.stack([experts for experts, _ in choices]).view(shape)
-        weights = torch.stack([weights for _, weights in choices]).view(shape)
-        trace.forwards.append(ForwardRouting(**tokens, experts=experts, weights=weights))
-
+    layers, backbone = routed_layers(model), find_backbone(model)
+    load, tracer = LoadReader(backbone, layers), TraceReader(layers)
+    decoder = tracer.layers or tuple(layer.index for layer in layers)
+    if choices and not tracer.layers:
+        raise ValueError(
+            f"The decoder of {type(model).__name__} has no experts: record with choices=False."
+        )
+    trace = RoutingTrace(decoder, tracer.num_experts, load.load, tracer.forwards)
     with _alone(backbone):
-        handles = [
-            backbone.register_forward_pre_hook(before_forward, with_kwargs=True),
-            *(module.register_forward_hook(after_router) for module in routers.values()),
-            backbone.register_forward_hook(after_forward),
-        ]
+        listener = Listener(model, [load, tracer] if choices else [load], layers)
         try:
             yield trace
         finally:
-            for handle in handles:
-                handle.remove()
+            listener.remove()
+
+
+class TraceReader:
+    """Keeps the choices of each forward pass in `forwards`; a `Reader`.
+
+    Args:
+        layers: of the model; those of towers and connectors are passed over.
+    """
+
+    def __init__(self, layers: list[RoutedLayer]):
+        banks = [layer for layer in layers if layer.place in ("decoder", "vision")]
+        self.layers = tuple(dict.fromkeys(layer.index for layer in banks))
+        self.num_experts = max((layer.num_experts for layer in banks), default=0)
+        self.forwards: list[ForwardRouting] = []
+        self._token_ids = self._kinds = torch.empty(0)
+        self._vision_tokens: torch.Tensor | None = None
+        self._chosen: dict[int, list[tuple[RoutedLayer, torch.Tensor, torch.Tensor]]] = {}
+
+    def begin(self, backbone: PreTrainedModel, inputs: Inputs) -> bool:
+        """Keep the tokens."""
+        if inputs.get("input_ids") is None:
+            raise ValueError("Recording the routing of each token needs `input_ids`.")
+        self._chosen = {index: [] for index in self.layers}
+        self._token_ids = inputs["input_ids"].cpu()
+        self._kinds = token_kinds(inputs, backbone.config).cpu()
+        self._vision_tokens = vision_bank_tokens(inputs)
+        return True
+
+    def read(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Keep the choice of one bank, by falling weight."""
+        if layer.place not in ("decoder", "vision"):
+            return
+        # With a selection bias the order of choice is not that of the weights.
+        weights = routing.weights.detach()
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        experts = routing.chosen.gather(-1, order).cpu()
+        weights = weights.gather(-1, order).float().cpu()
+        if not weights.isfinite().all():
+            raise ValueError(
+                f"The router of layer {layer.index} gives weights that are NaN or infinite."
+            )
+        self._chosen[layer.index].append((layer, experts, weights))
+
+    def read_outside(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Leave out images that are encoded before, and recomputation."""
+
+    def end(self, output: object) -> None:
+        """Keep the forward pass."""
+        joined = [self._of_all_tokens(parts) for parts in self._chosen.values()]
+        shape = (len(joined), *self._kinds.shape, -1)
+        self.forwards.append(
+            ForwardRouting(
+                self._token_ids,
+                self._kinds,
+                torch.stack([experts for experts, _ in joined]).view(shape),
+                torch.stack([weights for _, weights in joined]).view(shape),
+            )
+        )
+        self._chosen = {}
+
+    def _of_all_tokens(
+        self, parts: list[tuple[RoutedLayer, torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights (B * T, k) of a layer, from those of each of its banks."""
+        if self._vision_tokens is None or len(parts[0][1]) == self._kinds.numel():
+            return parts[0][1:]
+        is_vision = self._vision_tokens.flatten().cpu()
+        shape = (self._kinds.numel(), parts[0][1].shape[-1])
+        experts, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        for layer, chosen, of_bank in parts:
+            rows = is_vision if layer.place == "vision" else ~is_vision
+            experts[rows], weights[rows] = chosen, of_bank
+        return experts, weights
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from ..data.row_fields import AnyRow, Rows
 from ..data.rows import ConversationRows
 from ..hub.json_files import JsonObject
 from ..processing.processing_vlmoe import VLMoEProcessor
-from ..routing.expert_load import has_experts, record_expert_load
+from ..routing.load import record_expert_load
+from ..routing.record import has_experts
 from .metrics import ExactMatch, exact_match
 
 if TYPE_CHECKING:

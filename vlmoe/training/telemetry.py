@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..hub.atomic_files import atomic_path
 from ..hub.json_files import JsonObject, json_text, read_json
-from ..routing.expert_load import ExpertLoad, record_expert_load
+from ..routing.load import ExpertLoad, record_expert_load
 from .callbacks import Logs
 
 if TYPE_CHECKING:

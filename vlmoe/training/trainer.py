@@ -33,8 +33,8 @@ from ..hub.saved_model import Processor, read_processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from ..processing.processing_vlmoe import VLMoEProcessor
 from ..routing.balancing import RouterBiasCallback
-from ..routing.expert_load import has_experts
 from ..routing.finite_checks import StopOnNonFiniteRouting
+from ..routing.record import has_experts
 from .answer_accuracy import answer_accuracy, most_likely_tokens
 from .arguments import prepared_arguments
 from .build import ModelOptions, build_model, is_preset, row_texts

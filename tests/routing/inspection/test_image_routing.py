@@ -23,7 +23,7 @@ def planted(processor: VLMoEProcessor, images: Sequence[Image.Image], **options:
     is_image = ids == processor.image_token_id
     numbers = torch.where(is_image, is_image.cumsum(0) - 1, -1)
     experts = torch.stack([numbers, 1000 + numbers])[..., None]  # two layers, k = 1
-    routing = TokenRouting((0, 2), 2000, ids, is_image, experts, torch.ones(experts.shape))
+    routing = TokenRouting((0, 2), 2000, ids, is_image.long(), experts, torch.ones(experts.shape))
     return inputs, routing
 
 

@@ -64,7 +64,9 @@ def prompt(question: str = "what is it?", layers: int = 2, image: Path | None = 
     return TracedPrompt(
         question=question,
         answer="<b>bold</b>",
-        routing=TokenRouting(tuple(range(layers)), 4, torch.arange(8), is_image, experts, weights),
+        routing=TokenRouting(
+            tuple(range(layers)), 4, torch.arange(8), is_image.long(), experts, weights
+        ),
         tokens=["<|user|>", *["<image>"] * 4, " what", "ever", " <b>", "<s>"],
         is_special=[True, *[True] * 4, False, False, False, True],
         answer_start=7,

@@ -23,7 +23,7 @@ from ...data.conversations import parse_row
 from ...data.long_rows import length_limit
 from ...data.rows import ConversationRows
 from ...hub.finite_outputs import require_finite_logits
-from ..expert_load import PADDING, record_expert_load
+from ..kinds import PADDING
 from ..trace import ForwardRouting, record_routing
 
 SHUFFLES = 200
@@ -84,7 +84,7 @@ def dataset_routing(
     )
     types, counts, parts = [], [], []
     bar = logging.tqdm(total=len(questions), desc="routing", unit="question", disable=not progress)
-    with bar, record_expert_load(model) as load, record_routing(model) as trace:
+    with bar, record_routing(model) as trace:
         for start in range(0, len(questions), batch_size):
             batch = [questions[i] for i in range(start, min(start + batch_size, len(questions)))]
             inputs = collator(batch)
@@ -102,7 +102,7 @@ def dataset_routing(
     first_choices, token_ids, is_image = zip(*parts, strict=True)
     return DatasetRouting(
         trace.layers,
-        load.as_dict(),
+        trace.load.as_dict(),
         types,
         np.concatenate(counts),
         np.concatenate(first_choices, 1),
@@ -247,7 +247,7 @@ def _change(before: np.ndarray, after: np.ndarray, experts: int) -> dict[str, li
 def _counts_by_row(forward: ForwardRouting, experts: int) -> np.ndarray:
     """(B, L, 2, E): assignments of the text and image tokens of each row, padding left out."""
     layers, rows, tokens, k = forward.experts.shape
-    counts = torch.zeros(layers, rows, len(Modality) + 1, experts, dtype=torch.int32)
+    counts = torch.zeros(layers, rows, PADDING + 1, experts, dtype=torch.int32)
     kinds = forward.kinds[None, ..., None].expand(layers, rows, tokens, k)
     row = torch.arange(rows)[None, :, None, None].expand_as(kinds)
     layer = torch.arange(layers)[:, None, None, None].expand_as(kinds)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlmoe import VLMoEForConditionalGeneration
-from vlmoe.routing.expert_load import ExpertLoad, record_expert_load
+from vlmoe.routing.load import ExpertLoad, record_expert_load
 from vlmoe.training.telemetry import scalars
 
 Inputs = dict[str, torch.Tensor]
