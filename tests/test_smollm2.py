@@ -13,13 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    MixtralForCausalLM,
     SiglipVisionModel,
     pipeline,
 )
 
+from vlmoe.upcycling.conversion import native_model
 from vlmoe.upcycling.image_parts import with_image_parts
 from vlmoe.upcycling.report import UpcyclingReport
 from vlmoe_cli import main
@@ -96,6 +99,26 @@ def test_greedy_texts_equal_those_of_smollm2(folder: Path, sparse: Any, benchmar
     ]
     assert texts[0] == texts[1]
     assert tokenizer.decode(texts[0][0]).startswith("The capital of France is Paris.")
+
+
+@torch.no_grad()
+def test_the_native_sparse_model_says_what_smollm2_says(benchmark: Any, tmp_path: Path) -> None:
+    """Mixtral, saved and loaded by transformers' own class, on all 20 prompts."""
+    dense, tokenizer = benchmark.read_smollm2()
+    sample = tokenizer(list(benchmark.PROMPTS[:3]), padding=True, return_tensors="pt")
+    made = native_model(dense, 4, 2, sample=dict(sample))
+    assert made.report.error <= 2e-6 and made.report.same_argmax == 1
+    made.model.save_pretrained(tmp_path)
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(sparse) is MixtralForCausalLM
+    for name, tensor in made.model.state_dict().items():
+        assert torch.equal(tensor, sparse.state_dict()[name]), name
+    texts = [
+        benchmark.greedy_texts(model, tokenizer, benchmark.PROMPTS, max_new_tokens=32)
+        for model in (dense, sparse)
+    ]
+    assert texts[0] == texts[1]
+    shutil.rmtree(tmp_path)
 
 
 def test_text_is_rendered_and_tokenised_as_by_smollm2(folder: Path) -> None:

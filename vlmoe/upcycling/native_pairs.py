@@ -209,6 +209,7 @@ REFUSED: Mapping[str, str] = {
     "paligemma": NO_CLASS,
     "phimoe": "it has experts already",
     "qwen2_5_vl": "no sparse class has both positions on three axes (M-RoPE) and biases on q, k, v",
+    "vlmoe": "its sparse version is of its own class, VLMoE",
     "qwen2_vl": "no sparse class has both positions on three axes (M-RoPE) and biases on q, k, v",
 }
 """Models without an exact sparse version, and why."""
