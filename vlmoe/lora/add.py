@@ -34,7 +34,7 @@ def add_expert_lora(
     the routed path on (`enable_routed_lora`). The matched parameters are logged.
 
     Args:
-        model: one with fused experts (VLMoE, Qwen3-VL-MoE, Qwen3-MoE, OLMoE, Mixtral, ...); its
+        model: one with fused experts (VLMoE, Qwen3-VL-MoE, Gemma 4 MoE, Mixtral, ...); its
             modules are wrapped in place.
         r: rank.
         experts: which parameters of the experts; a mapping gives each its own rank.

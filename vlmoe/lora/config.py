@@ -17,8 +17,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _LINEAR_PARTS = ("attention", "shared_experts", "connector")
-_CONNECTORS = ("connector", "multi_modal_projector", "merger")
-_ROUTERS = ("router", "gate")
+_CONNECTORS = ("connector", "multi_modal_projector", "merger", "resampler_model", "embed_vision")
+_ROUTERS = ("router", "gate", "router.proj")  # the last is Gemma 4's
 # field: values that experts can be adapted with, and the reason
 _ALLOWED_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "use_dora": ((False,), "the norms of DoRA need the adapted weights of all experts"),
@@ -68,7 +68,7 @@ def expert_lora_config(
     set: TRL sets it unless its argument `router_aux_loss_coef` is 0.
 
     Args:
-        model: one with fused experts (VLMoE, Qwen3-VL-MoE, Qwen3-MoE, OLMoE, Mixtral, ...).
+        model: one with fused experts (VLMoE, Qwen3-VL-MoE, Gemma 4 MoE, Mixtral, ...).
         r: rank.
         lora_alpha: as in PEFT; 2 r by default. Where a rank is not r, alpha follows it, so that
             alpha / rank is the same everywhere.
@@ -208,8 +208,9 @@ def _router_matches(model: PreTrainedModel, banks: Iterable[str]) -> list[_Match
     """Find the routers: modules beside the experts, with a weight (experts, hidden)."""
     matches = []
     for block in dict.fromkeys(name.rpartition(".")[0] for name in banks):
+        parameters = dict(model.get_submodule(block).named_parameters())
         for name in _ROUTERS:
-            weight = getattr(getattr(model.get_submodule(block), name, None), "weight", None)
+            weight = parameters.get(f"{name}.weight")
             if weight is not None and weight.ndim == 2:
                 matches.append(_Match(f"{block}.{name}.weight", "router", sum(weight.shape)))
     if not matches:
@@ -234,7 +235,8 @@ def _ranks(
             f"`rank_scaling` is {rank_scaling!r}; allowed: None or 'per_active_expert'."
         )
     if rank_scaling:
-        k = model.config.get_text_config().num_experts_per_tok
+        config = model.config.get_text_config()
+        k = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
         for name, rank in given.items():
             if rank % k:
                 raise ValueError(

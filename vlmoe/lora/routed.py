@@ -141,8 +141,8 @@ def _fits_cpu_kernel(experts: Any, device: torch.device) -> bool:
         device.type == "cpu"
         and experts.has_gate
         and not (experts.has_bias or experts.is_transposed)
-        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
         and type(experts)._apply_gate is _default_apply_gate
+        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
     )
 
 
