@@ -96,6 +96,7 @@ def main(
         from vlmoe import evaluate, load_rows
         from vlmoe.data.images import limit_images
         from vlmoe.hub.atomic_files import write_json
+        from vlmoe.hub.model_classes import is_native
         from vlmoe.hub.provenance import dataset_name
         from vlmoe.training.build import Runtime, model_for_answers
 
@@ -109,14 +110,20 @@ def main(
         )
         runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
         network, processor = model_for_answers(model, runtime)
-        limit_images(processor, max_image_pixels, max_image_side)
+        limits = limit_images(processor, max_image_pixels, max_image_side)
         asking: AskingOptions = {
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
         }
         evaluation = evaluate(
-            network, processor, rows, **asking, allow_image_urls=allow_image_urls, progress=True
+            network,
+            processor,
+            rows,
+            **asking,
+            image_limits=limits,
+            allow_image_urls=allow_image_urls,
+            progress=True,
         )
         settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
         settings |= asdict(runtime)  # no paths: the file may be published
@@ -124,7 +131,7 @@ def main(
         write_json(results, evaluation.as_dict() | about)
         if save_predictions:
             write_json(Path(save_predictions), evaluation.predictions)
-        if is_own:
+        if is_own and not is_native(network.config):  # whose card is its library's
             complete_card(own, evaluation.expert_load)
     print(f"\n{evaluation.table()}\n\nWritten to {results}.")
 

@@ -297,9 +297,11 @@ def results_table(metrics: "TrainMetrics") -> str:
         "seconds": f"{metrics['train_seconds']:,.1f}",
         "training tokens per second": f"{metrics['tokens_per_second']:,.0f}",
         "parameters": f"{parameters['total']:,}",
-        "active per image token": f"{parameters['image_token']:,}",
-        "active per text token": f"{parameters['text_token']:,}",
     }
+    for kind, count in parameters.items():
+        if kind != "total":
+            of_token = f" per {kind.replace('_', ' ')}" if kind != "active" else ""
+            rows[f"active{of_token}"] = f"{count:,}"
     return "\n".join(f"{name:<28} {value:>18}" for name, value in rows.items())
 
 

@@ -13,9 +13,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..hub.finite_outputs import finite_logits
 from ..hub.input_errors import reading
+from ..hub.saved_model import Processor
+from ..processing.image_sources import DEFAULT_LIMITS
 from ..processing.processing_vlmoe import VLMoEProcessor
+from .conversations import IMAGE, Turn
 from .images import open_image
 from .long_rows import require_room
+from .native_chat import Chat, NativeChatEncoder, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel
@@ -27,7 +31,7 @@ Picture = str | os.PathLike[str] | Image.Image
 
 def answer(
     model: "PreTrainedModel",
-    processor: VLMoEProcessor,
+    processor: Processor,
     image: Picture | Sequence[Picture] | None,
     question: str,
     *,
@@ -42,7 +46,7 @@ def answer(
 
     Args:
         model: on any device; it answers in evaluation mode and keeps the mode it was in.
-        processor: the model's.
+        processor: the model's; of a language model its tokenizer.
         image: image files or PIL images, in the order in which the model sees them; or None.
         question: what to ask.
         max_new_tokens: the longest answer, in tokens.
@@ -60,7 +64,7 @@ def answer(
         ValueError: an image cannot be used, the prompt and answer are longer than the model's
             positions, or the model's outputs are NaN or infinite.
     """
-    images = open_images(image, processor)
+    images, tokenizer = open_images(image, processor), tokenizer_of(processor)
     if seed is not None:
         set_seed(seed)
     inputs = prompt_inputs(processor, question, images, system).to(model.device)
@@ -76,19 +80,20 @@ def answer(
             **inputs,
             **sampling,
             max_new_tokens=max_new_tokens,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            eos_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end_tokens(model, tokenizer),
             logits_processor=finite_logits(model, inputs),
             streamer=streamer,
         )
-    return processor.tokenizer.decode(sequences[0, length:], skip_special_tokens=True).strip()
+    return tokenizer.decode(sequences[0, length:], skip_special_tokens=True).strip()
 
 
 def open_images(
-    images: Picture | Sequence[Picture] | None, processor: VLMoEProcessor
+    images: Picture | Sequence[Picture] | None, processor: Processor
 ) -> list[Image.Image]:
     """Open images as RGB, within the processor's limits; raises as `answer` does."""
     given = [] if images is None else images
+    limits = getattr(processor, "image_limits", DEFAULT_LIMITS)
     if isinstance(given, str | os.PathLike | Image.Image):
         given = [given]
     opened = []
@@ -97,14 +102,14 @@ def open_images(
             path = Path(image).expanduser()
             if not path.is_file():
                 raise FileNotFoundError(f"There is no image file {image}.")
-            opened.append(open_image(path, str(image), limits=processor.image_limits))
+            opened.append(open_image(path, str(image), limits=limits))
         else:
-            opened.append(open_image(image, f"image {number}", limits=processor.image_limits))
+            opened.append(open_image(image, f"image {number}", limits=limits))
     return opened
 
 
 def prompt_inputs(
-    processor: VLMoEProcessor,
+    processor: Processor,
     question: str,
     images: Sequence[Image.Image],
     system: str | None = None,
@@ -114,6 +119,11 @@ def prompt_inputs(
     Raises:
         ValueError: the chat template or the processor refuses it.
     """
+    if not isinstance(processor, VLMoEProcessor):
+        asked = Turn("user", (*(IMAGE for _ in images), question))
+        conversation = (Turn("system", (system,)), asked) if system else (asked,)
+        chat = Chat(conversation, images, "The question")
+        return NativeChatEncoder(processor)([chat], side="left", generation_prompt=True)[0]
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     if system:
@@ -145,10 +155,20 @@ def greedy_answers(
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(model, tokenizer),
         logits_processor=finite_logits(model, inputs),
     )
     return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def end_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those of the model's own config.
+
+    Gemma's tokenizer names the end of a text, its generation config the end of a turn, too.
+    """
+    own = getattr(model.generation_config, "eos_token_id", None)
+    given = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in given if token is not None))
 
 
 @contextmanager

@@ -12,13 +12,14 @@ with the row's name.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image
 
+from ..hub.saved_model import Processor
 from ..processing.image_checks import load_rgb_image
 from ..processing.image_sources import (
     DEFAULT_LIMITS,
@@ -36,12 +37,18 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 
-def limit_images(processor: VLMoEProcessor, max_pixels: int | None, max_side: int | None) -> None:
-    """Give a processor those limits on the size of images, in pixels, that are not None."""
-    if max_pixels is not None:
-        processor.max_image_pixels = max_pixels
-    if max_side is not None:
-        processor.max_image_side = max_side
+def limit_images(processor: Processor, max_pixels: int | None, max_side: int | None) -> ImageLimits:
+    """Return the limits on the size of images, in pixels: those that are not None, and defaults.
+
+    A `VLMoEProcessor` gets them. Processors of transformers have no limits: their collators do.
+    """
+    asked = {"max_pixels": max_pixels, "max_side": max_side}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not isinstance(processor, VLMoEProcessor):
+        return replace(DEFAULT_LIMITS, **given)
+    for name, value in given.items():
+        setattr(processor, f"max_image_{name.removeprefix('max_')}", value)
+    return processor.image_limits
 
 
 def open_image(

@@ -12,7 +12,8 @@ from transformers import BatchFeature
 
 from ..hub.saved_model import Processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
-from .collator import IGNORE_INDEX, PromptBatch
+from ..processing.processing_vlmoe import VLMoEProcessor
+from .collator import IGNORE_INDEX, PromptBatch, VLMoEPromptCollator
 from .conversations import ParsedRow, parse_row, split_reference
 from .images import open_image
 from .native_chat import Chat, NativeChatEncoder
@@ -96,6 +97,21 @@ class NativeCollator(NativeRowCollator):
         parsed = [parse_row(row, position) for position, row in enumerate(rows)]
         chats = [chat for each in parsed for chat in self._chats(each)]
         return chats, *self.encode(chats, side="right")
+
+
+def prompt_collator(
+    processor: Processor,
+    max_length: int | None = None,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    allow_image_urls: bool = False,
+) -> "VLMoEPromptCollator | NativePromptCollator":
+    """Return the collator of prompts for a processor; a `VLMoEProcessor` has limits of its own."""
+    if isinstance(processor, VLMoEProcessor):
+        return VLMoEPromptCollator(processor, max_length, allow_image_urls=allow_image_urls)
+    return NativePromptCollator(
+        processor, max_length, limits=limits, allow_image_urls=allow_image_urls
+    )
 
 
 class NativePromptCollator(NativeRowCollator):

@@ -14,10 +14,13 @@ from ..data.answers import evaluation_mode, greedy_answers
 from ..data.collator import PromptBatch, VLMoEPromptCollator
 from ..data.conversations import parse_row
 from ..data.long_rows import prompt_limit
+from ..data.native_chat import tokenizer_of
+from ..data.native_collator import NativePromptCollator, prompt_collator
 from ..data.row_fields import AnyRow, Rows
 from ..data.rows import ConversationRows
 from ..hub.json_files import JsonObject
-from ..processing.processing_vlmoe import VLMoEProcessor
+from ..hub.saved_model import Processor
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from ..routing.load import record_expert_load
 from ..routing.record import has_experts
 from .metrics import ExactMatch, exact_match
@@ -25,6 +28,8 @@ from .metrics import ExactMatch, exact_match
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel
+
+PromptCollator = VLMoEPromptCollator | NativePromptCollator
 
 
 class Prediction(TypedDict):
@@ -89,12 +94,13 @@ class AskingOptions(TypedDict, total=False):
 
 def evaluate(
     model: "PreTrainedModel",
-    processor: VLMoEProcessor,
+    processor: Processor,
     rows: "Rows | datasets.Dataset",
     *,
     batch_size: int = 64,
     max_new_tokens: int = 32,
     max_length: int | None = None,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
     progress: bool = False,
 ) -> Evaluation:
@@ -105,13 +111,15 @@ def evaluate(
 
     Args:
         model: a generating model, on any device; it keeps its mode.
-        processor: the model's.
+        processor: the model's; of a language model its tokenizer.
         rows: as `load_rows` gives them, or a list of rows such as
             `{"image": ..., "question": ..., "answer": ...}`; a row may hold several conversations.
         batch_size: conversations answered at the same time; images they share are encoded once.
         max_new_tokens: the longest answer, in tokens.
         max_length: the longest prompt, in tokens; a longer one is an error. By default the model's
             positions less the answer.
+        image_limits: on the size of images, for a processor of transformers; a `VLMoEProcessor`
+            has limits of its own.
         allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
 
@@ -124,8 +132,8 @@ def evaluate(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to evaluate.")
-    limit = prompt_limit(model, max_new_tokens, max_length)
-    collator = VLMoEPromptCollator(processor, limit, allow_image_urls=allow_image_urls)
+    limit, urls = prompt_limit(model, max_new_tokens, max_length), allow_image_urls
+    collator = prompt_collator(processor, limit, limits=image_limits, allow_image_urls=urls)
     recording = record_expert_load(model) if has_experts(model) else nullcontext()
     batches = _batches(questions, batch_size, progress)
     start = time.perf_counter()
@@ -147,19 +155,20 @@ def evaluate(
 
 def _predictions(
     model: "PreTrainedModel",
-    processor: VLMoEProcessor,
+    processor: Processor,
     batches: Iterator[list[AnyRow]],
-    collator: VLMoEPromptCollator,
+    collator: PromptCollator,
     max_new_tokens: int,
 ) -> list[Prediction]:
     """Answer every conversation."""
     predictions: list[Prediction] = []
+    tokenizer = tokenizer_of(processor)
     with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
             prompts = collator(batch)
             inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
-            tokens = greedy_answers(model, processor.tokenizer, inputs, max_new_tokens)
-            answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            tokens = greedy_answers(model, tokenizer, inputs, max_new_tokens)
+            answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             predictions += _records(batch, prompts, answers)
     return predictions
 

@@ -29,6 +29,27 @@ def is_vlmoe(model: nn.Module) -> bool:
     return any(isinstance(module, VLMoEPreTrainedModel) for module in model.modules())
 
 
+def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
+    """Count the parameters: `total`, and those that a token uses.
+
+    Of a VLMoE as `active_parameters` does; of another model `active`, where each bank of experts
+    counts with the share that a token is routed to.
+    """
+    if is_vlmoe(model):
+        return model.active_parameters()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        layers = routed_layers(model)
+    except ValueError:  # dense
+        return {"total": total, "active": total}
+    idle = sum(
+        parameter.numel() * (layer.num_experts - layer.top_k) // layer.num_experts
+        for layer in layers
+        for parameter in layer.experts.parameters()
+    )
+    return {"total": total, "active": total - idle}
+
+
 def native_arguments(
     model: PreTrainedModel, arguments: TrainingArguments, given: Collection[str]
 ) -> NativeArguments:

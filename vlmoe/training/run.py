@@ -45,6 +45,7 @@ from .build import (
 from .callbacks import REMEDY, Logs
 from .checkpoints import STATE_FILE, find_checkpoint, read_state, set_aside_newer
 from .data import TrainingData, TrainingRows
+from .native import parameter_counts
 from .trainer import VLMoETrainer, row_collator
 
 
@@ -134,9 +135,10 @@ def train(
             built = build_model(model, row_texts(rows.train), processor, **model_options)
             if checkpoint is not None:
                 require_same_model(built.model.config, checkpoint)
-        limit_images(built.processor, data.max_image_pixels, data.max_image_side)
+        limits = limit_images(built.processor, data.max_image_pixels, data.max_image_side)
+        urls = data.allow_image_urls
         collator = row_collator(
-            *built, max_length, on_long_rows, allow_image_urls=data.allow_image_urls
+            *built, max_length, on_long_rows, limits=limits, allow_image_urls=urls
         )
         trainer = VLMoETrainer(
             built.model,
@@ -293,7 +295,7 @@ def results(trainer: Trainer, before: JsonObject, seconds: float) -> TrainMetric
         "train_seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / max(seconds - evaluating, 1e-9),
-        "parameters": model.active_parameters(),
+        "parameters": parameter_counts(model),
         "seed": trainer.args.seed,
         "versions": versions(),
     }
