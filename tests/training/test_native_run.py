@@ -57,6 +57,8 @@ def test_a_native_model_is_asked_and_evaluated(native: Path, data_folder: Path) 
     model, processor = model_for_answers(str(native))
     evaluation = evaluate(model, processor, rows, batch_size=2, max_new_tokens=3)
     assert evaluation.questions == len(evaluation.predictions) > 0
+    assert evaluation.expert_load is not None
+    assert all(count > 0 for count in evaluation.expert_load["tokens"]["image"])
     first, picture = evaluation.predictions[0], rows[0]["images"][0]
     image: Any = picture["path"] if isinstance(picture, dict) else picture
     assert (

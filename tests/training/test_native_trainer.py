@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlmoe import VLMoETrainer
 from vlmoe.training.sparse_loss import SparseLoss
+from vlmoe.training.telemetry import TELEMETRY_FILE, read_telemetry
 
 FAST = ("qwen3_vl_moe", "llava_qwen3_moe", "mixtral")
 SLOW = ("qwen3_5_moe", "glm4v_moe", "gemma4", "internvl_qwen3_moe")
@@ -58,6 +59,10 @@ def test_a_native_model_is_trained_saved_and_loads_plainly(family: str, tmp_path
     assert isinstance(trainer.compute_loss_func, SparseLoss)
     losses = [e["loss"] for e in (trainer.train(), trainer.state.log_history)[1] if "loss" in e]
     assert losses[-1] < losses[0]
+    telemetry = read_telemetry(tmp_path / TELEMETRY_FILE)
+    assert [entry["step"] for entry in telemetry] == [1, 2, 3, 4, 5]
+    seen = telemetry[0]["tokens"]
+    assert seen["text"][0] > 0 and (seen["image"][0] > 0 or family == "mixtral")
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] > 0 and 0 <= metrics["eval_exact_match"] <= 1
     trainer.save_model()
