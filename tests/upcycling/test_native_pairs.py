@@ -16,8 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmoe.upcycling.conversion import NativeUpcycling, native_model
+from vlmoe.upcycling.native_config import native_config
 from vlmoe.upcycling.native_pairs import CONTAINERS, TEXT_PAIRS, WHOLE_PAIRS
+from vlmoe.upcycling.native_plan import BIASES
 from vlmoe.upcycling.native_sample import M_ROPE, drawn_inputs
+from vlmoe.upcycling.options import Upcycling
 from vlmoe.upcycling.target import Sample
 
 READER = Path(__file__).parents[1] / "reader_without_vlmoe.py"
@@ -238,6 +241,43 @@ def test_training_reaches_every_expert_and_copies_drift_apart(upcycled: Upcycled
         assert bool((reached[name] > 0).all()), name
         copies = bank.gate_up_proj[::split]
         assert all(bool((copies[0] != other).any()) for other in copies[1:]), name
+
+
+@pytest.mark.parametrize("name", ["qwen3 to glm4_moe", "lfm2", "ernie4_5"])
+def test_a_selection_bias_starts_at_zero_and_stays_in_fp32(name: str, tmp_path: Path) -> None:
+    """Steps of bias balancing are smaller than what bf16 can hold."""
+    upcycled = Upcycled(name)
+    upcycled.dense.save_pretrained(tmp_path / "dense")
+    half = type(upcycled.dense).from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    model = upcycled.of(half).model
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = type(model).from_pretrained(tmp_path / "sparse", dtype="auto")
+    for each in (model, loaded):
+        biases = [b for n, b in each.state_dict().items() if n.endswith(BIASES)]
+        assert len(biases) == 3
+        assert all(bias.dtype == torch.float32 and not bias.any() for bias in biases)
+
+
+def test_both_parts_of_a_whole_pair_keep_their_configuration() -> None:
+    for kind in WHOLE_PAIRS:
+        dense = vision_config(kind)
+        made = native_config(dense, Upcycling(4, 2)).config
+        for part in ("vision_config", None):
+            ours, theirs = (
+                (getattr(config, part) if part else config).to_dict() for config in (made, dense)
+            )
+            for name in ("model_type", "text_config", "vision_config"):
+                if part is None or name == "model_type":
+                    assert bool(ours.pop(name, None)) == bool(theirs.pop(name, None))
+            assert ours == theirs
+
+
+@pytest.mark.parametrize("init", ["noise", "drop"])
+def test_perturbed_experts_differ_and_the_report_says_so(init: str) -> None:
+    made = native_model(dense_model(language_config("qwen3")), 4, 2, expert_init=init)
+    assert made.report.exactness == "not exact" and made.report.error > 1e-3
+    for _, bank in banks(made.model):
+        assert all(bool((bank.down_proj[0] != other).any()) for other in bank.down_proj[1:])
 
 
 def saved_and_read(names: list[str], folder: Path) -> None:

@@ -173,6 +173,12 @@ def test_options_that_a_sparse_class_cannot_have_are_refused(
     assert message in str(caught.value)
 
 
+def test_a_model_without_a_head_is_refused() -> None:
+    backbone = dense_model(language_config("qwen3")).model
+    with pytest.raises(ValueError, match="Qwen3Model has no language modeling head"):
+        native_model(backbone, 4, 2)
+
+
 def test_square_banks_of_qwen3_vl_moe_are_refused() -> None:
     """transformers would load their published layout without transposing it."""
     for split, width in ((1, 32), (1, 16), (2, 64)):

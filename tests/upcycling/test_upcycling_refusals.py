@@ -106,6 +106,7 @@ def test_what_a_known_family_cannot_say_exactly_is_refused(
             {"expert_split": 2, "modality_experts": {"text": [0, 1, 2, 4], "image": [4, 5, 6, 7]}},
             "without the others of their copy",
         ),
+        ({"sparse_type": "mixtral"}, "`sparse_type` is 'mixtral'; it is for native targets"),
         ({"expert_split": 2, "n_group": 8, "topk_group": 4}, "`n_group` is 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

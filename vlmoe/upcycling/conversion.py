@@ -99,6 +99,7 @@ class Conversion:
         if target == NativeTarget.name:
             made = NativeTarget.for_dense(dense_config(dense), options)
             model, source, _ = load_dense(dense, kind_of(made.dense_config))
+            _require_head(model)
             tied = set(model.all_tied_weights_keys)
             weights = {name: t for name, t in model.state_dict().items() if name not in tied}
         else:
@@ -274,6 +275,14 @@ class Conversion:
             versions={name: version(name) for name in ("torch", "transformers")},
             target=self.target.name,
             lost_fields=self.target.lost,
+        )
+
+
+def _require_head(model: PreTrainedModel) -> None:
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language modeling head; load the dense model with "
+            "AutoModelForImageTextToText or AutoModelForCausalLM."
         )
 
 

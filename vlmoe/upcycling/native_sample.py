@@ -220,8 +220,10 @@ def _square(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
 
 
 def _sized(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
-    """Draw one tile, and give its size."""
-    return _square(config, g) | {"image_sizes": torch.tensor([_size(config)])}
+    """Draw an image of 2 x 2 merged patches, and give its size: the tower takes any."""
+    side = 2 * config.spatial_merge_size * config.vision_config.patch_size
+    pixels = torch.randn(1, 3, side, side, generator=g)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]])}
 
 
 def _anyres(config: PreTrainedConfig, g: torch.Generator) -> Pixels:
