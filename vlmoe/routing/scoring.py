@@ -9,6 +9,7 @@ certain: at logits near 0 all ways agree.
 
 import copy
 import inspect
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -102,8 +103,7 @@ def _asked(layer: RoutedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     A router of one expert chooses two: where it normalizes, the weight of one alone is always 1.
     """
     generator = torch.Generator().manual_seed(0)
-    router = copy.deepcopy(without_wrappers(layer.router)).to_empty(device="cpu").float()
-    router.requires_grad_(False)
+    router = _empty_copy(without_wrappers(layer.router))
     if layer.top_k == 1 and layer.num_experts > 1 and hasattr(router, "top_k"):
         setattr(router, "top_k", 2)  # noqa: B010 - an attribute of some routers
     hidden = _hidden_size(router, layer.num_experts)
@@ -126,6 +126,29 @@ def _asked(layer: RoutedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
             "weights and choice (tokens, k): its routing cannot be read."
         )
     return logits, weights[0], choice[0]
+
+
+def _empty_copy(module: nn.Module) -> nn.Module:
+    """Return the module without hooks, with undefined float32 tensors of its shapes on the CPU.
+
+    Its own tensors are not touched: they may be sharded by FSDP2. A copied hook would copy what it
+    belongs to, such as the whole model.
+    """
+    own = (*module.parameters(), *module.buffers())
+    memo: dict[int, object] = {
+        id(tensor): nn.Parameter(torch.empty(tensor.shape), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else torch.empty(tensor.shape)
+        for tensor in own
+    }
+    for each in module.modules():
+        memo |= {id(hooks): OrderedDict() for hooks in _hooks(each)}
+    return copy.deepcopy(module, memo)
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    """Return the dictionaries of a module's hooks."""
+    return [value for name, value in vars(module).items() if name.endswith("_hooks")]
 
 
 def _hidden_size(router: nn.Module, num_experts: int) -> int:
