@@ -124,3 +124,28 @@ def test_long_rows_are_left_out_or_refused(tmp_path: Path) -> None:
         train().train()
     with pytest.raises(ValueError, match=r"shorten-prompt.* allowed .*: error, drop"):
         train(on_long_rows="shorten-prompt")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_router_logits_that_are_not_finite_stop_a_run_before_the_step(
+    tmp_path: Path, accumulation: int
+) -> None:
+    trainer = trainer_of(
+        "mixtral", tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation
+    )
+    router = trainer.model.model.layers[1].mlp.gate
+    kept = trainer.model.state_dict()["lm_head.weight"].clone()
+    calls = []
+
+    def spoil(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        calls.append(0)
+        bad = torch.full_like(output[0], torch.inf)
+        return (bad if len(calls) == 1 else output[0], *output[1:])
+
+    router.register_forward_hook(spoil)
+    trainer.compute_loss_func = None
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.experts are NaN or infinite in step 1 "
+    ):
+        trainer.train()
+    assert torch.equal(kept, trainer.model.state_dict()["lm_head.weight"])
