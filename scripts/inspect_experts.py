@@ -97,10 +97,11 @@ def main(
         from vlmoe import inspect_routing, load_rows
         from vlmoe.data.images import limit_images
         from vlmoe.hub.provenance import dataset_name
+        from vlmoe.routing.inspection.analysis import dataset_routing
         from vlmoe.training.build import Runtime, check_model_source, model_for_answers
 
-        if before:
-            check_model_source(before)
+        for source in filter(None, (model, before)):
+            check_model_source(source)
         about: dict[str, Any] = {}
         if dataset:
             about["rows"] = load_rows(
@@ -112,12 +113,16 @@ def main(
             )
             about["dataset_name"] = f"{dataset_name(dataset)[0]}, {split}"
         runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
+        if before:  # is freed before the model is loaded
+            network, processor = model_for_answers(before, runtime)
+            limit_images(processor, max_image_pixels, max_image_side)
+            about["before"] = dataset_routing(
+                network, processor, about["rows"], batch_size, allow_image_urls=allow_image_urls
+            )
+            about["before_name"] = short_name(before)
+            del network
         network, processor = model_for_answers(model, runtime)
         limit_images(processor, max_image_pixels, max_image_side)
-        if before:
-            about["before"], about["before_processor"] = model_for_answers(before, runtime)
-            limit_images(about["before_processor"], max_image_pixels, max_image_side)
-            about["before_name"] = short_name(before)
         inspection = inspect_routing(
             network,
             processor,

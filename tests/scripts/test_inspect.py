@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from vlmoe.routing.inspection.inspect import short_name
-from vlmoe.routing.inspection.tokens import percent
+from vlmoe.routing.inspection.page import percent
 from vlmoe_cli import main
 
 FAST = ["--max_new_tokens", "3", "--device", "cpu"]
@@ -37,7 +37,7 @@ def test_a_dataset_gives_a_page_with_pictures_and_numbers(
     files = {path.name for path in output.iterdir()}
     assert files == {
         *("inspection.html", "inspection.json", "load.png", "before_after.png"),
-        *("question_types_text_tokens.png", "specialisation.png"),
+        *("question_types_text_tokens.png", "specialization.png"),
         *("question_1_image_1.png", "question_2_image_1.png"),
     } | (files & {"question_types_image_tokens.png"})
     page = (output / "inspection.html").read_text()
@@ -160,7 +160,7 @@ def test_a_model_without_experts_is_refused(
     dense.save_pretrained(folder)
     arguments = ["--model", str(folder), "--output_dir", str(tmp_path / "out"), *FAST]
     assert main.main(["inspect", *arguments, "what?"]) == 2
-    assert "it has no experts" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has no experts" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

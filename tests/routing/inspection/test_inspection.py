@@ -1,4 +1,4 @@
-"""Numbers about a dataset's routing: closed forms, planted specialisation, and counting by hand."""
+"""Numbers about a dataset's routing: closed forms, planted specialization, and counting by hand."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vlmoe.routing.inspection.analysis import (
     dataset_routing,
     inspection_table,
     mutual_information,
-    specialisation,
+    specialization,
 )
 
 TYPES = ["shape", "color"] * 50
@@ -43,9 +43,9 @@ def test_mutual_information_has_its_closed_forms() -> None:
     assert values.tolist() == pytest.approx([1, 0, expected, 0], abs=1e-12)
 
 
-def test_a_planted_specialisation_is_found_and_shuffled_types_give_none() -> None:
+def test_a_planted_specialization_is_found_and_shuffled_types_give_none() -> None:
     planted = counts([0 if kind == "shape" else 3 for kind in TYPES], 20)
-    found = specialisation(planted, TYPES)
+    found = specialization(planted, TYPES)
     assert found is not None and found["types"] == ["color", "shape"]
     assert found["type_entropy_bits"] == pytest.approx(1) and found["questions"] == [50, 50]
     assert found["text"]["is_above_chance"] == [True]
@@ -63,7 +63,7 @@ def test_a_planted_specialisation_is_found_and_shuffled_types_give_none() -> Non
 
     # The same tokens, but the preference has nothing to do with the type.
     generator = np.random.default_rng(1)
-    other = specialisation(counts(generator.choice([0, 3], 100).tolist(), 20), TYPES)
+    other = specialization(counts(generator.choice([0, 3], 100).tolist(), 20), TYPES)
     assert other is not None and other["text"]["is_above_chance"] == [False]
     assert other["text"]["shuffled_mean_bits"][0] > 0, "so few questions give some by chance"
 
@@ -71,10 +71,10 @@ def test_a_planted_specialisation_is_found_and_shuffled_types_give_none() -> Non
 def test_questions_without_a_type_are_left_out_and_one_type_tells_nothing() -> None:
     planted = counts([0 if kind == "shape" else 3 for kind in TYPES], 20)
     wild = np.full((10, 1, 2, 4), 99, dtype=np.int32)
-    more = specialisation(np.concatenate([wild, planted]), [""] * 10 + TYPES)
-    assert more == specialisation(planted, TYPES)
-    assert specialisation(planted, ["shape"] * 100) is None
-    assert specialisation(planted, [""] * 100) is None
+    more = specialization(np.concatenate([wild, planted]), [""] * 10 + TYPES)
+    assert more == specialization(planted, TYPES)
+    assert specialization(planted, ["shape"] * 100) is None
+    assert specialization(planted, [""] * 100) is None
 
 
 def routing(first: list[list[int]], is_image: list[bool], ids: list[int]) -> DatasetRouting:
@@ -138,7 +138,7 @@ def test_a_dataset_is_counted_as_by_a_loop_over_its_questions(
     assert found.is_image.tolist() == [token == processor.image_token_id for token in ids]
     shares = found.counts[:, :, 1].sum(0) / found.counts[:, :, 1].sum((0, 2))[:, None]
     assert np.allclose(found.load["image_share"], shares)
-    table = inspection_table(found, specialisation(found.counts, found.question_types))
+    table = inspection_table(found, specialization(found.counts, found.question_types))
     assert [line.split()[0] for line in table.splitlines()] == ["layer", "0", "1", "2"]
 
 

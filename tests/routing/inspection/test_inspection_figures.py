@@ -12,7 +12,7 @@ from vlmoe.routing.inspection.figures import (
     expert_colors,
     paint_tile,
     plot_image_experts,
-    plot_specialisation,
+    plot_specialization,
     text_color,
 )
 from vlmoe.routing.inspection.images import ImageRouting, TileRouting
@@ -124,8 +124,8 @@ def test_tiles_lie_where_they_were_cut_and_the_thumbnail_below(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layers", [1, 24])
-def test_specialisation_is_drawn_for_few_and_many_layers(layers: int, tmp_path: Path) -> None:
+def test_specialization_is_drawn_for_few_and_many_layers(layers: int, tmp_path: Path) -> None:
     bits = {"information_bits": [0.5] * layers, "shuffled_95_bits": [0.1] * layers}
-    path = plot_specialisation({"text": bits, "image": bits}, range(layers), tmp_path / "a.png")
+    path = plot_specialization({"text": bits, "image": bits}, range(layers), tmp_path / "a.png")
     seen = {color for _, color in Image.open(path).convert("RGB").getcolors(maxcolors=1 << 24)}
     assert {(0xD9, 0x73, 0x1A), (0x2A, 0x78, 0xD6)} <= seen

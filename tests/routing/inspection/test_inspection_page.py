@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from vlmoe.routing.inspection.analysis import DatasetRouting, change, specialisation
+from vlmoe.routing.inspection.analysis import DatasetRouting, change, specialization
 from vlmoe.routing.inspection.images import ImageRouting, TileRouting
-from vlmoe.routing.inspection.page import page, write_page
+from vlmoe.routing.inspection.page import page, percent, write_page
 from vlmoe.routing.inspection.report import BeforeTraining, RoutingInspection, draw_figures, numbers
-from vlmoe.routing.inspection.tokens import TracedPrompt, layer_strip, percent, token_text, visible
+from vlmoe.routing.inspection.tokens import TracedPrompt, token_text, visible
 from vlmoe.routing.trace import TokenRouting
 
 ATTACK = '<script>alert("x")</script><img src=http://example.org/a.png onerror=alert(1)>'
@@ -119,7 +119,7 @@ def inspection(tmp_path: Path) -> RoutingInspection:
         prompts=[prompt(ATTACK, image=picture)],
         dataset=ATTACK,
         routing=after,
-        types=specialisation(after.counts, after.question_types),
+        types=specialization(after.counts, after.question_types),
         before=BeforeTraining(ATTACK, before, change(before, after)),
     )
     draw_figures(result, tmp_path)
@@ -167,8 +167,9 @@ def test_numbers_for_the_json_file_name_every_routed_token(inspection: RoutingIn
 
 
 def test_an_image_is_one_box_and_the_unrouted_token_says_so() -> None:
-    strip = layer_strip(prompt(), 0)
-    reader = Reader(strip)
+    text = page(RoutingInspection("m", (0,), 4, 2, prompts=[prompt(layers=1)]))
+    strip = text[text.index('<div class="strip">') : text.rindex("</section>")]
+    reader = Reader(strip.removesuffix("</div>\n"))
     assert (
         strip.count("image (4 tokens)") == 1
         and "<b>3</b> &times;3 &middot; <b>2</b> &times;1" in strip
@@ -189,7 +190,7 @@ def test_deep_models_are_folded_and_missing_parts_left_out(tmp_path: Path) -> No
     assert text.count("<details>") == 24 - 7 and "How the work is shared" not in text
     Reader(text)
     deep.routing = dataset(24)
-    deep.types = specialisation(deep.routing.counts, ["shape", "color"] * 20)
+    deep.types = specialization(deep.routing.counts, ["shape", "color"] * 20)
     draw_figures(deep, tmp_path)
     assert "Only the 6 layers" in page(deep)
     untyped = RoutingInspection("m", (0, 1), 4, 2, routing=dataset())
@@ -209,7 +210,7 @@ def test_a_token_shows_whether_it_begins_a_word(tokenizer: PreTrainedTokenizerBa
         "100%",
         "0%",
         "0%",
-        "&ndash;",
+        "\N{EN DASH}",
     ]
 
 

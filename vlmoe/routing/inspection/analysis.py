@@ -1,6 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""What a router does on a dataset, in numbers: load, specialisation by question type, and what
-training changed.
+"""Measure a router on a dataset: load, specialization by question type, changes by training.
 
 Every conversation runs through the model once, its reference answer included: nothing is generated,
 so that two models see the same tokens.
@@ -9,20 +8,22 @@ Shapes: C conversations, N tokens without padding, L sparse layers, E experts, k
 Q question types.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...configuration.configuration_vlmoe_text import MODALITIES, Modality
 from ...data.collator import VLMoECollator
 from ...data.conversations import parse_row
 from ...data.long_rows import length_limit
-from ...data.rows import ConversationRows
+from ...data.rows import ConversationRows, Rows
 from ...hub.finite_outputs import require_finite_logits
+from ...hub.json_files import JsonObject
+from ...processing.processing_vlmoe import VLMoEProcessor
 from ..kinds import PADDING
 from ..trace import ForwardRouting, record_routing
 
@@ -43,7 +44,7 @@ class DatasetRouting:
     """
 
     layers: tuple[int, ...]
-    load: dict[str, Any]
+    load: JsonObject
     question_types: list[str]
     counts: np.ndarray
     first_choices: np.ndarray
@@ -52,15 +53,15 @@ class DatasetRouting:
 
 
 def dataset_routing(
-    model: Any,
-    processor: Any,
-    rows: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    processor: VLMoEProcessor,
+    rows: Rows,
     batch_size: int = 32,
     *,
     allow_image_urls: bool = False,
     progress: bool = True,
 ) -> DatasetRouting:
-    """Run every conversation of `rows` through the model and keep where its tokens went.
+    """Run every conversation of `rows` through the model and keep the routing of its tokens.
 
     Args:
         model: in eval mode, on any device.
@@ -111,10 +112,10 @@ def dataset_routing(
     )
 
 
-def specialisation(
+def specialization(
     counts: np.ndarray, question_types: Sequence[str], seed: int = 0
-) -> dict[str, Any] | None:
-    """How far each type of question has experts of its own.
+) -> JsonObject | None:
+    """Measure how far each type of question has experts of its own.
 
     The measure is the mutual information, in bits, of a token's expert and the type of its
     question: 0 if all types use the experts alike, at most the entropy of the types. A few
@@ -144,7 +145,7 @@ def specialisation(
     generator = np.random.default_rng(seed)
     shuffled = np.stack([generator.permutation(one_hot) for _ in range(SHUFFLES)])  # (S, C, Q)
     portions = one_hot.mean(0)
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "types": types,
         "questions": one_hot.sum(0).astype(int).tolist(),
         "type_entropy_bits": float(-(portions * np.log2(portions)).sum()),
@@ -171,16 +172,18 @@ def specialisation(
 
 
 def mutual_information(counts: np.ndarray) -> np.ndarray:
-    """Counts (..., Q, E) to the mutual information of row and column, in bits, (...); 0 without
-    counts."""
+    """Return the mutual information of row and column of counts (..., Q, E), in bits, (...).
+
+    It is 0 without counts.
+    """
     joint = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
     independent = joint.sum(-1, keepdims=True) * joint.sum(-2, keepdims=True)
     ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
     return np.maximum((joint * np.log2(ratio)).sum((-2, -1)), 0)
 
 
-def change(before: DatasetRouting, after: DatasetRouting) -> dict[str, Any] | None:
-    """The share of tokens whose first expert another model chooses otherwise, by modality.
+def change(before: DatasetRouting, after: DatasetRouting) -> JsonObject | None:
+    """Return the share of tokens whose first expert another model chooses otherwise, by modality.
 
     None if the two models do not see the same tokens. Under `image`, `text` and `all`: `changed`
     (L,), and `by_chance` (L,), the share that would change if the two choices had nothing to do
@@ -208,9 +211,12 @@ def change(before: DatasetRouting, after: DatasetRouting) -> dict[str, Any] | No
     }
 
 
-def inspection_table(routing: DatasetRouting, types: dict[str, Any] | None) -> str:
-    """The load by layer as text: busiest over mean, dead experts, overlap, and the bits that an
-    expert tells of the question's type, beside those of shuffled types."""
+def inspection_table(routing: DatasetRouting, types: JsonObject | None) -> str:
+    """Return the load by layer as text.
+
+    The columns are busiest over mean, dead experts, overlap, and the bits that an expert tells of
+    the question's type, beside those of shuffled types.
+    """
     head = ["layer", *(f"{kind} max/mean" for kind in MODALITIES), "dead", "overlap"]
     head += ["type bits", "shuffled"] if types else []
     lines = [head]
@@ -268,7 +274,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def _strongest(counts: np.ndarray, types: Sequence[str]) -> dict[str, Any] | None:
+def _strongest(counts: np.ndarray, types: Sequence[str]) -> JsonObject | None:
     """Of a layer's counts (Q, E) the type and expert that stand out most."""
     if counts.sum() == 0:
         return None

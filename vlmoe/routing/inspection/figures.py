@@ -8,12 +8,17 @@ returns its path. Widths suit a page of about 1000 pixels.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...figures.plots import BLUE, ORANGE, new_figure, save_figure
+from ...hub.json_files import JsonObject
 from .images import ImageRouting, TileRouting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Chosen so that no two are alike in normal, red-blind, green-blind or blue-blind sight.
 EXPERT_COLORS = (
@@ -21,7 +26,7 @@ EXPERT_COLORS = (
     *("#888888", "#56B4E9", "#BBCC33", "#AA3377", "#FFAABB", "#117733"),
 )
 PADDING_GREY = 225
-TINT = 0.5  # how much of a cell's colour is its expert's
+TINT = 0.5  # how much of a cell's color is its expert's
 LUMA = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 TILE_PIXELS = 240  # at least so many for each side of a tile in a picture
 PANELS_PER_ROW = 4
@@ -31,8 +36,10 @@ POINTS_FOR_A_NUMBER = 9
 
 
 def expert_colors(experts: int) -> list[str]:
-    """A colour for each expert, as `#rrggbb`: distinct ones for up to twelve, beyond that a circle
-    of hues, which needs the expert's number beside it."""
+    """Return a color for each expert, as `#rrggbb`.
+
+    Up to twelve are distinct; more are a circle of hues, which needs the expert's number beside it.
+    """
     if experts <= len(EXPERT_COLORS):
         return list(EXPERT_COLORS[:experts])
     return [_hue(360 * expert / experts) for expert in range(experts)]
@@ -46,10 +53,10 @@ def text_color(background: str) -> str:
 
 
 def paint_tile(tile: TileRouting, layer: int, colors: Sequence[str], side: int = 1) -> np.ndarray:
-    """A tile under its experts' colours: (H * scale, W * scale, 3) uint8.
+    """Paint a tile with its experts' colors: (H * scale, W * scale, 3) uint8.
 
-    Each cell is tinted and framed in the colour of its first expert. Below the tint the picture is
-    pale and without colours of its own, as else a tint over a dark place could not be told.
+    Each cell is tinted and framed in the color of its first expert. Below the tint the picture is
+    pale and without colors of its own, as else a tint over a dark place could not be told.
 
     Args:
         tile: the picture and its experts.
@@ -72,7 +79,7 @@ def paint_tile(tile: TileRouting, layer: int, colors: Sequence[str], side: int =
 
 
 def plain_tile(tile: TileRouting, side: int = 1) -> np.ndarray:
-    """A tile enlarged as by `paint_tile`, with grey padding and without colours."""
+    """Enlarge a tile as `paint_tile` does, with gray padding and without colors."""
     scale = max(math.ceil(side / min(tile.picture.shape[:2])), 1)
     picture = np.where(tile.is_real[..., None], tile.picture, np.uint8(PADDING_GREY))
     return picture.repeat(scale, 0).repeat(scale, 1)
@@ -81,7 +88,7 @@ def plain_tile(tile: TileRouting, side: int = 1) -> np.ndarray:
 def plot_image_experts(
     image: ImageRouting, layers: Sequence[int], experts: int, path: str | Path
 ) -> Path:
-    """An image as the model saw it, then once for each sparse layer under its experts' colours.
+    """Draw an image as the model saw it, then for each sparse layer under its experts' colors.
 
     Each cell is one image token, with its first expert's number. The tiles of a tiled image stand
     where they were cut, the thumbnail of the whole below them.
@@ -101,7 +108,7 @@ def plot_image_experts(
     scale = len(plain[0]) // len(image.tiles[0].picture)
     cell = scale * min(image.tiles[0].cell_size) / width  # of a panel's width
     fits = 72 * WIDTH / PANELS_PER_ROW * cell >= POINTS_FOR_A_NUMBER
-    # Among many colours only the number tells, so there it gets room.
+    # Among many colors only the number tells, so there it gets room.
     most = PANELS_PER_ROW if fits or experts <= len(EXPERT_COLORS) else PANELS_PER_ROW // 2
     columns = min(len(layers) + 1, most)
     rows = -(-(len(layers) + 1) // columns)
@@ -126,12 +133,13 @@ def plot_image_experts(
     return save_figure(figure, path)
 
 
-def plot_specialisation(numbers: dict[str, Any], layers: Sequence[int], path: str | Path) -> Path:
-    """For each sparse layer how much a token's expert tells of its question's type, in bits: text
-    and image tokens, each beside the same with shuffled types.
+def plot_specialization(numbers: JsonObject, layers: Sequence[int], path: str | Path) -> Path:
+    """Draw for each sparse layer how much a token's expert tells of its question's type, in bits.
+
+    Text and image tokens are each beside the same with shuffled types.
 
     Args:
-        numbers: `specialisation` of `inspection.py`.
+        numbers: `specialization` of `inspection.py`.
         layers: the decoder's index of each sparse layer.
         path: the PNG file to write.
     """
@@ -173,10 +181,9 @@ def _places(image: ImageRouting, height: int, width: int) -> list[tuple[int, int
 
 
 def _write_experts(
-    axis: Any, tile: TileRouting, layer: int, place: tuple[int, int], scale: int, points: float
+    axis: "Axes", tile: TileRouting, layer: int, place: tuple[int, int], scale: int, points: float
 ) -> None:
-    """The experts' numbers in the middle of their cells, if a cell, so many points high, has
-    room."""
+    """Write the experts' numbers into their cells, if a cell, so many points high, has room."""
     if points < POINTS_FOR_A_NUMBER:
         return
     height, width = (scale * pixels for pixels in tile.cell_size)
@@ -193,7 +200,7 @@ def _write_experts(
         )
 
 
-def _expert_legend(figure: Any, experts: Sequence[int], colors: Sequence[str]) -> None:
+def _expert_legend(figure: "Figure", experts: Sequence[int], colors: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     figure.legend(
@@ -206,8 +213,10 @@ def _expert_legend(figure: Any, experts: Sequence[int], colors: Sequence[str]) -
 
 
 def _hue(degrees: float) -> str:
-    """A colour of this hue; lightness and chroma are always the same (Oklab,
-    https://bottosson.github.io/posts/oklab/)."""
+    """Return a color of this hue; lightness and chroma are always the same.
+
+    The color space is Oklab (https://bottosson.github.io/posts/oklab/).
+    """
     a, b = 0.11 * math.cos(math.radians(degrees)), 0.11 * math.sin(math.radians(degrees))
     long = (0.76 + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (0.76 - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -226,10 +235,10 @@ def _rgb(color: str) -> tuple[int, int, int]:
 
 
 def _linear(value: float) -> float:
-    """A channel of sRGB in 0..1 as light."""
+    """Turn a channel of sRGB in 0..1 into light."""
     return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
 
 
 def _gamma(value: float) -> float:
-    """The inverse of `_linear`."""
+    """Turn light into a channel of sRGB, the inverse of `_linear`."""
     return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055

@@ -8,15 +8,18 @@ resizing, cutting and padding: so each cell is where the model saw it.
 Shapes: H, W of a tile, L sparse layers, R x S cells of a tile.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import BaseImageProcessor
 
+from ...configuration.configuration_vlmoe import VLMoEConfig
 from ...processing.image_layout import TiledImage, encode_images
+from ...processing.processing_vlmoe import VLMoEProcessor
 from ..trace import TokenRouting
 
 
@@ -40,18 +43,56 @@ class TileRouting:
 
 @dataclass
 class ImageRouting:
-    """One image: a single tile, or `rows * cols` tiles in reading order and then a thumbnail of the
-    whole; `rows` and `cols` are 0 for a single tile."""
+    """One image: a single tile, or tiles in reading order and then a thumbnail of the whole.
+
+    There are `rows * cols` tiles; both are 0 for a single one.
+    """
 
     tiles: list[TileRouting]
     rows: int
     cols: int
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether the processor padded a tile."""
+        return not all(tile.is_real.all() for tile in self.tiles)
+
+    def spread(self, layer: int) -> "Spread":
+        """Return how the cells of all tiles are spread over the experts of a layer."""
+        return spread(np.concatenate([tile.experts[layer].flatten() for tile in self.tiles]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How tokens are spread over first experts.
+
+    Attributes:
+        tokens: how many there are.
+        experts: how many experts have some.
+        busiest: the expert with the most; the first seen of several.
+        share: of the tokens, of the busiest.
+    """
+
+    tokens: int
+    experts: int
+    busiest: int
+    share: float
+
+
+def spread(first_choices: np.ndarray | torch.Tensor) -> Spread:
+    """Return how tokens are spread over their first experts, (n,)."""
+    counts = Counter(first_choices.tolist())
+    busiest, count = counts.most_common(1)[0]
+    return Spread(len(first_choices), len(counts), busiest, count / len(first_choices))
+
 
 def image_routings(
-    routing: TokenRouting, images: Sequence[Image.Image], processor: Any, config: Any
+    routing: TokenRouting,
+    images: Sequence[Image.Image],
+    processor: VLMoEProcessor,
+    config: VLMoEConfig,
 ) -> list[ImageRouting]:
-    """The experts of each image's cells.
+    """Find the experts of each image's cells.
 
     Args:
         routing: of a prompt with these images.
@@ -87,15 +128,19 @@ def image_routings(
     return routings
 
 
-def cell_size(config: Any) -> tuple[int, int]:
-    """Height and width of an image token's cell in pixels."""
+def cell_size(config: VLMoEConfig) -> tuple[int, int]:
+    """Return height and width of an image token's cell in pixels."""
     patch, factor = config.vision_config.patch_size, config.pixel_shuffle_factor
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else tuple(patch)
     return patch_height * factor, patch_width * factor
 
 
 def _tile(
-    image: TiledImage, number: int, experts: torch.Tensor, processor: Any, config: Any
+    image: TiledImage,
+    number: int,
+    experts: torch.Tensor,
+    processor: VLMoEProcessor,
+    config: VLMoEConfig,
 ) -> TileRouting:
     """Tile `number` of an image; `experts` (L, tokens of a tile)."""
     height, width = cell_size(config)
@@ -110,7 +155,7 @@ def _tile(
     )
 
 
-def _picture(pixels: torch.Tensor, image_processor: Any) -> np.ndarray:
+def _picture(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> np.ndarray:
     """(3, H, W) as the tower takes it -> (H, W, 3) uint8 as it was before normalisation."""
     picture = pixels.float()
     if getattr(image_processor, "do_normalize", False):

@@ -3,10 +3,12 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Subset
+from transformers import PreTrainedModel
 
 from ...data.answers import Picture, evaluation_mode, open_images, prompt_inputs
 from ...data.collator import VLMoEPromptCollator
@@ -14,20 +16,20 @@ from ...data.conversations import parse_row
 from ...data.images import open_image
 from ...data.long_rows import prompt_limit, require_room
 from ...data.rows import ConversationRows, Rows, as_rows
+from ...hub.json_files import JsonObject
 from ...processing.processing_vlmoe import VLMoEProcessor
-from .analysis import change, dataset_routing, specialisation
-from .report import BeforeTraining, RoutingInspection
+from .analysis import DatasetRouting, dataset_routing
+from .report import RoutingInspection
 from .tokens import TracedPrompt, trace_prompt
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel
 
 PROMPTS_SHOWN = 3
 
 
 def inspect_routing(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     processor: VLMoEProcessor,
     rows: "Rows | datasets.Dataset | None" = None,
     *,
@@ -36,7 +38,7 @@ def inspect_routing(
     max_rows: int = 200,
     batch_size: int = 32,
     max_new_tokens: int = 32,
-    before: "PreTrainedModel | None" = None,
+    before: PreTrainedModel | DatasetRouting | None = None,
     before_processor: VLMoEProcessor | None = None,
     name: str | None = None,
     dataset_name: str = "rows",
@@ -49,23 +51,16 @@ def inspect_routing(
     Args:
         model: on any device; it runs in evaluation mode and keeps the mode it was in.
         processor: the model's.
-        rows: data, as `as_rows` takes them. Without a question, three of them are shown token by
-            token.
-        question: what to ask and to show token by token.
-        images: image files or PIL images of the question.
-        max_rows: only the first rows are run.
-        batch_size: conversations at a time.
+        rows: data, as `as_rows` takes them. Without a question, three are shown token by token.
+        question: shown token by token with its answer, about `images` (files or PIL images).
+        max_rows: only the first rows are run, `batch_size` conversations at a time.
         max_new_tokens: the longest answer, in tokens.
-        before: an earlier state of the model, to compare on the rows.
+        before: an earlier state of the model, to compare on the rows; or its `dataset_routing`, so
+            that the two models need not be in memory together.
         before_processor: the earlier state's processor, if it is another.
-        name: what the page calls the model; by default where it was loaded from, or its class.
-        dataset_name: what the page calls the rows.
-        before_name: what the page calls the earlier state.
+        name, dataset_name, before_name: for the page; by default where a model was loaded from.
         allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
-
-    Example:
-        >>> inspect_routing(model, processor, rows).save("outputs/inspect")
 
     Raises:
         ValueError: arguments do not go together, an image or a row cannot be used, a model has no
@@ -73,39 +68,40 @@ def inspect_routing(
         FileNotFoundError: an image file does not exist.
     """
     check_request(rows is not None, question, images is not None, before is not None)
-    if max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}.")
-    data = None if rows is None else _first_rows(rows, max_rows)
+    data = None if rows is None else first_rows(rows, max_rows)
+    run = partial(_run, data, batch_size, allow_image_urls, progress)
     with evaluation_mode(model):
         if question:
             prompts = [_asked(model, processor, question, images, max_new_tokens)]
         else:
-            assert data is not None
-            prompts = _from_rows(model, processor, data, max_new_tokens, allow_image_urls)
-        routing = prompts[0].routing
-        inspection = RoutingInspection(
-            model=name or _name(model),
-            layers=routing.layers,
-            num_experts=routing.num_experts,
-            top_k=routing.experts.shape[-1],
-            prompts=prompts,
-        )
-        if data is None:
-            return inspection
-        running: dict[str, Any] = {
-            "batch_size": batch_size,
-            "allow_image_urls": allow_image_urls,
-            "progress": progress,
-        }
-        found = dataset_routing(model, processor, data, **running)
-    inspection.dataset = f"{dataset_name}, {len(data):,} rows"
-    inspection.routing = found
-    inspection.types = specialisation(found.counts, found.question_types)
+            prompts = _from_rows(model, processor, data or [], max_new_tokens, allow_image_urls)
+    inspection = RoutingInspection.of_prompts(name or _name(model), prompts)
+    if data is not None:
+        inspection.add_rows(f"{dataset_name}, {len(data):,} rows", run(model, processor))
+    if isinstance(before, PreTrainedModel):
+        before_name = before_name or _name(before)
+        before = run(before, before_processor or processor)
     if before is not None:
-        with evaluation_mode(before):
-            old = dataset_routing(before, before_processor or processor, data, **running)
-        inspection.before = BeforeTraining(before_name or _name(before), old, change(old, found))
+        inspection.compare(before_name or "before", before)
     return inspection
+
+
+def first_rows(rows: "Rows | datasets.Dataset", most: int) -> Rows:
+    """Return the first rows as messages.
+
+    Raises:
+        ValueError: there are none, or `most` is below 1.
+    """
+    if most < 1:
+        raise ValueError(f"max_rows must be at least 1, got {most}.")
+    converted = as_rows(rows[:most] if isinstance(rows, list | tuple) else rows)
+    if len(converted) == 0:
+        raise ValueError("empty dataset: there are no rows to inspect.")
+    if len(converted) <= most:
+        return converted
+    if hasattr(converted, "select"):  # a `datasets.Dataset`, whose images are not decoded for this
+        return converted.select(range(most))
+    return Subset(converted, range(most))  # type: ignore[arg-type, return-value]
 
 
 def check_request(has_rows: bool, question: str | None, has_images: bool, has_before: bool) -> None:
@@ -128,23 +124,32 @@ def short_name(source: str | os.PathLike[str]) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else str(source)
 
 
-def _name(model: "PreTrainedModel") -> str:
+def _name(model: PreTrainedModel) -> str:
     return short_name(getattr(model, "name_or_path", "")) or type(model).__name__
 
 
-def _first_rows(rows: "Rows | datasets.Dataset", most: int) -> Rows:
-    converted = as_rows(rows[:most] if isinstance(rows, list | tuple) else rows)
-    if len(converted) == 0:
-        raise ValueError("empty dataset: there are no rows to inspect.")
-    if len(converted) <= most:
-        return converted
-    if hasattr(converted, "select"):  # a `datasets.Dataset`, whose images are not decoded for this
-        return converted.select(range(most))
-    return Subset(converted, range(most))  # type: ignore[arg-type, return-value]
+def _run(
+    rows: Rows | None,
+    batch_size: int,
+    allow_image_urls: bool,
+    progress: bool,
+    model: PreTrainedModel,
+    processor: VLMoEProcessor,
+) -> DatasetRouting:
+    assert rows is not None
+    with evaluation_mode(model):
+        return dataset_routing(
+            model,
+            processor,
+            rows,
+            batch_size,
+            allow_image_urls=allow_image_urls,
+            progress=progress,
+        )
 
 
 def _asked(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     processor: VLMoEProcessor,
     question: str,
     images: Picture | Sequence[Picture] | None,
@@ -157,7 +162,7 @@ def _asked(
 
 
 def _from_rows(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     processor: VLMoEProcessor,
     rows: Rows,
     max_new_tokens: int,
@@ -190,9 +195,9 @@ def _from_rows(
     return prompts
 
 
-def _chosen_questions(rows: Rows) -> list[dict[str, Any]]:
+def _chosen_questions(rows: Rows) -> list[JsonObject]:
     """Return the first questions, each of another row and, if rows have types, of another type."""
-    chosen: list[dict[str, Any]] = []
+    chosen: list[JsonObject] = []
     types: set[str] = set()
     for position in range(len(rows)):
         row = rows[position]

@@ -1,19 +1,18 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Everything that is known of a model's routing after an inspection, its pictures of a dataset, and
-its numbers."""
+"""The result of an inspection of a model's routing, its pictures of a dataset and its numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from ...configuration.configuration_vlmoe_text import MODALITIES
 from ...figures.plots import plot_expert_load, plot_shares
 from ...hub.atomic_files import write_json
 from ...hub.folder_lock import folder_lock
-from .analysis import DatasetRouting, inspection_table
-from .figures import plot_image_experts, plot_specialisation
+from ...hub.json_files import JsonObject
+from .analysis import DatasetRouting, change, inspection_table, specialization
+from .figures import plot_image_experts, plot_specialization
 from .tokens import TracedPrompt
 
 PAGE_FILE, NUMBERS_FILE = "inspection.html", "inspection.json"
@@ -27,7 +26,7 @@ class BeforeTraining:
 
     name: str
     routing: DatasetRouting
-    change: dict[str, Any] | None
+    change: JsonObject | None
 
 
 @dataclass
@@ -41,7 +40,7 @@ class RoutingInspection:
         prompts: questions with their answers.
         dataset: the dataset's name, split and number of rows.
         routing: of the dataset.
-        types: `inspection.specialisation` of it; None where the data name fewer than two types.
+        types: `inspection.specialization` of it; None where the data name fewer than two types.
         before: an older state of the model.
         figures: PNG files by what they show: `load`, `load_tower`, `load_connector`, `types_text`,
             `types_image`, `information`, `before`.
@@ -54,13 +53,36 @@ class RoutingInspection:
     prompts: list[TracedPrompt] = field(default_factory=list)
     dataset: str | None = None
     routing: DatasetRouting | None = None
-    types: dict[str, Any] | None = None
+    types: JsonObject | None = None
     before: BeforeTraining | None = None
     figures: dict[str, Path] = field(default_factory=dict)
 
+    @classmethod
+    def of_prompts(cls, model: str, prompts: list[TracedPrompt]) -> "RoutingInspection":
+        """Begin with questions, at least one."""
+        routing = prompts[0].routing
+        top_k = routing.experts.shape[-1]
+        return cls(model, routing.layers, routing.num_experts, top_k, prompts)
+
+    def add_rows(self, name: str, routing: DatasetRouting) -> None:
+        """Add the routing of a dataset."""
+        self.dataset, self.routing = name, routing
+        self.types = specialization(routing.counts, routing.question_types)
+
+    def compare(self, name: str, before: DatasetRouting) -> None:
+        """Add an older state of the model on the same dataset.
+
+        Raises:
+            ValueError: its experts are others.
+        """
+        assert self.routing is not None
+        self.before = BeforeTraining(name, before, change(before, self.routing))
+
     def shown_layers(self, values: Sequence[float]) -> list[int]:
-        """Positions of all layers of a shallow model; of a deep one of those with the largest
-        values, in order."""
+        """Return positions of the layers to describe, in order.
+
+        They are all of a shallow model, and of a deep one those with the largest values.
+        """
         order = sorted(range(len(self.layers)), key=lambda number: -values[number])
         return sorted(order[:LAYERS_IN_FULL])
 
@@ -124,8 +146,8 @@ def draw_figures(inspection: RoutingInspection, folder: Path) -> None:
                 row_names=types["types"],
                 title=f"Choices of {kind} tokens",
             )
-        information = folder / "specialisation.png"
-        figures["information"] = plot_specialisation(types, layers, information)
+        information = folder / "specialization.png"
+        figures["information"] = plot_specialization(types, layers, information)
     if inspection.before is not None:
         states = {"before": inspection.before.routing, "after": routing}
         figures["before"] = plot_shares(
@@ -140,10 +162,10 @@ def draw_figures(inspection: RoutingInspection, folder: Path) -> None:
         )
 
 
-def numbers(inspection: RoutingInspection) -> dict[str, Any]:
-    """The numbers behind the page, for a JSON file.
+def numbers(inspection: RoutingInspection) -> JsonObject:
+    """Return the numbers behind the page, for a JSON file.
 
-    `expert_load` is `ExpertLoad.as_dict`, `question_types` what `specialisation` gives, `before`
+    `expert_load` is `ExpertLoad.as_dict`, `question_types` what `specialization` gives, `before`
     holds the older model's `expert_load` and `changed` (see `inspection.change`), `prompts` each
     question's tokens with their experts.
     """

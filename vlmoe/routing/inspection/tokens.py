@@ -1,23 +1,66 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""A question and its answer, token by token: their texts, and as HTML with the experts of a
-layer."""
+"""A question and its answer, token by token: their texts, and the experts of each layer."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...hub.json_files import JsonObject
+from ...processing.processing_vlmoe import VLMoEProcessor
 from ..trace import TokenRouting, trace_answers
-from .figures import expert_colors, text_color
-from .images import ImageRouting, image_routings
+from .figures import expert_colors
+from .images import ImageRouting, Spread, image_routings, spread
 
-MOST_WITH_WEIGHTS = 2  # experts whose weights have room below a token
-MOST_BELOW = 4
+
+@dataclass(frozen=True)
+class TokenBox:
+    """A token in one layer.
+
+    Attributes:
+        place: its position among the tokens.
+        text: to show.
+        classes: of its HTML element.
+        pairs: its experts with their weights, by falling weight; none of the answer's last token,
+            which is not routed.
+        color: of its first expert.
+    """
+
+    place: int
+    text: str
+    classes: str
+    pairs: list[tuple[int, float]]
+    color: str
+
+
+@dataclass(frozen=True)
+class ImageBox:
+    """The tokens of an image or tile in one layer, as one box.
+
+    Attributes:
+        place: the position of the first token.
+        tokens: how many there are.
+        counts: first experts with their number of tokens, by falling number.
+        stripes: color stops of a CSS gradient, in proportion to `counts`.
+    """
+
+    place: int
+    tokens: int
+    counts: list[tuple[int, int]]
+    stripes: str
+
+
+@dataclass(frozen=True)
+class LayerStrip:
+    """The boxes of a layer, and how its text tokens are spread."""
+
+    boxes: list[TokenBox | ImageBox]
+    text: Spread
 
 
 @dataclass
@@ -46,10 +89,12 @@ class TracedPrompt:
     question_type: str = ""
     reference: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a JSON file: under `tokens` each token's `text`, `id`, `is_image`, and by layer its
-        `experts` and `weights`, by falling weight. The answer's last token is not routed, and is
-        not there."""
+    def as_dict(self) -> JsonObject:
+        """Return the prompt for a JSON file.
+
+        Under `tokens` is each token's `text`, `id`, `is_image`, and by layer its `experts` and
+        `weights`, by falling weight. The answer's last token is not routed, and is not there.
+        """
         routing = self.routing
         experts, weights = routing.experts.transpose(0, 1), routing.weights.transpose(0, 1)
         return {
@@ -72,10 +117,10 @@ class TracedPrompt:
 
 
 def trace_prompt(
-    model: Any,
-    processor: Any,
+    model: PreTrainedModel,
+    processor: VLMoEProcessor,
     inputs: Mapping[str, torch.Tensor],
-    images: Sequence[Any],
+    images: Sequence[Image.Image],
     question: str,
     max_new_tokens: int,
     *,
@@ -114,101 +159,60 @@ def trace_prompt(
     )
 
 
-def layer_strip(prompt: TracedPrompt, layer: int) -> str:
-    """The tokens of a prompt and its answer in the colours of a layer's experts, as HTML, and a
-    sentence about them; an image's tokens are one box.
+def layer_strip(prompt: TracedPrompt, layer: int) -> LayerStrip:
+    """Return the boxes of a prompt and its answer in the colors of a layer's experts.
 
     Args:
         prompt: what to show.
-        layer: which sparse layer, counted from 0.
+        layer: position of the sparse layer.
     """
     routing = prompt.routing
     colors = expert_colors(routing.num_experts)
     is_image = [*routing.is_image.tolist(), False]
-    parts = []
+    boxes: list[TokenBox | ImageBox] = []
     for image, group in groupby(range(len(prompt.tokens)), key=lambda i: is_image[i]):
         places = list(group)
         if image:
-            parts.append(_image_box(routing.first_choices[layer, places].tolist(), colors))
-            continue
-        for place in places:
-            if place == prompt.answer_start:
-                parts.append('<span class="answer">answer:</span>')
-            parts.append(_token_box(prompt, layer, place, colors))
-    return f'<div class="strip">{"".join(parts)}</div>\n<p class="soft">{_told(prompt, layer)}</p>'
+            first = routing.first_choices[layer, places].tolist()
+            boxes.append(_image_box(places[0], first, colors))
+        else:
+            boxes += [_token_box(prompt, layer, place, colors) for place in places]
+    return LayerStrip(boxes, spread(routing.first_choices[layer][~routing.is_image]))
 
 
-def percent(share: float | None) -> str:
-    """A share in 0..1 for reading, such as 12.5%; a dash for None."""
-    if share is None:
-        return "&ndash;"
-    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return the text of a token inside a text.
 
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """The text of a token inside a text: with the blank before a word, which many tokenizers take
-    off at the start of what they decode."""
+    It has the blank before a word, which many tokenizers remove at the start of what they decode.
+    """
     return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
 
 
 def visible(text: str) -> str:
-    """A token's text without the blank before a word, line breaks and lone blanks made visible."""
+    """Return a token's text without the blank before a word, its lone blanks and breaks visible."""
     if not text.strip(" "):
         return "␣" * len(text) or "(empty)"
     return text.removeprefix(" ").replace("\n", "⏎").replace("\t", "⇥")
 
 
-def _token_box(prompt: TracedPrompt, layer: int, place: int, colors: Sequence[str]) -> str:
+def _token_box(prompt: TracedPrompt, layer: int, place: int, colors: Sequence[str]) -> TokenBox:
     text = prompt.tokens[place]
     kind = "special" if prompt.is_special[place] else ""
     starts_word = text.startswith((" ", "\n")) or kind or not place or prompt.is_special[place - 1]
     classes = " ".join(filter(None, ["token", kind, "word" if starts_word else ""]))
     if place >= len(prompt.routing.token_ids):
-        why = "The last token of the answer: nothing comes after it, so it is not routed."
-        return (
-            f'<span class="{classes} unrouted" title="{why}"><span>{escape(visible(text))}</span>'
-            "<small>end</small></span>"
-        )
+        return TokenBox(place, visible(text), classes, [], "")
     experts = prompt.routing.experts[layer, place].tolist()
     weights = prompt.routing.weights[layer, place].tolist()
     pairs = list(zip(experts, weights, strict=True))
-    title = ", ".join(f"expert {expert}: {weight:.2f}" for expert, weight in pairs)
-    if len(pairs) <= MOST_WITH_WEIGHTS:
-        below = [f"<b>{expert}</b> {weight:.2f}".replace("0.", ".") for expert, weight in pairs]
-    else:
-        below = [f"<b>{experts[0]}</b>", *map(str, experts[1:MOST_BELOW])]
-        below += ["&hellip;"] if len(experts) > MOST_BELOW else []
-    color = colors[experts[0]]
-    return (
-        f'<span class="{classes}" style="background:{color};color:{text_color(color)}" '
-        f'title="{title}"><span>{escape(visible(text))}</span>'
-        f"<small>{' &middot; '.join(below)}</small></span>"
-    )
+    return TokenBox(place, visible(text), classes, pairs, colors[experts[0]])
 
 
-def _image_box(first_choices: Sequence[int], colors: Sequence[str]) -> str:
-    """One box for the tokens of an image or tile, striped in proportion to their first experts."""
+def _image_box(place: int, first_choices: Sequence[int], colors: Sequence[str]) -> ImageBox:
     counts = Counter(first_choices).most_common()
     stripes, start = [], 0.0
     for expert, count in counts:
         stop = start + 100 * count / len(first_choices)
         stripes.append(f"{colors[expert]} {start:.2f}% {stop:.2f}%")
         start = stop
-    title = ", ".join(f"expert {expert}: {count} tokens" for expert, count in counts)
-    below = " &middot; ".join(f"<b>{one}</b> &times;{count}" for one, count in counts[:MOST_BELOW])
-    more = " &hellip;" if len(counts) > MOST_BELOW else ""
-    return (
-        f'<span class="token word image" style="background:linear-gradient(90deg,'
-        f'{",".join(stripes)})" title="{title}"><span>image ({len(first_choices)} tokens)</span>'
-        f"<small>{below}{more}</small></span>"
-    )
-
-
-def _told(prompt: TracedPrompt, layer: int) -> str:
-    routing = prompt.routing
-    first = routing.first_choices[layer][~routing.is_image].tolist()
-    expert, count = Counter(first).most_common(1)[0]
-    return (
-        f"The first experts of the {len(first)} text tokens are {len(set(first))} of the layer's "
-        f"{routing.num_experts}, most often expert {expert} ({percent(count / len(first))})."
-    )
+    return ImageBox(place, len(first_choices), counts, ",".join(stripes))
