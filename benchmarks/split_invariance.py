@@ -6,9 +6,10 @@
 The same eight rows (unequal lengths and label counts, one without a label, text only, two images)
 go through Trainer as it is: whole, by accumulation, on two gloo ranks, with gradient checkpointing.
 Each gradient, before clipping, is compared with the model's own for the whole batch.
-"cross-entropy" has no router loss, "balanced" the load balancing loss (in VLMoE the z-loss too)
-with coefficient 1. VLMoE is measured with each scope of its balance loss. The text model gets the
-same token ids without the images.
+"cross-entropy" has no router loss, "balanced" the model's own load balancing loss (in VLMoE the
+z-loss too) with coefficient 1, "SparseLoss" ours in its place. VLMoE is measured with each scope of
+its balance loss. Language models get the same token ids without the images. Gemma 4's class has no
+balancing loss, and its own cross-entropy is the mean over micro-batches.
 """
 
 import argparse
@@ -21,21 +22,21 @@ from typing import Any
 
 import torch
 from measure import write_result
-from transformers import (
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
+from native_models import (
+    BALANCED_BY_CLASS,
+    IMAGE_TOKEN,
+    LANGUAGE_MODELS,
+    TEXT_FIELDS,
+    native_images,
+    native_model,
 )
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from vlmoe import SparseLoss, VLMoEConfig, VLMoEForConditionalGeneration
 
 Gradients = dict[str, torch.Tensor]
 
-IMAGE_TOKEN, IMAGE_LENGTH, VOCABULARY = 5, 4, 200
+IMAGE_LENGTH, VOCABULARY = 4, 200
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -50,10 +51,17 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 SCOPES = {"vlmoe": "sequence", "vlmoe_batch": "batch", "vlmoe_global": "global"}
-MODELS = (*SCOPES, "qwen3_vl_moe", "qwen3_moe")
-COEFFICIENTS = {"cross-entropy": 0.0, "balanced": 1.0}
+CASES = {
+    **dict.fromkeys(SCOPES, ("cross-entropy", "balanced")),
+    **{
+        name: ("cross-entropy", *["balanced"] * (name in BALANCED_BY_CLASS), "SparseLoss")
+        for name in TEXT_FIELDS
+    },
+}
+"""The losses of each model."""
 ROWS = ((1, 9, 3), (2, 6, 1), (0, 20, 15), (1, 12, 2), (1, 7, 0), (0, 9, 8), (1, 25, 20), (1, 5, 1))
 """(images, text tokens, of these at the end with a label) of each row."""
+ROUTERS = ("mlp.router.weight", "mlp.gate.weight", "router.proj.weight")
 WHOLE = (1, 1, False)
 WAYS = (
     WHOLE,
@@ -66,27 +74,15 @@ WAYS = (
 
 
 def build(name: str, coefficient: float) -> torch.nn.Module:
-    """One of `MODELS` with random weights, the same ones in every process."""
+    """One of `CASES` with random weights, the same ones in every process."""
     torch.manual_seed(0)
-    text = SHAPE | {"router_aux_loss_coef": coefficient}
-    peer = text | {"norm_topk_prob": True, "mlp_only_layers": [], "pad_token_id": 0}
-    peer |= {"output_router_logits": coefficient > 0}
-    if name == "qwen3_moe":
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**peer))
+    if name in TEXT_FIELDS:
+        return native_model(name, SHAPE, coefficient)
+    text = SHAPE | {"router_aux_loss_coef": coefficient, "router_z_loss_coef": coefficient}
+    text |= {"qk_norm": True, "pad_token_id": 0, "router_aux_loss_scope": SCOPES[name]}
     vision = {"hidden_size": 32, "intermediate_size": 64}
-    if name == "qwen3_vl_moe":
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
-        vision |= {"depth": 2, "num_heads": 4, "patch_size": 4, "num_position_embeddings": 16}
-        vision |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0]}
-        peer |= {"rope_parameters": rope}
-        config = Qwen3VLMoeConfig(
-            text_config=peer, vision_config=vision, image_token_id=IMAGE_TOKEN
-        )
-        return Qwen3VLMoeForConditionalGeneration(config)
     vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": 2, "patch_size": 4}
     vision |= {"num_attention_heads": 4, "image_size": 16, "vision_use_head": False}
-    text |= {"qk_norm": True, "pad_token_id": 0, "router_z_loss_coef": coefficient}
-    text |= {"router_aux_loss_scope": SCOPES[name]}
     top = {"text_config": text, "vision_config": vision}
     top |= {"image_token_id": IMAGE_TOKEN, "pixel_shuffle_factor": 2}
     return VLMoEForConditionalGeneration(VLMoEConfig(**top))
@@ -123,7 +119,7 @@ class Collator:
             "attention_mask": (ids != 0).long(),
             "labels": pad([row["labels"] for row in rows], True, -100),
         }
-        if self.name == "qwen3_moe":
+        if self.name in LANGUAGE_MODELS:
             return batch
         batch["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
         pixels = torch.cat([row["pixels"] for row in rows])  # (images, 3, 16, 16)
@@ -131,10 +127,7 @@ class Collator:
             return batch
         if self.name in SCOPES:
             return batch | {"pixel_values": pixels}
-        patches = torch.nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2).flatten(0, 1)
-        patches = torch.cat([patches, patches], 1)  # (images * 16, 3 * 2 frames * 16)
-        grid = torch.tensor([[1, 4, 4]]).expand(len(pixels), -1)
-        return batch | {"pixel_values": patches, "image_grid_thw": grid}
+        return batch | native_images(self.name, pixels)
 
 
 class Recorder(TrainerCallback):
@@ -142,11 +135,12 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
         """Before the step; nothing was clipped."""
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        self.gradients = {n: g.clone() for n, g in gradients.items() if g is not None}
 
 
 def gradients(
-    name: str, coefficient: float, accumulation: int, checkpointing: bool, folder: str
+    name: str, case: str, accumulation: int, checkpointing: bool, folder: str
 ) -> Gradients:
     """Compute the gradients of one step of Trainer, in as many processes as it finds."""
     arguments = TrainingArguments(
@@ -165,12 +159,14 @@ def gradients(
     )
     arguments.per_device_train_batch_size = len(ROWS) // (accumulation * arguments.world_size)
     recorder = Recorder()
+    model = build(name, float(case == "balanced"))
     Trainer(
-        build(name, coefficient),
+        model,
         arguments,
         Collator(name),
         train_dataset=make_rows(),
         callbacks=[recorder],
+        compute_loss_func=SparseLoss(model, balance=1.0) if case == "SparseLoss" else None,
     ).train()
     return recorder.gradients
 
@@ -178,9 +174,9 @@ def gradients(
 def every_gradient(ranks: int, folder: str) -> dict[tuple[Any, ...], Gradients]:
     """Compute the gradients of every model, case and way to split the rows over that many ranks."""
     return {
-        (name, case, way): gradients(name, coefficient, *way[1:], folder)
-        for name in MODELS
-        for case, coefficient in COEFFICIENTS.items()
+        (name, case, way): gradients(name, case, *way[1:], folder)
+        for name, cases in CASES.items()
+        for case in cases
         for way in WAYS
         if way[0] == ranks
     }
@@ -205,7 +201,7 @@ def distance(ours: Gradients, whole: Gradients) -> dict[str, float]:
         name: ((ours[name] - g).norm() / whole[name.replace("k_proj.b", "q_proj.b")].norm()).item()
         for name, g in whole.items()
     }
-    routers = [name for name in each if name.endswith(("mlp.router.weight", "mlp.gate.weight"))]
+    routers = [name for name in each if name.endswith(ROUTERS)]
     assert len(routers) == SHAPE["num_hidden_layers"], routers
     together, reference = (torch.cat([g[n].flatten() for n in whole]) for g in (ours, whole))
     return {
@@ -230,7 +226,8 @@ def main() -> None:
         found |= torch.load(Path(folder, "gradients.pt"))
     cases = []
     print(f"{'model':13} {'loss':14} ranks accumulation ckpt {'all':>8} {'worst':>8} {'router':>8}")
-    for name, case, way in itertools.product(MODELS, COEFFICIENTS, WAYS[1:]):
+    pairs = [(name, case) for name, losses in CASES.items() for case in losses]
+    for (name, case), way in itertools.product(pairs, WAYS[1:]):
         far = distance(found[name, case, way], found[name, case, WHOLE])
         ranks, accumulation, checkpointing = way
         split = {"ranks": ranks, "accumulation": accumulation, "checkpointing": checkpointing}

@@ -11,6 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from builders import picture
 from doc_pages import PAGES, ROOT, blocks, commands, run_page
+from sparse_families import sparse_family
 from tiny_sizes import TEXT, VISION, VOCABULARY
 from transformers import (
     AutoModel,
@@ -73,6 +74,7 @@ def world(
     tokenizer.save_pretrained(folder / "user/language-model")
     vision = SiglipVisionConfig(**VISION, vision_use_head=False)
     AutoModel.from_config(vision).save_pretrained(folder / "user/vision-encoder")
+    sparse_family("deepseek_v3").save_pretrained(folder / "user/sparse-model")
     shutil.copytree(data_folder, folder / "my_data")
     picture(3, (32, 32)).save(folder / "picture.png")
     picture(3, (32, 32)).save(folder / "my_data" / "picture.png")

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .lora.wrappers import disable_routed_lora as disable_routed_lora
     from .lora.wrappers import enable_routed_lora as enable_routed_lora
     from .lora.wrappers import hotswap_expert_lora as hotswap_expert_lora
+    from .routing.balancing import RouterBiasCallback as RouterBiasCallback
+    from .routing.balancing import update_router_bias as update_router_bias
     from .routing.inspection.inspect import inspect_routing as inspect_routing
     from .routing.trace import record_routing as record_routing
     from .training.evaluation import evaluate as evaluate
@@ -63,6 +65,7 @@ AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 
 # Where each name that is imported on first use is defined; the imports above are for editors.
 _MODULES = {
+    "RouterBiasCallback": "routing.balancing",
     "SparseLoss": "training.sparse_loss",
     "VLMoECollator": "data.collator",
     "VLMoEDPOTrainer": "training.trl_trainers",
@@ -85,6 +88,7 @@ _MODULES = {
     "push": "hub.push_to_hub",
     "record_routing": "routing.trace",
     "upcycle": "upcycling.dense_to_sparse",
+    "update_router_bias": "routing.balancing",
 }
 # What a module needs beyond the package's own dependencies, as it is imported.
 _NEEDS = {

@@ -16,6 +16,7 @@ from sparse_families import (
     PLAIN_VISION,
     SPARSE_TEXTS,
     TEXT,
+    WITH_BIAS,
     FamilyCollator,
     row,
     sparse_family,
@@ -162,6 +163,62 @@ def test_ranks_do_not_change_the_gradient(tmp_path: Path) -> None:
         for of_rank in ranks:
             for n in (1, 4):
                 assert max(distance(of_rank[name, n], whole)) <= TOLERANCE, (name, n)
+
+
+def fsdp2_on_a_rank(folder: Path, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return each family's weights after two steps, cut over the ranks."""
+    return {name: weights_after_two_steps(name, folder, {"version": 2}) for name in names}
+
+
+def weights_after_two_steps(
+    name: str, folder: Path, fsdp: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the weights after two steps of SGD with all losses and the update of biases."""
+    rows = make_rows(name)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        fsdp=fsdp is not None,
+        fsdp_config=fsdp,
+        max_steps=2,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    arguments.per_device_train_batch_size = len(rows) // arguments.world_size
+    model = sparse_family(name)
+    trainer = Trainer(
+        model,
+        arguments,
+        FamilyCollator(name),
+        train_dataset=rows,
+        callbacks=[vlmoe.RouterBiasCallback(0.01)] if name in WITH_BIAS else [],
+        compute_loss_func=SparseLoss(model, **coefficients(name)),
+    )
+    trainer.train()
+    if fsdp is None:
+        return trainer.model.state_dict()
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+@pytest.mark.slow
+def test_fsdp2_changes_neither_weights_nor_biases(tmp_path: Path) -> None:
+    names, folder = ("llava_qwen3_moe", "ernie4_5_vl_moe"), tmp_path / "ranks"
+    folder.mkdir()
+    sharded = on_ranks(fsdp2_on_a_rank, tmp_path, names, folder=folder)[0]
+    for name in names:
+        whole, before = weights_after_two_steps(name, tmp_path), sparse_family(name).state_dict()
+        assert sharded[name].keys() == whole.keys()
+        for key, ours in sharded[name].items():
+            moved = (whole[key] - before[key]).norm()
+            assert (ours - whole[key]).norm() <= TOLERANCE * moved.clamp(min=1e-3), key
+            if key.endswith("correction_bias"):
+                assert torch.equal(ours, whole[key]) and ours.any()
 
 
 def by_hand(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[float, float]:

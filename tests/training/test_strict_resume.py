@@ -1,5 +1,6 @@
 """A run on transformers' own sparse models that is resumed ends bit-equal; Trainer's does not."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,9 @@ def test_a_run_on_two_ranks_is_resumed_whole(way: str, tmp_path: Path) -> None:
     ours, theirs = (load_file(folder / "model.safetensors") for folder in files)
     assert ours.keys() == theirs.keys() and len(ours) > 60
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_table_of_the_docs_is_that_of_these_tests() -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "train_native.md"
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|$", page.read_text(), re.MULTILINE)
+    assert {name: (int(left), int(every)) for name, left, every in rows} == NOT_LOADED

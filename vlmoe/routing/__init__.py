@@ -4,7 +4,8 @@
 - routed_layers.py: where the experts of a model are; scoring.py: how its routers choose;
 - record.py: hooks that hand each forward pass to readers; kinds.py: text, image, video, padding;
 - load.py: counts and figures; trace.py: the choice of every token;
-- balancing.py: selection biases; finite_checks.py: NaN in router logits;
+- balancing.py: selection biases; selection_loads.py: their counts in transformers' own models;
+- finite_checks.py: NaN in router logits;
 - inspection/: a page about the routing of a dataset.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .record import Routing as Routing
     from .routed_layers import RoutedLayer as RoutedLayer
     from .routed_layers import selection_bias as selection_bias
+    from .selection_loads import SelectionLoads as SelectionLoads
     from .trace import RoutingTrace as RoutingTrace
     from .trace import TokenRouting as TokenRouting
     from .trace import record_routing as record_routing
@@ -39,6 +41,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "RouterBiasCallback": "balancing",
         "Routing": "record",
         "RoutingTrace": "trace",
+        "SelectionLoads": "selection_loads",
         "StopOnNonFiniteRouting": "finite_checks",
         "TokenRouting": "trace",
         "check_routing": "finite_checks",

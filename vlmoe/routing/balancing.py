@@ -1,13 +1,21 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Balancing without an auxiliary loss: the update of the routers' biases.
 
-    config.text_config.router_bias_update_rate = 0.001  # before the model is made or loaded
+    config.text_config.router_bias_update_rate = 0.001  # VLMoE: before the model is made or loaded
     Trainer(..., callbacks=[RouterBiasCallback()])
 
 or, in a loop of your own, on all ranks:
 
     optimizer.step()
     update_router_bias(model)
+
+and for transformers' own models
+
+    Trainer(..., callbacks=[RouterBiasCallback(rate=0.001)])
+
+    loads = SelectionLoads(model)  # before the first forward pass
+    optimizer.step()
+    update_router_bias(loads, rate=0.001)
 
 The rule is that of https://arxiv.org/abs/2408.15664 (algorithm 1) and DeepSeek-V3
 (https://arxiv.org/abs/2412.19437, section 2.1.2): an expert with less than the mean load of its
@@ -27,45 +35,69 @@ layer becomes a little easier to choose, one with more a little harder,
   each as often as rows show it.
 - The load balancing loss sees the scores without bias, as equation 18 of DeepSeek-V3 has it. To
   balance by the bias alone set `router_aux_loss_coef` to 0.
+- Of transformers' own models DeepSeek-V3, GLM-4V-MoE, MiniMax-M3-VL, LFM2-MoE and ERNIE-4.5-VL
+  (each of its banks apart) have such a bias; nothing in transformers updates it. It must be fp32,
+  since bf16 numbers near 1 are 0.008 apart: where it was loaded with another dtype it is widened.
 """
-
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modeling_vlmoe.sparse_moe import sparse_layers
+from ..modeling_vlmoe.sparse_moe import VLMoESparseMoeBlock, sparse_layers
 from .finite_checks import over_ranks
+from .selection_loads import SelectionLoads
+
+DEFAULT_RATE = 0.001
+"""Of transformers' own models; DeepSeek-V3's."""
 
 
 @torch.no_grad()
-def update_router_bias(model: nn.Module) -> None:
-    """Update all biases from the load since the last call, and count anew.
+def update_router_bias(model: nn.Module | SelectionLoads, rate: float | None = None) -> None:
+    """Update all biases from the load since the last call, and count from zero.
 
     In a process group all ranks must call it.
 
     Args:
-        model: VLMoE, or a wrapper around it.
+        model: VLMoE, or a wrapper around it; or the loads of one of transformers' own models.
+        rate: how far a bias moves; `DEFAULT_RATE` by default. A VLMoE's is in its config.
 
     Raises:
-        ValueError: the model has no router bias.
+        ValueError: the model has no router bias, or a rate is given for a VLMoE.
     """
-    layers = _layers_with_bias(model)
-    shapes = [tuple(_bias(layer).shape) for layer in layers]  # tower and decoder may differ
-    loads = over_ranks([layer.expert_load for layer in layers], model, shapes)
-    for layer, load in zip(layers, loads, strict=True):
-        bias, direction = _bias(layer), (load.sum() - load * len(load)).sign()  # (experts,) each
-        bias.add_(direction.to(bias), alpha=layer.router_bias_update_rate)
+    if isinstance(model, SelectionLoads):
+        loads, first = model.loads, model.layers[0].router
+        biases = model.biases()
+        rates = [DEFAULT_RATE if rate is None else rate] * len(biases)
+    elif rate is not None:
+        raise ValueError(
+            f"rate is {rate}, but a VLMoE's is in its text config: set `router_bias_update_rate`. "
+            "Of transformers' own models give the `SelectionLoads`."
+        )
+    else:
+        layers = _layers_with_bias(model)
+        loads, first = [layer.expert_load for layer in layers], model
+        biases = [_bias(layer) for layer in layers]
+        rates = [layer.router_bias_update_rate for layer in layers]
+    shapes = [tuple(bias.shape) for bias in biases]  # tower and decoder may differ
+    for bias, load, of_layer in zip(biases, over_ranks(loads, first, shapes), rates, strict=True):
+        direction = (load.sum() - load * len(load)).sign().to(bias.device, bias.dtype)  # (experts,)
+        if isinstance(bias, DTensor):  # FSDP2 cuts ERNIE's, which is a parameter
+            direction = distribute_tensor(direction, bias.device_mesh, bias.placements)
+        bias.add_(direction, alpha=of_layer)
     forget_load(model)
 
 
-def forget_load(model: nn.Module) -> None:
-    """Count anew, without an update.
+def forget_load(model: nn.Module | SelectionLoads) -> None:
+    """Count from zero, without an update.
 
     Raises:
         ValueError: the model has no router bias.
     """
+    if isinstance(model, SelectionLoads):
+        model.forget()
+        return
     for layer in _layers_with_bias(model):
         if layer.expert_load is not None:
             layer.expert_load.zero_()
@@ -74,29 +106,94 @@ def forget_load(model: nn.Module) -> None:
 class RouterBiasCallback(TrainerCallback):
     """Updates the biases after each optimizer step of `Trainer`.
 
+    Give it to the Trainer when that is made: biases of transformers' own models are made fp32
+    before a checkpoint is loaded into them.
+
+    Args:
+        rate: for transformers' own models, see `update_router_bias`.
+
     Raises:
-        ValueError: when training begins, if the model has no router bias.
+        ValueError: when training begins, or for transformers' own models already when the Trainer
+            is made, if the model has no router bias.
     """
 
+    def __init__(self, rate: float | None = None):
+        self.rate = rate
+        self._loads: SelectionLoads | None = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Listen to transformers' own models."""
+        if model is not None and not _is_vlmoe(model):
+            self._listen(model)
+
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: object,
     ) -> None:
         """Forget what was counted before: the biases move by this training only."""
-        forget_load(model)
+        if not _is_vlmoe(model) and self._loads is None and self._listen(model):
+            if state.global_step:
+                raise ValueError(
+                    "The biases were loaded from the checkpoint in a lower precision than fp32: "
+                    "give RouterBiasCallback to the Trainer when it is made."
+                )
+        forget_load(self._counted(model))
 
     def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: object,
     ) -> None:
         """See `update_router_bias`."""
-        update_router_bias(model)
+        update_router_bias(self._counted(model), self.rate)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Stop listening."""
+        if self._loads is not None:
+            self._loads.remove()
+            self._loads = None
+
+    def _counted(self, model: nn.Module) -> nn.Module | SelectionLoads:
+        return model if self._loads is None else self._loads
+
+    def _listen(self, model: nn.Module) -> bool:
+        """Return whether biases were made fp32."""
+        self._loads = SelectionLoads(model)
+        return self._loads.widen()
 
 
-def _layers_with_bias(model: nn.Module) -> list[Any]:
+def _is_vlmoe(model: nn.Module) -> bool:
+    """Return whether there is a VLMoE inside, by the class's name: code from the Hub keeps it."""
+    return any(type(module).__name__.startswith("VLMoE") for module in model.modules())
+
+
+def _layers_with_bias(model: nn.Module) -> list[VLMoESparseMoeBlock]:
     layers = [layer for layer in sparse_layers(model).values() if layer.router_bias_update_rate]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no router bias: set `router_bias_update_rate` of its text "
-            "config to more than 0 (DeepSeek-V3: 0.001) before the model is made or loaded."
+            "config to more than 0 (DeepSeek-V3: 0.001) before the model is made or loaded. Of "
+            "transformers' own models count the loads first: `SelectionLoads(model)`."
         )
     return layers
 

@@ -1,23 +1,12 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Router logits of the last forward pass of a sparse model, with their graph.
-
-Hooks listen to the routers and to the backbone, the module that gets the attention mask; whatever
-wraps the model (PEFT, DistributedDataParallel) calls both. Gradient checkpointing calls routers
-again in the backward pass: what comes outside of a forward pass of the backbone is left out.
-"""
-
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+"""Router logits of the last forward pass of a sparse model, with their graph."""
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling_vlmoe.modeling_vlmoe_text import real_tokens
+from ..routing.kinds import PADDING, token_kinds, vision_bank_tokens
+from ..routing.record import Inputs, Listener, Routing
 from ..routing.routed_layers import RoutedLayer
-from ..routing.scoring import router_logits_of
 
 NOT_SEEN = (
     "No router of {name} was seen in this forward pass. Make the loss from the model that is "
@@ -25,104 +14,85 @@ NOT_SEEN = (
 )
 
 
-@dataclass
-class ForwardPass:
-    """One forward pass.
+class RouterOutputs:
+    """Listens to a model from its construction on; holds one forward pass at a time.
 
     Attributes:
-        logits: (tokens, experts) as each router returned them, by the layer's name.
-        attention_mask: as the backbone got it.
-        is_vision: (batch, length), True where ERNIE sends a token to the bank for images.
+        real: (batch, length), True for real tokens, not padding.
     """
 
-    logits: dict[str, torch.Tensor] = field(default_factory=dict)
-    attention_mask: Any = None
-    is_vision: torch.Tensor | None = None
+    def __init__(self, head: PreTrainedModel, layers: list[RoutedLayer]):
+        self.real = torch.ones(0, 0, dtype=torch.bool)
+        self._head = head
+        self._logits: dict[str, torch.Tensor] = {}
+        self._is_vision: torch.Tensor | None = None
+        self._is_whole = False
+        self._listener = Listener(head, [self], layers)
 
-    def real_tokens(self, labels: torch.Tensor) -> torch.Tensor:
-        """(batch, length): True for real tokens, not padding."""
-        return real_tokens(self.attention_mask, labels).to(labels.device)
-
-    def members(self, layer: RoutedLayer, labels: torch.Tensor) -> torch.Tensor:
-        """(batch, length): True for tokens that the layer's bank sees."""
-        if self.is_vision is None or not _has_sibling(layer):
-            return torch.ones_like(labels, dtype=torch.bool)
-        is_vision = self.is_vision.to(labels.device)
-        return is_vision if layer.place == "vision" else ~is_vision
-
-    def logits_of(self, layer: RoutedLayer, members: torch.Tensor) -> torch.Tensor | None:
-        """(batch * length, experts), zeros for tokens of the other bank; None if all are.
+    def take(self) -> dict[str, torch.Tensor]:
+        """Return the logits (tokens, experts) by the layer's name, and forget them.
 
         Raises:
-            RuntimeError: the layer's router was not called with these tokens.
+            RuntimeError: there was no forward pass since the last call, or it called no router.
         """
-        logits = self.logits.get(layer.name)
-        if logits is None and layer.place == "vision" and self.is_vision is None:
+        logits, self._logits = self._logits, {}
+        if not (self._is_whole and logits):
+            raise RuntimeError(NOT_SEEN.format(name=type(self._head).__name__))
+        return logits
+
+    def members(self, layer: RoutedLayer) -> torch.Tensor:
+        """(batch, length): True for tokens that the layer's bank sees, padding included."""
+        if self._is_vision is None or not _is_one_of_two(layer):
+            return torch.ones_like(self.real)
+        is_vision = self._is_vision.to(self.real.device)
+        return is_vision if layer.place == "vision" else ~is_vision
+
+    def spread(
+        self, layer: RoutedLayer, logits: torch.Tensor | None, members: torch.Tensor
+    ) -> torch.Tensor | None:
+        """(tokens, experts) -> (batch * length, experts), zeros for tokens of the other bank.
+
+        None where the bank got no tokens, since there are no images.
+
+        Raises:
+            RuntimeError: the layer's router was not called with the tokens of the batch.
+        """
+        if logits is None and layer.place == "vision" and self._is_vision is None:
             return None
         seen = 0 if logits is None else len(logits)
         if logits is not None and seen == members.numel():
             return logits
         if logits is None or seen != members.sum():
             raise RuntimeError(
-                f"The router of {layer.name} saw {seen} tokens; the labels are for "
+                f"The router of {layer.name} saw {seen} tokens of a batch of "
                 f"{tuple(members.shape)}, of which {int(members.sum())} are its own."
             )
         everything = logits.new_zeros(members.numel(), logits.shape[-1])
         return everything.index_put((members.flatten().to(logits.device).nonzero()[:, 0],), logits)
 
-
-class RouterOutputs:
-    """Listens to a model from its construction on, and keeps the last forward pass."""
-
-    def __init__(self, head: PreTrainedModel, layers: list[RoutedLayer]):
-        self._head = head
-        self._running = False
-        self._current = ForwardPass()
-        self._last: ForwardPass | None = None
-        backbone = head.base_model
-        self._signature = inspect.signature(backbone.forward)
-        self._handles = [
-            backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
-            backbone.register_forward_hook(self._end),
-            *(layer.router.register_forward_hook(self._keep(layer)) for layer in layers),
-        ]
-
-    def take(self) -> ForwardPass:
-        """Return the last forward pass and forget it.
-
-        Raises:
-            RuntimeError: there was none since the last call, or its routers were not called.
-        """
-        last, self._last = self._last, None
-        if last is None or not last.logits:
-            raise RuntimeError(NOT_SEEN.format(name=type(self._head).__name__))
-        return last
-
     def remove(self) -> None:
         """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
+        self._listener.remove()
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = given | given.get("kwargs", {})
-        types = given.get("moe_mm_token_type_ids")
-        is_vision = types.bool() if types is not None and types.any() else None
-        self._current = ForwardPass(attention_mask=given.get("attention_mask"), is_vision=is_vision)
-        self._running, self._last = True, None
+    def begin(self, backbone: PreTrainedModel, inputs: Inputs) -> bool:
+        """Forget the pass before."""
+        self._logits, self._is_whole = {}, False
+        self.real = token_kinds(inputs, backbone.config) != PADDING
+        self._is_vision = vision_bank_tokens(inputs)
+        return True
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running, self._last = False, self._current
-        self._current = ForwardPass()
+    def read(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Keep the logits."""
+        if routing.logits is not None:
+            self._logits[layer.name] = routing.logits
 
-    def _keep(self, layer: RoutedLayer) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            logits = router_logits_of(output, layer.num_experts)
-            if self._running and logits is not None:
-                self._current.logits[layer.name] = logits
+    def read_outside(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Leave out what checkpointing computes again."""
 
-        return hook
+    def end(self, output: object) -> None:
+        """Mark the pass as whole."""
+        self._is_whole = True
 
 
-def _has_sibling(layer: RoutedLayer) -> bool:
+def _is_one_of_two(layer: RoutedLayer) -> bool:
     return layer.place == "vision" or ".text_moe." in layer.name

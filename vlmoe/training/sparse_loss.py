@@ -31,7 +31,7 @@ from ..modeling_vlmoe.modeling_vlmoe_text import real_tokens
 from ..modeling_vlmoe.router_losses import RouterLosses, load_balancing_loss, router_z_loss
 from ..routing.routed_layers import Place, RoutedLayer, routed_layers
 from ..routing.scoring import Scoring, router_scoring
-from .router_outputs import NOT_SEEN, ForwardPass, RouterOutputs
+from .router_outputs import NOT_SEEN, RouterOutputs
 
 NEEDS_LABELS = ("paligemma",)
 """Model types that build their attention mask from labels in their forward pass."""
@@ -145,32 +145,35 @@ class _OfNative:
 
     def __call__(self, labels: torch.Tensor, row_weights: torch.Tensor) -> RouterLosses:
         """Sum over places (banks) of the mean over their layers."""
-        passed = self._outputs.take()
+        seen = self._outputs.take()
         if not (self._balance or self._z) or not _any_trains(self._layers):
             return RouterLosses()
+        real = self._outputs.real
+        if real.shape != labels.shape:
+            raise ValueError(
+                f"`labels` is {tuple(labels.shape)}; the model routed {tuple(real.shape)} tokens."
+            )
         groups: dict[tuple[Place, Scoring], list[RoutedLayer]] = defaultdict(list)
         for layer in self._layers:
             groups[layer.place, self._scoring[layer.name]].append(layer)
         places = [layer.place for layer in self._layers]
-        real = passed.real_tokens(labels)
         losses = RouterLosses()
         for (place, scoring), layers in groups.items():
-            members = passed.members(layers[0], labels)
-            logits = self._logits(passed, layers, members)
+            members = self._outputs.members(layers[0])
+            logits = self._logits(seen, layers, members)
             if not logits:
                 continue
             mask = members & real
             # a bank's share of the row's tokens, and this group's of the place's layers
             share = mask.sum(-1) / real.sum(-1).clamp(min=1) * (len(logits) / places.count(place))
-            self._add(
-                losses, tuple(map(scoring.logits, logits)), scoring, mask, row_weights * share
-            )
+            scores = tuple(scoring.logits(each) for each in logits)
+            self._add(losses, scores, scoring, mask, row_weights * share.to(row_weights.device))
         return losses
 
     def _logits(
-        self, passed: ForwardPass, layers: list[RoutedLayer], members: torch.Tensor
+        self, seen: dict[str, torch.Tensor], layers: list[RoutedLayer], members: torch.Tensor
     ) -> list[torch.Tensor]:
-        found = [passed.logits_of(layer, members) for layer in layers]
+        found = [self._outputs.spread(each, seen.get(each.name), members) for each in layers]
         logits = [each for each in found if each is not None]
         learns = self._head.training and torch.is_grad_enabled()
         if learns and not all(each.requires_grad for each in logits):

@@ -1,0 +1,114 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""How many training tokens each expert got, where transformers' own models have a selection bias.
+
+The counts are integers on the model's device, of the tokens of one optimizer step without padding.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .kinds import PADDING, token_kinds, vision_bank_tokens
+from .record import Inputs, Listener, Routing, find_backbone
+from .routed_layers import RoutedLayer, routed_layers, selection_bias
+
+
+class SelectionLoads:
+    """Counts the choices of a model whose routers have a selection bias, until `remove`.
+
+    Args:
+        model: of transformers, or a wrapper around it; not yet compiled.
+
+    Attributes:
+        layers: those with a bias.
+        loads: (experts,) int64 for each of them, of this rank; None before the first pass.
+
+    Raises:
+        ValueError: the model has no experts, or its routers have no selection bias.
+    """
+
+    def __init__(self, model: nn.Module):
+        every = routed_layers(model)
+        self.layers = [layer for layer in every if selection_bias(layer) is not None]
+        if not self.layers:
+            raise ValueError(
+                f"{type(find_backbone(model)).__name__} has no selection bias that could be moved: "
+                f"{type(every[0].router).__name__} chooses by its scores alone, and one that was "
+                "added would be unknown to other programs. Balance it by `SparseLoss`, or take a "
+                "family with a bias: DeepSeek-V3, GLM-4-MoE and GLM-4V-MoE, ERNIE-4.5-VL, "
+                "MiniMax-M3-VL, LFM2-MoE, VLMoE with `router_bias_update_rate`."
+            )
+        self.loads: list[torch.Tensor | None] = [None] * len(self.layers)
+        self._positions = {layer.name: i for i, layer in enumerate(self.layers)}
+        self._chosen: dict[int, torch.Tensor] = {}
+        self._real = torch.ones(())
+        self._is_vision: torch.Tensor | None = None
+        self._listener = Listener(model, [self], self.layers)
+
+    def biases(self) -> list[torch.Tensor]:
+        """(experts,) each, views of the model's own tensors."""
+        return [bias.view(-1) for bias in map(selection_bias, self.layers) if bias is not None]
+
+    def widen(self) -> bool:
+        """Make biases of a lower precision fp32, in place; return whether there were any."""
+        found = [bias for bias in map(selection_bias, self.layers) if bias is not None]
+        narrow = [bias for bias in found if bias.dtype != torch.float32]
+        for bias in narrow:
+            bias.data = bias.data.float()
+        return bool(narrow)
+
+    def forget(self) -> None:
+        """Count from zero."""
+        self.loads = [None] * len(self.layers)
+
+    def remove(self) -> None:
+        """Stop counting."""
+        self._listener.remove()
+
+    def begin(self, backbone: PreTrainedModel, inputs: Inputs) -> bool:
+        """Count passes of training alone."""
+        self._chosen = {}
+        if not (backbone.training and torch.is_grad_enabled()):
+            return False
+        self._real = (token_kinds(inputs, backbone.config) != PADDING).flatten()
+        self._is_vision = vision_bank_tokens(inputs)
+        return True
+
+    def read(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Keep the choice until the end of the pass."""
+        self._chosen[self._positions[layer.name]] = routing.chosen.detach()
+
+    def read_outside(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Leave out what checkpointing computes again."""
+
+    @torch.no_grad()
+    def end(self, output: object) -> None:
+        """Add the pass to the loads, all layers of the same tokens at once."""
+        together: dict[tuple[bool | None, int], list[int]] = defaultdict(list)
+        for i in self._chosen:
+            layer = self.layers[i]
+            together[self._bank(layer), layer.num_experts].append(i)
+        for (bank, experts), positions in together.items():
+            chosen = torch.stack([self._chosen[i] for i in positions])  # (layers, tokens, k)
+            real = self._of_bank(bank, chosen.device)
+            counts = real.expand(chosen.shape[-1], -1).T.expand_as(chosen).flatten(1)
+            load = torch.zeros(len(positions), experts, dtype=torch.long, device=chosen.device)
+            load.scatter_add_(1, chosen.flatten(1), counts.contiguous())
+            for i, of_layer in zip(positions, load, strict=True):
+                before = self.loads[i]
+                self.loads[i] = of_layer if before is None else before + of_layer
+        self._chosen = {}
+
+    def _bank(self, layer: RoutedLayer) -> bool | None:
+        """Whether a layer sees tokens of vision alone; None: all tokens."""
+        has_banks = layer.place == "vision" or ".text_moe." in layer.name
+        return layer.place == "vision" if has_banks and self._is_vision is not None else None
+
+    def _of_bank(self, bank: bool | None, device: torch.device) -> torch.Tensor:
+        """(tokens,) long: 1 for real tokens, 0 for padding, of those that the bank sees."""
+        real = self._real
+        if bank is not None and self._is_vision is not None:
+            real = real[self._is_vision.flatten() == bank]
+        return real.to(device, torch.long)
