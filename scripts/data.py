@@ -89,6 +89,7 @@ def main(
     from vlmoe.data.loading import load_rows, split_names
     from vlmoe.data.long_rows import length_limit
     from vlmoe.hub.folder_lock import require_writable
+    from vlmoe.hub.model_classes import is_native
     from vlmoe.training.build import config_and_processor
 
     require_writable(output)
@@ -106,6 +107,11 @@ def main(
     model_config, processor = config_and_processor(
         model, _texts(splits.values()), tokenizer=tokenizer, tiling=tiling
     )
+    if is_native(model_config):
+        raise ValueError(
+            f"--model {model} is a {model_config.model_type!r}: this command counts tokens by "
+            "VLMoE's own processor. Give a VLMoE or a preset."
+        )
     limit_images(processor, max_image_pixels, max_image_side)
     limit = length_limit(model_config, max_length)
     collator = VLMoECollator(processor, allow_image_urls=allow_image_urls)

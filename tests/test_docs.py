@@ -11,6 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from builders import picture
 from doc_pages import PAGES, ROOT, blocks, commands, run_page
+from native_processors import tiny_processor
 from sparse_families import sparse_family
 from tiny_sizes import TEXT, VISION, VOCABULARY
 from transformers import (
@@ -75,6 +76,8 @@ def world(
     vision = SiglipVisionConfig(**VISION, vision_use_head=False)
     AutoModel.from_config(vision).save_pretrained(folder / "user/vision-encoder")
     sparse_family("deepseek_v3").save_pretrained(folder / "user/sparse-model")
+    sparse_family("llava_qwen3_moe").save_pretrained(folder / "user/sparse-vlm")
+    tiny_processor("llava_qwen3_moe").save_pretrained(folder / "user/sparse-vlm")
     shutil.copytree(data_folder, folder / "my_data")
     picture(3, (32, 32)).save(folder / "picture.png")
     picture(3, (32, 32)).save(folder / "my_data" / "picture.png")

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from native_processors import tiny_processor
+from peft import PeftModel
 from sparse_families import sparse_family
 
 from vlmoe import answer, evaluate
 from vlmoe.data.loading import load_rows
+from vlmoe.hub.saved_model import load_model
 from vlmoe.training.build import build_model, model_for_answers
 from vlmoe.training.data import TrainingData
 from vlmoe.training.run import train
@@ -78,4 +80,19 @@ def test_the_commands_take_a_native_model(
     evaluate_arguments = ["--split", "train", "--max_rows", "2", "--max_new_tokens", "2"]
     assert main(["evaluate", *where, *evaluate_arguments]) == 0
     assert json.loads((output / "evaluate_results.json").read_text())["questions"] > 0
+    assert main(["data", str(data_folder), "--model", str(output)]) == 2
+    assert "is a 'llava'" in capsys.readouterr().err
     assert main(["generate", "what?", "--model", str(output), "--max_new_tokens", "2"]) == 0
+
+
+def test_an_adapter_of_a_native_models_experts_is_trained(
+    native: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    options = {"r": 2, "attention": False, "dropout": 0.0}
+    arguments = SHORT | {"output_dir": str(output), "learning_rate": 1e-2}
+    train(str(native), TrainingData(str(data_folder)), arguments, lora=options)  # type: ignore[arg-type]
+    adapted = PeftModel.from_pretrained(load_model(native), output)
+    moved = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert moved and all(p.abs().sum() > 0 for p in moved)
+    assert not (output / "model.safetensors").exists()
