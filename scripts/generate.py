@@ -76,6 +76,7 @@ def main(
     from transformers import TextStreamer
 
     from vlmoe import answer
+    from vlmoe.data.native_chat import tokenizer_of
     from vlmoe.training.build import Runtime, model_for_answers
 
     runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
@@ -90,7 +91,7 @@ def main(
         temperature=temperature,
         top_p=1.0 if top_p is None else top_p,
         seed=seed,
-        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer_of(processor), skip_prompt=True, skip_special_tokens=True),
     )
 
 

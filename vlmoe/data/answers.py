@@ -117,9 +117,11 @@ def prompt_inputs(
     """Encode a question about images as a prompt for an answer.
 
     Raises:
-        ValueError: the chat template or the processor refuses it.
+        ValueError: the chat template or the processor refuses it, or the model takes no images.
     """
     if not isinstance(processor, VLMoEProcessor):
+        if images and processor is tokenizer_of(processor):
+            raise ValueError("The question has images, but the model reads text alone.")
         asked = Turn("user", (*(IMAGE for _ in images), question))
         conversation = (Turn("system", (system,)), asked) if system else (asked,)
         chat = Chat(conversation, images, "The question")
