@@ -199,7 +199,7 @@ def test_hostile_names_keep_the_card_valid(measured: Path) -> None:
     ("file", "content", "message"),
     [
         ("config.json", None, "holds no config.json"),
-        ("config.json", '{"model_type": "llava"}', "is of a 'llava' model"),
+        ("config.json", '{"model_type": "clip"}', "no class that answers questions for .* 'clip'"),
         ("metrics.json", "{", "metrics.json: not valid JSON"),
         ("metrics.json", '{"accuracy": 1}', "metrics.json is not in the format"),
         ("evaluate_results.json", "[]", "evaluate_results.json: must hold an object"),

@@ -62,13 +62,15 @@ def test_the_loss_at_step_0_is_the_cross_entropy_of_the_text(
 
 
 def _break_transposed(monkeypatch: Any) -> None:
-    made = origins._split_down
-    monkeypatch.setattr(origins, "_split_down", lambda down, m: made(down.T.reshape(32, 40), m))
+    made = origins._shard_of_down
+    monkeypatch.setattr(
+        origins, "_shard_of_down", lambda down, m, shard: made(down.T.reshape(32, 40), m, shard)
+    )
 
 
 def _break_factor(monkeypatch: Any) -> None:
-    made = origins._split_down
-    monkeypatch.setattr(origins, "_split_down", lambda down, m: made(down, m) / m)
+    made = origins._shard_of_down
+    monkeypatch.setattr(origins, "_shard_of_down", lambda *given: made(*given) / given[1])
 
 
 def _break_ties(monkeypatch: Any) -> None:

@@ -46,7 +46,7 @@ class PublishedView:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the view of the model's whole tensor."""
-        return tensor.contiguous().as_strided(self.shape, self.stride, self.offset)
+        return _strided(tensor, self.shape, self.stride, self.offset)
 
     @property
     def experts(self) -> range:
@@ -64,12 +64,20 @@ class PublishedView:
         """
         if len(self.experts) == 1 and len(self.shape) < len(self.source_shape):
             start = self.offset - expert * self._expert_size
-            return tensor.contiguous().as_strided(self.shape, self.stride, start)
-        return tensor.contiguous().as_strided(self.shape[1:], self.stride[1:], 0)
+            return _strided(tensor, self.shape, self.stride, start)
+        return _strided(tensor, self.shape[1:], self.stride[1:], 0)
 
     @property
     def _expert_size(self) -> int:
         return math.prod(self.source_shape[1:])
+
+
+def _strided(
+    tensor: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> Tensor:
+    """Return a view, by its place in the tensor: `as_strided` counts from the storage's start."""
+    whole = tensor.contiguous()
+    return whole.as_strided(shape, stride, whole.storage_offset() + offset)
 
 
 class _KeepViews(TorchFunctionMode):

@@ -74,7 +74,9 @@ def write_tensors(
             for part in tensor.parts():
                 if part.dtype != tensor.dtype:
                     raise ValueError(f"A part of {name} is {part.dtype}, not {tensor.dtype}.")
-                file.write(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                file.write(
+                    part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                )
             if file.tell() - start != tensor.nbytes:
                 raise ValueError(f"The parts of {name} do not make the shape {tensor.shape}.")
 

@@ -335,6 +335,8 @@ def native_model(
     model = conversion.target.model_class.from_pretrained(
         None, config=conversion.config, state_dict=made, dtype=conversion.dtype
     )
+    # It was given under the names in memory; it is saved under the published ones all the same.
+    model._weight_conversions = None
     model.generation_config = copy.deepcopy(conversion.generation_config)
     return NativeUpcycling(model, conversion.check(model.eval(), plan))
 

@@ -1,38 +1,56 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Write a conversion into a folder, shard by shard.
 
-The two models are never in memory together. The dense one answers the sample. Its tensors are
-written, shard by shard, into a hidden folder beside the target. The sparse one is loaded from
-there, checked, and moved to the target by one rename. A run that was killed continues with the
-missing shards, and its files are the same to the byte.
+The two models are never in memory together. The dense one answers the sample. The sparse one's
+tensors are made and written, one expert after the other, into a hidden folder beside the target.
+The sparse model is loaded from there, checked, and moved to the target by one rename. A run that
+was killed continues with the missing shards, and its files are the same to the byte.
 """
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from ..hub.atomic_files import atomic_path, write_json
 from ..hub.folder_lock import folder_lock, refuse_dangling
 from ..hub.model_card import write_model_card
-from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
+from ..hub.published_layout import PublishedView, published_views
+from ..hub.tensor_files import StreamedTensor, write_tensors
 from .conversion import Conversion
+from .native_target import NativeTarget
 from .origins import Origin
 from .report import UpcyclingReport
+from .stored_model import stored_model
 
 logger = logging.get_logger(__name__)
 
 Tensor = torch.Tensor
+Files = Mapping[str, str | Path]
+"""Contents of files by name: a text, or another file."""
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """The tensors of the sparse model's files.
+
+    Attributes:
+        plan: the origin of each tensor of the model.
+        views: the tensors of the files.
+    """
+
+    plan: dict[str, Origin]
+    views: dict[str, PublishedView]
 
 
 def upcycle_folder(
@@ -41,9 +59,12 @@ def upcycle_folder(
     request: Mapping[str, Any],
     *,
     bases: Sequence[dict[str, Any]] = (),
+    files: Files | None = None,
     max_shard_size: str = "5GB",
 ) -> UpcyclingReport:
-    """Convert dense models into a folder with weights, configuration, code, processor and report.
+    """Convert dense models into a folder with weights, configuration, processor and report.
+
+    A native model needs no code of ours; VLMoE's is saved beside its weights.
 
     Args:
         begin: starts the conversion.
@@ -51,6 +72,8 @@ def upcycle_folder(
         request: the options of the conversion, as JSON can hold them; one that was killed continues
             if they are the same.
         bases: facts from the dense models' cards, for the new card; see `saved_model`.
+        files: of a native model, those of the dense one that stay as they are, such as the
+            processor's.
         max_shard_size: of a weights file.
 
     Raises:
@@ -67,15 +90,18 @@ def upcycle_folder(
             raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
         conversion = begin()
         staging = _staging(target, dict(request) | {"max_shard_size": max_shard_size})
-        plan = _write_weights(conversion, staging, max_shard_size)
-        conversion.config.architectures = [VLMoEForConditionalGeneration.__name__]
+        written = _write_weights(conversion, staging, max_shard_size)
+        conversion.config.architectures = [conversion.target.model_class.__name__]
         conversion.config.save_pretrained(staging)
-        for part in (conversion.generation_config, conversion.processor):
-            if part is not None:
-                part.save_pretrained(staging)
+        if conversion.generation_config is not None:
+            conversion.generation_config.save_pretrained(staging)
+        if files is not None:
+            _copy(files, staging)
+        elif conversion.processor is not None:
+            conversion.processor.save_pretrained(staging)
         conversion.weights = {}  # release the dense model before the sparse one is loaded
-        model = VLMoEForConditionalGeneration.from_pretrained(staging, dtype="auto")
-        report = replace(conversion.check(model, plan), bases=list(bases))
+        model = _saved_model(conversion, staging, written.views)
+        report = replace(conversion.check(model, written.plan), bases=list(bases))
         report.save(staging)
         write_model_card(staging, metadata={"model_name": target.name})
         os.replace(staging, target)
@@ -113,16 +139,35 @@ def _request_file(target: Path) -> Path:
     return target.with_name(f".{target.name}.upcycling.json")
 
 
-def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) -> dict[str, Origin]:
-    """Write the missing shards and the index; return the origin of each tensor."""
+def _copy(files: Files, folder: Path) -> None:
+    """Write texts, and copies of files, into a folder; each of them is whole or absent."""
+    for name, content in files.items():
+        with atomic_path(folder / name) as temporary:
+            if isinstance(content, Path):
+                shutil.copyfile(content, temporary)
+            else:
+                temporary.write_text(content, encoding="utf-8")
+
+
+def _saved_model(
+    conversion: Conversion, folder: Path, views: Mapping[str, PublishedView]
+) -> PreTrainedModel:
+    model_class = conversion.target.model_class
+    if conversion.target.name == NativeTarget.name:
+        return stored_model(model_class, conversion.config, folder, views)
+    return model_class.from_pretrained(folder, dtype="auto")
+
+
+def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) -> WrittenWeights:
+    """Write the missing shards and the index."""
     with torch.device("meta"):
-        skeleton = VLMoEForConditionalGeneration(conversion.config)
+        skeleton = conversion.target.model_class(conversion.config)
     tied = set(skeleton.all_tied_weights_keys)
     target = {name: t for name, t in skeleton.state_dict().items() if name not in tied}
     plan = conversion.plan(target)
-    sized = {
-        name: tensor.to(plan[name].dtype or conversion.dtype) for name, tensor in target.items()
-    }
+    dtypes = {name: origin.stored_dtype(conversion.weights) for name, origin in plan.items()}
+    views = published_views(skeleton, dtypes)
+    sized = {n: torch.empty(v.shape, dtype=v.dtype, device="meta") for n, v in views.items()}
     split = split_torch_state_dict_into_shards(sized, max_shard_size=max_shard_size)
     missing = {
         file: names
@@ -133,31 +178,45 @@ def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) ->
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, _disk_full(folder, needed, free))
+    made = _Maker(conversion.weights, plan)
     with logging.tqdm(total=needed, desc="Writing experts", unit="B", unit_scale=True) as bar:
         for file, names in missing.items():
-            _write_shard(conversion.weights, plan, names, folder / file, needed - bar.n)
+            tensors = {name: made.streamed(views[name]) for name in names}
+            _write_shard(tensors, folder / file, needed - bar.n)
             bar.update(sum(sized[name].nbytes for name in names))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    return plan
+    return WrittenWeights(plan, views)
 
 
-@torch.no_grad()
-def _write_shard(
-    weights: Mapping[str, Tensor],
-    plan: Mapping[str, Origin],
-    names: list[str],
-    path: Path,
-    needed: int,
-) -> None:
-    tensors = {name: plan[name].tensor(weights).contiguous() for name in names}
+class _Maker:
+    """Makes the tensors of the files, one expert after the other."""
+
+    def __init__(self, weights: Mapping[str, Tensor], plan: Mapping[str, Origin]) -> None:
+        self.weights, self.plan = weights, plan
+        # gate and up of an expert are parts of one slice, as are the shards of a bank
+        self.expert = lru_cache(maxsize=2)(lambda name, i: plan[name].expert(weights, i))
+
+    def streamed(self, view: PublishedView) -> StreamedTensor:
+        """Return a tensor that is made while it is written."""
+        return StreamedTensor(view.shape, view.dtype, lambda: self._parts(view))
+
+    @torch.no_grad()
+    def _parts(self, view: PublishedView) -> Iterator[Tensor]:
+        origin = self.plan[view.source]
+        if origin.make_expert is None:
+            yield view.of(origin.tensor(self.weights))
+        else:
+            for expert in view.experts:
+                yield view.of_expert(expert, self.expert(view.source, expert))
+
+
+def _write_shard(tensors: Mapping[str, StreamedTensor], path: Path, needed: int) -> None:
     try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
+        write_tensors(tensors, path, {"format": "pt"})
+    except OSError as error:
+        if error.errno != errno.ENOSPC and "No space left" not in str(error):
             raise
         free = shutil.disk_usage(path.parent).free
         raise OSError(errno.ENOSPC, _disk_full(path.parent, needed, free)) from error

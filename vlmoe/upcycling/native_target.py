@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from ..hub.active_parameters import native_active_parameters
 from .exactness import TOLERANCE
 from .native_config import native_config
 from .native_pairs import Pair
@@ -108,25 +109,8 @@ class NativeTarget(Target):
         self, dense: PreTrainedModel, weights: Mapping[str, Tensor]
     ) -> dict[str, int]:
         """Count the dense model's parameters."""
-        return _active(dense, 1.0)
+        return native_active_parameters(dense)
 
     def sparse_parameters(self, model: PreTrainedModel) -> dict[str, int]:
         """Count the parameters; of a bank, those of the experts that a token is routed to."""
-        text = model.config.get_text_config()
-        return _active(model, getattr(text, self.pair.top_k) / getattr(text, self.pair.num_experts))
-
-
-def _active(model: PreTrainedModel, share_of_bank: float) -> dict[str, int]:
-    """Count `total`, and those that one `text_token` and, with vision, one `image_token` uses."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    decoder = model.get_decoder()
-    active = head.numel()
-    for name, parameter in decoder.named_parameters():
-        if parameter is not embedding:
-            is_bank = ".experts." in name
-            active += round(parameter.numel() * (share_of_bank if is_bank else 1))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    in_decoder = sum(parameter.numel() for parameter in decoder.parameters())
-    vision = total - in_decoder - (0 if head is embedding else head.numel())
-    tokens = {"total": total, "text_token": active + embedding.shape[-1]}
-    return tokens | ({"image_token": active + vision} if vision else {})
+        return native_active_parameters(model)

@@ -9,7 +9,7 @@ Shapes: E experts, C copies, m shards of a copy, H hidden, I intermediate (of an
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,11 +43,23 @@ class Origin:
     sources: tuple[Piece, ...]
     make: Callable[..., Tensor]  # the sources -> the tensor, maybe an expanded view
     dtype: torch.dtype | None = None  # by default that of the sources
+    make_expert: Callable[..., Tensor] | None = None  # of a bank: an index, the sources -> a slice
 
     def tensor(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Make the tensor from the dense model's weights."""
         made = self.make(*(piece.of(weights) for piece in self.sources))
         return made if self.dtype is None else made.to(self.dtype)
+
+    def expert(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
+        """Make the slice of one expert of a bank, without the others where that is possible."""
+        if self.make_expert is None:
+            return self.tensor(weights)[index]
+        made = self.make_expert(index, *(piece.of(weights) for piece in self.sources))
+        return made if self.dtype is None else made.to(self.dtype)
+
+    def stored_dtype(self, weights: Mapping[str, Tensor]) -> torch.dtype:
+        """Return the dtype of the tensor; its values are not made."""
+        return self.dtype or self.sources[0].of(weights).dtype
 
 
 def drawn_router(
@@ -74,54 +86,61 @@ def filled_bank(
         options: of the conversion.
     """
     is_down = name.endswith("down_proj")
+    if is_down and options.expert_init == "shared":
+        zero = Origin("new", sources, lambda down: down.new_zeros(()).expand(shape))
+        return replace(zero, make_expert=lambda index, down: down.new_zeros(shape[1:]))
     if options.expert_split > 1:
-        cut: Callable[..., Tensor] = _split_down if is_down else _split_gate_up
-        split = options.expert_split
-        return Origin("split", sources, lambda *dense: _repeat(cut(*dense, split), shape))
-    if options.expert_init == "shared" and is_down:
-        return Origin("new", sources, lambda down: torch.zeros(shape, dtype=down.dtype))
-    if options.expert_init in ("drop", "noise"):
-        return Origin("perturbed", sources, lambda *dense: _perturbed(name, dense, shape, options))
-    return Origin("repeated", sources, lambda *dense: torch.cat(dense).expand(shape))
+        kind = "split"
+        cut: Callable[..., Tensor] = _shard_of_down if is_down else _shard_of_gate_up
+
+        def make_expert(index: int, *dense: Tensor) -> Tensor:
+            return cut(*dense, options.expert_split, index % options.expert_split)
+
+    elif options.expert_init in ("drop", "noise"):
+        kind = "perturbed"
+
+        def make_expert(index: int, *dense: Tensor) -> Tensor:
+            return _perturbed(name, index, dense, options)
+
+    else:
+        one = Origin("repeated", sources, lambda *dense: torch.cat(dense).expand(shape))
+        return replace(one, make_expert=lambda index, *dense: torch.cat(dense))
+
+    def make(*dense: Tensor) -> Tensor:
+        bank = torch.empty(shape, dtype=dense[0].dtype)
+        for index, expert in enumerate(bank):
+            expert.copy_(make_expert(index, *dense))
+        return bank
+
+    return Origin(kind, sources, make, make_expert=make_expert)
 
 
-def _split_gate_up(gate: Tensor, up: Tensor, split: int) -> Tensor:
-    """(I, H) each -> the shards of one copy, (m, 2 I / m, H), gate first."""
-    return torch.cat([gate.unflatten(0, (split, -1)), up.unflatten(0, (split, -1))], dim=1)
+def _shard_of_gate_up(gate: Tensor, up: Tensor, split: int, shard: int) -> Tensor:
+    """(I, H) each -> one shard of a copy, (2 I / m, H), gate first."""
+    return torch.cat([each.unflatten(0, (split, -1))[shard] for each in (gate, up)])
 
 
-def _split_down(down: Tensor, split: int) -> Tensor:
-    """(H, I) -> the shards of one copy, (m, H, I / m), times m: each gets 1 / m of its weight."""
-    return down.unflatten(1, (split, -1)).transpose(0, 1) * split
+def _shard_of_down(down: Tensor, split: int, shard: int) -> Tensor:
+    """(H, I) -> one shard of a copy, (H, I / m), times m: each gets 1 / m of its weight."""
+    return down.unflatten(1, (split, -1))[:, shard] * split
 
 
-def _repeat(shards: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(m, ...) -> (C * m, ...): copy after copy."""
-    return shards.repeat(shape[0] // shards.shape[0], 1, 1)
-
-
-def _perturbed(
-    name: str, dense: tuple[Tensor, ...], shape: tuple[int, ...], options: Upcycling
-) -> Tensor:
-    """Copy gate and up, or down, for each expert, and change each copy at random."""
-    bank = torch.empty(shape, dtype=dense[0].dtype)
+def _perturbed(name: str, index: int, dense: tuple[Tensor, ...], options: Upcycling) -> Tensor:
+    """Copy gate and up, or down, for one expert, and change the copy at random."""
     inner = 1 if len(dense) == 1 else 0  # the dimension of the inner units in a dense weight
-    layer = name.rpartition(".")[0]
-    for expert, changed in enumerate(bank):
-        draw = seeded(f"{name}:{expert}", options.seed)
-        units = torch.rand(
-            dense[0].shape[inner], generator=seeded(f"{layer}:{expert}", options.seed)
-        )
-        dropped = units.argsort()[: round(options.drop_ratio * len(units))]
-        for weight, target in zip(dense, changed.chunk(len(dense)), strict=True):
-            wide = weight.float()
-            noise = torch.randn(wide.shape, generator=draw) * wide.std()
-            if options.expert_init == "drop":
-                drawn = (noise + wide.mean()).index_select(inner, dropped)
-                target.copy_(wide.index_copy(inner, dropped, drawn))
-            else:
-                target.copy_(wide + options.noise_ratio * noise)
-    return bank
+    layer, changed = name.rpartition(".")[0], []
+    draw = seeded(f"{name}:{index}", options.seed)
+    units = torch.rand(dense[0].shape[inner], generator=seeded(f"{layer}:{index}", options.seed))
+    dropped = units.argsort()[: round(options.drop_ratio * len(units))]
+    for weight in dense:
+        wide = weight.float()
+        noise = torch.randn(wide.shape, generator=draw) * wide.std()
+        if options.expert_init == "drop":
+            drawn = (noise + wide.mean()).index_select(inner, dropped)
+            changed.append(wide.index_copy(inner, dropped, drawn).to(weight.dtype))
+        else:
+            changed.append((wide + options.noise_ratio * noise).to(weight.dtype))
+    return torch.cat(changed)
 
 
 def seeded(name: str, seed: int) -> torch.Generator:

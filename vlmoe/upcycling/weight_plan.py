@@ -6,7 +6,7 @@ sources and makes it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -118,7 +118,8 @@ class _Planner:
         """Fill a bank; those of tower and connector hold copies, whatever the options say."""
         if name.startswith(DECODER):
             return filled_bank(name, shape, sources, self.options)
-        return Origin("repeated", sources, lambda dense: dense.expand(shape))
+        one = Origin("repeated", sources, lambda dense: dense.expand(shape))
+        return replace(one, make_expert=lambda index, dense: dense)
 
 
 def plan_weights(
