@@ -1,5 +1,6 @@
 """What has no exact native version is refused, with the reason, before anything is converted."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +148,29 @@ def test_what_every_config_may_carry_is_carried() -> None:
     assert config.my_own_field == {"of": "a reader"} and config.router_aux_loss_coef == 0.5
     assert config.norm_topk_prob and config.num_local_experts == 4
     assert (config.bos_token_id, config.eos_token_id) == (dense.bos_token_id, dense.eos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparse"), [(kind, p.sparse) for kind, pairs in TEXT_PAIRS.items() for p in pairs]
+)
+def test_rotation_and_other_common_fields_are_carried_and_saved(
+    kind: str, sparse: str, tmp_path: Path
+) -> None:
+    full = (
+        {"layer_types": ["full_attention"] * 3} if (kind, sparse) == ("qwen2", "glm4_moe") else {}
+    )
+    dense = language_config(kind, **full)
+    if "rope_theta" in dense.rope_parameters:
+        dense.rope_parameters = dense.rope_parameters | {"rope_theta": 777.0}
+    common = {"max_position_embeddings": 333, "attention_dropout": 0.25, "initializer_range": 0.03}
+    changed(dense, **common)
+    config = native_config(dense, Upcycling(4, 2, sparse_type=sparse)).config
+    assert dense.rope_parameters.items() <= config.rope_parameters.items()
+    assert getattr(config, "rope_theta", 777.0) == 777.0
+    for name, value in common.items():
+        assert getattr(config, name) == value
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

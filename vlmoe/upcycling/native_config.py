@@ -99,6 +99,8 @@ def _text(dense: PreTrainedConfig, options: Upcycling) -> NativeConfig:
     if pair.partial_rotary and pair.sparse != dense.model_type:  # whose class may rotate a part
         rope = {"partial_rotary_factor": 1.0} | values["rope_parameters"]
         values["rope_parameters"] = rope
+    if "rope_theta" in known:  # Cohere2-MoE keeps it beside `rope_parameters`, for other readers
+        values["rope_theta"] = dense.rope_parameters["rope_theta"]
     values |= native_sizes(dense, pair, options) | _router_fields(options, pair, known)
     return NativeConfig(config_class(**values), pair, lost)
 
