@@ -300,6 +300,17 @@ def test_a_run_on_two_ranks_is_resumed_whole(way: str, tmp_path: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_another_version_of_transformers_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(StrictTrainer, "mixtral", sparse_family("mixtral"), tmp_path)
+    checkpoint = tmp_path / f"checkpoint-{RESUMED_FROM}"
+    config = checkpoint / "config.json"
+    config.write_text(re.sub(r'(transformers_version": ")[^"]+', r"\g<1>5.0.0", config.read_text()))
+    run(StrictTrainer, "mixtral", sparse_family("mixtral"), tmp_path, resume=str(checkpoint))
+    assert "was written by transformers 5.0.0" in caplog.text
+
+
 def test_the_table_of_the_docs_is_that_of_these_tests() -> None:
     page = Path(__file__).parents[2] / "docs" / "how-to" / "train_native.md"
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|$", page.read_text(), re.MULTILINE)

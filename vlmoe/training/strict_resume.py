@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -204,9 +205,24 @@ class StrictResumeMixin(Base):
             by_trainer()
         elif isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
             logger.info("Loading the weights of %s.", folder)
+            _warn_of_other_version(Path(folder))
             load_weights_in_place(model, folder)
         else:
             by_trainer()
+
+
+def _warn_of_other_version(folder: Path) -> None:
+    """Warn, as `Trainer` does, where the checkpoint was written by another transformers."""
+    file = folder / CONFIG_NAME
+    saved = read_json(file).get("transformers_version") if file.is_file() else None
+    if saved not in (None, __version__):
+        logger.warning(
+            "%s was written by transformers %s, this is %s: numbers may differ from those of the "
+            "run that was interrupted.",
+            folder,
+            saved,
+            __version__,
+        )
 
 
 def _adapter_folder(folder: str, adapter: str) -> Path:
