@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import (
@@ -339,7 +339,10 @@ class VLMoETextModel(VLMoEPreTrainedModel):
         hidden_states = inputs_embeds
         if self.config.embedding_multiplier != 1:
             hidden_states = hidden_states * self.config.embedding_multiplier
-        masks = self._attention_masks(attention_mask, hidden_states, past_key_values, position_ids)
+        masks = attention_mask
+        if not isinstance(masks, dict):  # `generate` may have made one for each type of attention
+            of_tokens = hidden_states, attention_mask, past_key_values, position_ids
+            masks = create_masks_for_generate(self.config, *of_tokens)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         learns = self.learns
         token_mask = real_tokens(attention_mask, inputs_embeds).flatten() if learns else None
@@ -361,31 +364,6 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
-
-    def _attention_masks(
-        self,
-        attention_mask: torch.Tensor | dict | None,
-        inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-    ) -> dict[str, torch.Tensor | None]:
-        """Make one mask per attention type in use, unless `generate` has made them already."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        make = {
-            "full_attention": create_causal_mask,
-            "sliding_attention": create_sliding_window_causal_mask,
-        }
-        return {
-            attention_type: make[attention_type](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for attention_type in sorted(set(self.config.layer_types))
-        }
 
 
 __all__ = ["VLMoEPreTrainedModel", "VLMoETextModel"]
