@@ -12,7 +12,7 @@ from safetensors import safe_open
 from sparse_families import sparse_family
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from vlmoe import VLMoETrainer
+from vlmoe import RouterBiasCallback, VLMoETrainer
 from vlmoe.training.sparse_loss import SparseLoss
 from vlmoe.training.telemetry import TELEMETRY_FILE, read_telemetry
 
@@ -149,3 +149,22 @@ def test_router_logits_that_are_not_finite_stop_a_run_before_the_step(
     ):
         trainer.train()
     assert torch.equal(kept, trainer.model.state_dict()["lm_head.weight"])
+
+
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_selection_biases_are_moved_where_the_family_has_them(
+    tmp_path: Path, rate: float | None
+) -> None:
+    given = [] if rate is None else [RouterBiasCallback(rate)]
+    trainer = VLMoETrainer(
+        sparse_family("glm4v_moe"),
+        SHORT | {"output_dir": str(tmp_path), "max_steps": 1, "save_strategy": "no"},
+        train_dataset=rows("glm4v_moe"),
+        processing_class=tiny_processor("glm4v_moe"),
+        callbacks=given,
+    )
+    trainer.train()
+    biases = [b for n, b in trainer.model.named_buffers() if n.endswith("e_score_correction_bias")]
+    step = rate or 0.001
+    moved = torch.cat(biases).abs()
+    assert ((moved == 0) | (moved - step).abs().lt(1e-6)).all() and moved.any()

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..hub.finite_outputs import finite_logits
 from ..hub.input_errors import reading
-from ..hub.saved_model import Processor
+from ..hub.saved_model import Processor, is_own_processor
 from ..processing.image_sources import DEFAULT_LIMITS
-from ..processing.processing_vlmoe import VLMoEProcessor
 from .conversations import IMAGE, Turn
 from .images import open_image
 from .long_rows import require_room
@@ -119,7 +118,7 @@ def prompt_inputs(
     Raises:
         ValueError: the chat template or the processor refuses it, or the model takes no images.
     """
-    if not isinstance(processor, VLMoEProcessor):
+    if not is_own_processor(processor):
         if images and processor is tokenizer_of(processor):
             raise ValueError("The question has images, but the model reads text alone.")
         asked = Turn("user", (*(IMAGE for _ in images), question))

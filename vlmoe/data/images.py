@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from PIL import Image
 
-from ..hub.saved_model import Processor
+from ..hub.saved_model import Processor, is_own_processor
 from ..processing.image_checks import load_rgb_image
 from ..processing.image_sources import (
     DEFAULT_LIMITS,
@@ -29,7 +29,6 @@ from ..processing.image_sources import (
     open_encoded,
     require_web_url,
 )
-from ..processing.processing_vlmoe import VLMoEProcessor
 from .row_fields import IMAGE_COLUMNS, RowImage, StoredImage
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def limit_images(processor: Processor, max_pixels: int | None, max_side: int | N
     """
     asked = {"max_pixels": max_pixels, "max_side": max_side}
     given = {name: value for name, value in asked.items() if value is not None}
-    if not isinstance(processor, VLMoEProcessor):
+    if not is_own_processor(processor):
         return replace(DEFAULT_LIMITS, **given)
     for name, value in given.items():
         setattr(processor, f"max_image_{name.removeprefix('max_')}", value)

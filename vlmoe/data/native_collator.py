@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import BatchFeature
 
-from ..hub.saved_model import Processor
+from ..hub.saved_model import Processor, is_own_processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
-from ..processing.processing_vlmoe import VLMoEProcessor
 from .collator import IGNORE_INDEX, PromptBatch, VLMoEPromptCollator
 from .conversations import ParsedRow, parse_row, split_reference
 from .images import open_image
@@ -107,7 +106,7 @@ def prompt_collator(
     allow_image_urls: bool = False,
 ) -> "VLMoEPromptCollator | NativePromptCollator":
     """Return the collator of prompts for a processor; a `VLMoEProcessor` has limits of its own."""
-    if isinstance(processor, VLMoEProcessor):
+    if is_own_processor(processor):
         return VLMoEPromptCollator(processor, max_length, allow_image_urls=allow_image_urls)
     return NativePromptCollator(
         processor, max_length, limits=limits, allow_image_urls=allow_image_urls

@@ -95,6 +95,11 @@ def load_model(
     return model
 
 
+def is_own_processor(processor: Processor) -> bool:
+    """Return whether it is a `VLMoEProcessor`, by the class's name: code from the Hub keeps it."""
+    return any(each.__name__ == VLMoEProcessor.__name__ for each in type(processor).__mro__)
+
+
 def _processor_class(
     source: Source,
 ) -> type[VLMoEProcessor] | type[AutoProcessor] | type[AutoTokenizer]:

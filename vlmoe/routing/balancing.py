@@ -130,7 +130,7 @@ class RouterBiasCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Listen to transformers' own models."""
-        if model is not None and not _is_vlmoe(model):
+        if model is not None and not is_vlmoe(model):
             self._listen(model)
 
     def on_train_begin(
@@ -142,7 +142,7 @@ class RouterBiasCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Forget what was counted before: the biases move by this training only."""
-        if not _is_vlmoe(model) and self._loads is None and self._listen(model):
+        if not is_vlmoe(model) and self._loads is None and self._listen(model):
             if state.global_step:
                 raise ValueError(
                     "The biases were loaded from the checkpoint in a lower precision than fp32: "
@@ -182,7 +182,7 @@ class RouterBiasCallback(TrainerCallback):
         return self._loads.widen()
 
 
-def _is_vlmoe(model: nn.Module) -> bool:
+def is_vlmoe(model: nn.Module) -> bool:
     """Return whether there is a VLMoE inside, by the class's name: code from the Hub keeps it."""
     return any(type(module).__name__.startswith("VLMoE") for module in model.modules())
 

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable, Collection
 from typing import TypedDict
 
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel
-from ..routing.routed_layers import routed_layers
+from ..routing.balancing import is_vlmoe
+from ..routing.record import has_experts
+from ..routing.routed_layers import routed_layers, selection_bias
 from .sparse_loss import SparseLoss
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,13 @@ class NativeArguments(TypedDict, total=False):
     compute_loss_func: Callable
 
 
-def is_vlmoe(model: nn.Module) -> bool:
-    """Return whether the model is a VLMoE, also inside of PEFT's wrapper."""
-    return any(isinstance(module, VLMoEPreTrainedModel) for module in model.modules())
+def has_moving_bias(model: PreTrainedModel) -> bool:
+    """Return whether training moves selection biases: by a VLMoE's config, by another's class."""
+    if is_vlmoe(model):
+        return bool(getattr(model.config.get_text_config(), "router_bias_update_rate", 0))
+    return has_experts(model) and any(
+        selection_bias(layer) is not None for layer in routed_layers(model)
+    )
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
@@ -38,10 +42,7 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     if is_vlmoe(model):
         return model.active_parameters()
     total = sum(parameter.numel() for parameter in model.parameters())
-    try:
-        layers = routed_layers(model)
-    except ValueError:  # dense
-        return {"total": total, "active": total}
+    layers = routed_layers(model) if has_experts(model) else []
     idle = sum(
         parameter.numel() * (layer.num_experts - layer.top_k) // layer.num_experts
         for layer in layers

@@ -29,9 +29,8 @@ from ..data.native_rows import usable_native_rows
 from ..data.rows import ConversationRows, Rows, as_rows
 from ..hub.export import publish_layout
 from ..hub.provenance import RunOrigin
-from ..hub.saved_model import Processor, read_processor
+from ..hub.saved_model import Processor, is_own_processor, read_processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
-from ..processing.processing_vlmoe import VLMoEProcessor
 from ..routing.balancing import RouterBiasCallback
 from ..routing.finite_checks import StopOnNonFiniteRouting
 from ..routing.record import has_experts
@@ -40,7 +39,7 @@ from .arguments import prepared_arguments
 from .build import ModelOptions, build_model, is_preset, row_texts
 from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
-from .native import native_arguments
+from .native import has_moving_bias, native_arguments
 from .overrides import Fields
 from .strict_resume import StrictResumeMixin
 from .telemetry import RouterTelemetry
@@ -56,9 +55,13 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
     logs the routing (`RouterTelemetry`), measures the exact match of answers, and writes a model
     card with every save. Callbacks, metrics and collator that are given replace its own.
 
+    A model of transformers, of another family with experts, is trained with its own processor and
+    by `SparseLoss`; where its routers have a selection bias, `RouterBiasCallback` moves it. Its
+    files have the layout that its family publishes, and its card is that of its library.
+
     Args:
         model: a preset's name, whose weights are new; a saved model's folder or Hub id; or a model,
-            also one that PEFT wraps.
+            also one that PEFT wraps. The last three may be of transformers' own families.
         args: `TrainingArguments`, or values over our defaults (`arguments.TRAINING_DEFAULTS`), such
             as `{"max_steps": 100}`. Where those give no length and rate, a preset takes
             `arguments.FROM_SCRATCH_LENGTH` and `FROM_SCRATCH_RATE`.
@@ -67,14 +70,16 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             as one sample.
         processing_class: the processor; by default that of the saved model, or for a preset a new
             one with a tokenizer trained on the texts of `train_dataset`.
-        data_collator: by default a `VLMoECollator`.
+        data_collator: by default a `VLMoECollator`, for a processor of transformers a
+            `NativeCollator`.
         compute_metrics: by default `exact_match`, see `answer_accuracy`; None for the loss alone.
         callbacks: added to ours. An instance of one of our classes takes the place of ours.
         tokenizer: folder or Hub id of a tokenizer for a preset.
         tiling: whether a preset cuts large images into tiles.
         model_overrides: fields of the config to replace, nested configs as dicts.
         max_length: the longest row in tokens; by default as many as the model has positions.
-        on_long_rows: "error", "drop", or "shorten-prompt"; see `usable_rows`.
+        on_long_rows: "error", "drop", or, for VLMoE's own processor, "shorten-prompt"; see
+            `usable_rows`.
         origin: facts for the model card that the rows do not tell.
         **trainer_kwargs: further arguments of `Trainer`.
 
@@ -193,8 +198,8 @@ def own_callbacks(
 ) -> list[TrainerCallback]:
     """Return the callbacks that guard and balance the routing, but those that were given."""
     own: list[TrainerCallback] = [StopOnBadLoss(), StopOnNonFiniteRouting()]
-    rate = getattr(model.config.get_text_config(), "router_bias_update_rate", 0)
-    if rate and not hasattr(model, "peft_config"):  # an adapter leaves the biases as they are
+    is_adapter = hasattr(model, "peft_config")  # an adapter leaves the biases as they are
+    if not is_adapter and has_moving_bias(model):
         own.append(RouterBiasCallback())
     return [callback for callback in own if not _has_kind(given, type(callback))]
 
@@ -222,7 +227,7 @@ def row_collator(
         allow_image_urls: download images that rows name by http(s) URL.
     """
     limit = length_limit(model.config, max_length)
-    if not isinstance(processor, VLMoEProcessor):
+    if not is_own_processor(processor):
         return NativeCollator(processor, limit, limits=limits, allow_image_urls=allow_image_urls)
     return VLMoECollator(
         processor,
