@@ -9,6 +9,8 @@ Read in this order:
 - rows.py: `as_rows`, rows that are already in Python, and rows by conversation;
 - conversations.py: a row, checked and taken apart;
 - encoding.py, collator.py: tokens and tiles, cached, and batches of them;
+- native_chat.py, native_collator.py, native_rows.py: the same for models of transformers, by their
+  own processors;
 - long_rows.py, shortening.py, check.py: rows that do not fit, and a report of a whole dataset;
 - tokenizer.py, answers.py: a new tokenizer, and a model's answers.
 """
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from .loading import split_names as split_names
     from .long_rows import length_limit as length_limit
     from .long_rows import usable_rows as usable_rows
+    from .native_collator import NativeCollator as NativeCollator
+    from .native_collator import NativePromptCollator as NativePromptCollator
     from .row_fields import Message as Message
     from .row_fields import QuestionRow as QuestionRow
     from .row_fields import Row as Row
@@ -45,6 +49,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "ConversationRows": "rows",
         "Message": "row_fields",
+        "NativeCollator": "native_collator",
+        "NativePromptCollator": "native_collator",
         "PromptBatch": "collator",
         "QuestionRow": "row_fields",
         "Row": "row_fields",

@@ -2,6 +2,7 @@
 """Training: the trainer, its callbacks, checkpoints and evaluation.
 
 - trainer.py: `VLMoETrainer`; build.py makes its model and processor, arguments.py its arguments;
+- native.py, sparse_loss.py, router_outputs.py, strict_resume.py: models of transformers;
 - callbacks.py, telemetry.py: what guards a run and shows the routing;
 - run.py, data.py, recipes.py: a whole run in a folder of its own; checkpoints.py: how it resumes;
 - evaluation.py, metrics.py: questions asked and answers compared;
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .metrics import exact_match as exact_match
     from .run import TrainResult as TrainResult
     from .run import train as train
+    from .sparse_loss import SparseLoss as SparseLoss
+    from .strict_resume import StrictResumeMixin as StrictResumeMixin
     from .telemetry import RouterTelemetry as RouterTelemetry
     from .trainer import VLMoETrainer as VLMoETrainer
     from .trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
@@ -31,7 +34,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "Evaluation": "evaluation",
         "RouterTelemetry": "telemetry",
+        "SparseLoss": "sparse_loss",
         "StopOnBadLoss": "callbacks",
+        "StrictResumeMixin": "strict_resume",
         "TrainResult": "run",
         "TrainingData": "data",
         "VLMoEDPOTrainer": "trl_trainers",
