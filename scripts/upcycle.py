@@ -28,6 +28,22 @@ def main(
             help="Folder for the sparse model, its processor and the report.",
         ),
     ],
+    target: Annotated[
+        Literal["native", "vlmoe"] | None,
+        typer.Option(
+            help="native: the sparse class of the model's own family, which plain transformers "
+            "loads. vlmoe: this package's class. Default: native where it exists; the report says "
+            "why not."
+        ),
+    ] = None,
+    sparse_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of native: the model_type of the sparse text model, where a family has several, "
+            "such as glm4_moe.",
+        ),
+    ] = None,
     vision: Annotated[
         str | None,
         typer.Option(
@@ -123,13 +139,15 @@ def main(
 ) -> None:
     """Turn a dense vision-language model into a sparse one that computes the same function.
 
-    Model and processor are converted, both models answer the same images and texts, and a report is
-    saved beside the sparse model. The command fails if the logits differ by more than 1e-5. Start a
-    killed run again to let it continue.
+    The sparse model is native, of the sparse class of the model's own family, or a VLMoE. Both
+    models answer the same images and texts, and a report is saved beside the sparse model. The
+    command fails if the logits differ by more than 1e-5. Start a killed run again to let it
+    continue.
 
     examples:
       vlmoe upcycle llava-hf/llava-1.5-7b-hf --output_dir outputs/sparse
       vlmoe upcycle user/dense --output_dir outputs/fine --expert_split 4
+      vlmoe upcycle user/dense --target vlmoe --output_dir outputs/own
       vlmoe upcycle user/dense --output_dir outputs/half --sparse_layers second_half \\
         --fields.router_aux_loss_coef 0.01
       vlmoe upcycle user/language-model --vision user/vision-encoder --output_dir outputs/sparse \\
@@ -140,6 +158,7 @@ def main(
     if expert_init != "noise":
         refuse_unread("give --expert_init noise", noise_ratio=noise_ratio is not None)
     given = {
+        "sparse_type": sparse_type,
         "expert_split": expert_split,
         "expert_init": expert_init,
         "sparse_layers": _layers(sparse_layers),
@@ -154,6 +173,7 @@ def main(
     upcycled = vlmoe.upcycle(
         model,
         output_dir,
+        target=target,
         vision=vision,
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,

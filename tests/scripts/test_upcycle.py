@@ -69,6 +69,7 @@ def test_model_processor_and_report_are_there(
     output = tmp_path / "sparse"
     arguments = ["--num_experts", "4", "--expert_split", "2", "--sparse_layers", "0,2"]
     fields = ["--fields", '{"router_aux_loss_coef": 0.02}', "--router_std", "1"]
+    arguments += ["--target", "vlmoe"]
     command = ["upcycle", str(dense_folder), "--output_dir", str(output), *arguments, *fields]
     assert main.main(command) == 0
     printed = capsys.readouterr().out
@@ -132,13 +133,38 @@ def push(folder: Path, name: str) -> None:
     api.upload_folder(repo_id=name, folder_path=folder)
 
 
+def test_vlmoe_is_taken_where_native_cannot_and_the_report_says_why(
+    dense_folder: Path, tmp_path: Path
+) -> None:
+    for name, options, reason in (
+        ("bias", {"router_bias_update_rate": 0.01}, "`fields` holds 'router_bias_update_rate'"),
+        ("layers", {"sparse_layers": [1]}, "`sparse_layers` is [1]"),
+    ):
+        report = upcycle(dense_folder, tmp_path / name, num_experts=4, **options).report
+        assert report.target == "vlmoe" and reason in (report.not_native or "")
+        assert reason in report.table()
+        with pytest.raises(ValueError, match=name.split("_")[-1]):
+            upcycle(dense_folder, tmp_path / "none", target="native", num_experts=4, **options)
+
+
+def test_a_target_that_is_asked_for_is_the_one(dense_folder: Path, tmp_path: Path) -> None:
+    report = upcycle(dense_folder, tmp_path / "own", target="vlmoe", num_experts=4).report
+    assert report.target == "vlmoe" and report.not_native is None
+    VLMoEForConditionalGeneration.from_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="`target` is 'dense'; allowed: native, vlmoe"):
+        upcycle(dense_folder, tmp_path / "none", target="dense")
+    with pytest.raises(ValueError, match="joined to a language model has no class"):
+        upcycle(dense_folder, tmp_path / "none", target="native", vision=dense_folder)
+
+
 def test_a_model_of_the_hub_is_a_source_and_the_card_names_it(
     dense_folder: Path, tmp_path: Path, hub: Any, hub_process: Callable[..., Any]
 ) -> None:
     hub_process(push, dense_folder, "tester/dense")
     output = tmp_path / "sparse"
     code, printed, error = hub_process(
-        command, "upcycle", "tester/dense", "--output_dir", str(output), "--num_experts", "3"
+        *(command, "upcycle", "tester/dense", "--output_dir", str(output)),
+        *("--num_experts", "3", "--target", "vlmoe"),
     )
     assert code == 0, error
     assert "tester/dense (idefics3)" in printed
@@ -194,7 +220,9 @@ def test_from_python_the_folder_holds_what_from_dense_makes(
     dense_folder: Path, tmp_path: Path
 ) -> None:
     options = {"num_experts": 4, "expert_split": 2, "sparse_layers": range(1), "router_std": 1.0}
-    result = upcycle(dense_folder, tmp_path / "sparse", **options, router_aux_loss_coef=0.25)
+    result = upcycle(
+        dense_folder, tmp_path / "sparse", target="vlmoe", **options, router_aux_loss_coef=0.25
+    )
     assert result.folder == tmp_path / "sparse" and result.report.error <= 1e-5
     assert result.report == UpcyclingReport.load(result.folder)
     model = VLMoEForConditionalGeneration.from_pretrained(result.folder)

@@ -1,26 +1,42 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """Turn a dense model, named by folder or Hub id, into the folder of a sparse one."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.utils import logging
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..hub.input_errors import reading
+from ..hub.meta_loading import quietly
 from ..hub.provenance import saved_model
 from ..hub.saved_model import Source
 from ..hub.template_trial import try_templates
 from ..processing.processing_vlmoe import VLMoEProcessor
+from .companion_files import companion_files
 from .conversion import Conversion
+from .dense_models import MODEL_CLASSES, dense_config, kind_of
 from .dense_processor import add_image_token
 from .folder import source_fingerprint, upcycle_folder
 from .image_parts import with_image_parts
+from .native_sample import source_processor
+from .native_target import NativeTarget
 from .options import Upcycling
 from .report import UpcyclingReport
+from .target import Processor
+from .vlmoe_target import VLMoETarget
+
+logger = logging.get_logger(__name__)
+
+JOINED = "a vision encoder and a language model are joined"
+TARGETS = (NativeTarget.name, VLMoETarget.name)
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ def upcycle(
     source: Source,
     output_dir: Source,
     *,
+    target: str | None = None,
     vision: Source | None = None,
     num_experts: int = 8,
     num_experts_per_tok: int = 2,
@@ -50,15 +67,19 @@ def upcycle(
 ) -> UpcyclingResult:
     """Turn a dense model into a sparse one that computes the same function.
 
-    Model, processor and generation config are converted, and both models run on the same images
-    and texts. The two are never in memory together, and a run that was killed continues when it is
-    started again. In memory, `VLMoEForConditionalGeneration.from_dense` does the same for a model.
+    The sparse model is of the sparse class of the dense model's own family (`native`), which plain
+    transformers loads, or a VLMoE. Both models run on the same images and texts. The two are never
+    in memory together, and a run that was killed continues when it is started again. In memory,
+    `VLMoEForConditionalGeneration.from_dense` makes a VLMoE of a model.
 
     Args:
-        source: a dense vision-language model (Llava, InternVL, Idefics3, SmolVLM), or a language
-            model if `vision` is given; a folder or a Hub id.
+        source: a dense vision-language or language model, or a language model if `vision` is
+            given; a folder or a Hub id.
         output_dir: the folder to make; it must be empty or absent.
-        vision: a vision encoder for the language model `source`; the connector is then new.
+        target: "native" or "vlmoe"; by default native where the family has an exact sparse version
+            that takes the options, else VLMoE. The report's `not_native` says why.
+        vision: a vision encoder for the language model `source`; the connector is then new, and the
+            sparse model a VLMoE.
         num_experts, num_experts_per_tok: copies of the dense MLP in each sparse layer, and those
             that each token is routed to.
         connector: with `vision`, fields of `VLMoEConfig` for features and connector.
@@ -78,7 +99,11 @@ def upcycle(
         raise ValueError("`connector` is for `vision`: a whole model keeps its connector.")
     sources = [_place(each) for each in (source, vision) if each is not None]
     folder = Path(output_dir).expanduser()
+    with reading(" and ".join(sources), keep=(ValueError, OSError, ImportError)):
+        made, not_native = _chosen_target(sources, asked, target)
+    native = made == NativeTarget.name
     request = asdict(asked) | {
+        "target": made,
         "sources": sources,
         "connector": dict(connector or {}),
         "chat_template": chat_template,
@@ -87,13 +112,26 @@ def upcycle(
 
     def begin() -> Conversion:
         with reading(" and ".join(sources), keep=(ValueError, OSError, ImportError)):
+            if native:
+                make_native = partial(_native_processor, sources[0], chat_template)
+                return Conversion.begin(sources[0], asked, target=made, processor_for=make_native)
             if vision is None:
                 make = partial(_processor_of_dense, sources[0], chat_template)
-                return Conversion.begin(sources[0], asked, processor_for=make)
+                with _naming(not_native):
+                    return Conversion.begin(sources[0], asked, processor_for=make)
             return _begin_vision_text(sources[0], sources[1], asked, connector, chat_template)
 
     bases = [saved_model(each) for each in sources]
-    report = upcycle_folder(begin, folder, request, bases=bases, max_shard_size=max_shard_size)
+    files = partial(companion_files, sources[0], chat_template) if native else None
+    report = upcycle_folder(
+        begin,
+        folder,
+        request,
+        bases=bases,
+        files=files,
+        not_native=not_native,
+        max_shard_size=max_shard_size,
+    )
     return UpcyclingResult(folder, report)
 
 
@@ -101,6 +139,81 @@ def _place(source: Source) -> str:
     """Expand `~` in a path; a Hub id stays as it is."""
     path = Path(source).expanduser()
     return str(path) if path.exists() else str(source)
+
+
+def _chosen_target(
+    sources: Sequence[str], asked: Upcycling, target: str | None
+) -> tuple[str, str | None]:
+    """Return the target and, where VLMoE is not asked for but taken, the reason.
+
+    Raises:
+        ValueError: there is no such target, or none that joins two models.
+    """
+    if target not in (None, *TARGETS):
+        raise ValueError(f"`target` is {target!r}; allowed: {', '.join(TARGETS)}.")
+    if len(sources) > 1:
+        if target == NativeTarget.name:
+            raise ValueError(
+                "`target` is 'native' with `vision`: a vision encoder joined to a language model "
+                "has no class of its own in transformers; allowed: vlmoe."
+            )
+        return (
+            VLMoETarget.name,
+            None if target else "a vision encoder and a language model are joined",
+        )
+    if target is not None:
+        return target, None
+    problem = native_problem(dense_config(sources[0]), asked)
+    return NativeTarget.name if problem is None else VLMoETarget.name, problem
+
+
+def native_problem(dense: PreTrainedConfig, options: Upcycling) -> str | None:
+    """Return why there is no exact native version that takes the options; None if there is one.
+
+    Nothing is loaded: the weights are planned on models without memory.
+    """
+    try:
+        target = NativeTarget.for_dense(dense, options)
+        with torch.device("meta"), quietly():
+            model = MODEL_CLASSES[kind_of(dense)].from_config(dense)
+            sparse = target.model_class(copy.deepcopy(target.config))
+        weights, skeleton = (
+            {n: t for n, t in each.state_dict().items() if n not in each.all_tied_weights_keys}
+            for each in (model, sparse)
+        )
+        target.plan(skeleton, weights, torch.float32)
+    except ValueError as error:
+        return str(error).partition(" Allowed:")[0].removesuffix(".")
+    return None
+
+
+@contextmanager
+def _naming(not_native: str | None) -> Iterator[None]:
+    """Add, to a refusal by VLMoE, why the sparse model is not native."""
+    try:
+        yield
+    except ValueError as error:
+        is_refusal = type(error) is ValueError  # not a damaged model, nor a measured difference
+        if not is_refusal or not_native is None or "'vlmoe'" in not_native:
+            raise
+        raise ValueError(f"{error} Nor is there a native version: {not_native}.") from error
+
+
+def _native_processor(
+    source: str, template: str | None, config: PreTrainedConfig
+) -> Processor | None:
+    """Load the source's processor for the comparison; its files are copied as they are."""
+    processor = source_processor(source)
+    if hasattr(config, "vision_config") and not isinstance(processor, ProcessorMixin | None):
+        logger.warning(
+            f"{source} has a tokenizer, but no processor that transformers knows. The two models "
+            "are compared on random pixels and words instead."
+        )
+        processor = None
+    if processor is not None:
+        given = template or processor.chat_template
+        try_templates(given, source if template is None else "`chat_template`")
+    return processor
 
 
 def _processor_of_dense(source: str, template: str | None, config: VLMoEConfig) -> VLMoEProcessor:

@@ -59,7 +59,8 @@ def upcycle_folder(
     request: Mapping[str, Any],
     *,
     bases: Sequence[dict[str, Any]] = (),
-    files: Files | None = None,
+    files: Callable[[], Files] | None = None,
+    not_native: str | None = None,
     max_shard_size: str = "5GB",
 ) -> UpcyclingReport:
     """Convert dense models into a folder with weights, configuration, processor and report.
@@ -72,8 +73,9 @@ def upcycle_folder(
         request: the options of the conversion, as JSON can hold them; one that was killed continues
             if they are the same.
         bases: facts from the dense models' cards, for the new card; see `saved_model`.
-        files: of a native model, those of the dense one that stay as they are, such as the
+        files: finds the files of the dense model that a native one takes as they are, such as the
             processor's.
+        not_native: for the report.
         max_shard_size: of a weights file.
 
     Raises:
@@ -96,12 +98,13 @@ def upcycle_folder(
         if conversion.generation_config is not None:
             conversion.generation_config.save_pretrained(staging)
         if files is not None:
-            _copy(files, staging)
+            _copy(files(), staging)
         elif conversion.processor is not None:
             conversion.processor.save_pretrained(staging)
         conversion.weights = {}  # release the dense model before the sparse one is loaded
         model = _saved_model(conversion, staging, written.views)
-        report = replace(conversion.check(model, written.plan), bases=list(bases))
+        checked = conversion.check(model, written.plan)
+        report = replace(checked, bases=list(bases), not_native=not_native)
         report.save(staging)
         write_model_card(staging, metadata={"model_name": target.name})
         os.replace(staging, target)

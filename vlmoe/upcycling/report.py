@@ -42,6 +42,7 @@ class UpcyclingReport:
         tensors: for each tensor of the sparse model its name, shape, kind (copied, repeated, split,
             perturbed, extended, new) and the dense tensors that it is made of.
         versions: of the libraries.
+        not_native: why the sparse model is a VLMoE, where no target was asked for.
         target: "vlmoe", or "native" for the sparse class of the dense model's own family.
         lost_fields: of the dense configuration, which the sparse class does not have; none of
             them changes the function.
@@ -63,6 +64,7 @@ class UpcyclingReport:
     tensors: list[TensorReport] = field(repr=False)
     versions: dict[str, str] = field(default_factory=dict)
     bases: list[dict[str, Any]] = field(default_factory=list)
+    not_native: str | None = None
     target: str = "vlmoe"
     lost_fields: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ class UpcyclingReport:
         kinds = Counter(tensor["kind"] for tensor in self.tensors)
         rows = [
             ("source", f"{self.source} ({self.model_type})"),
+            ("target", self.target),
             ("function", self.exactness),
             ("error in fp32", f"{self.error:.1e}, same next token {self.same_argmax:.2%}"),
             ("loss at step 0", f"dense {self.loss['dense']:.6f}, sparse {self.loss['sparse']:.6f}"),
@@ -100,6 +103,8 @@ class UpcyclingReport:
         if "image_token" in dense:  # a model with vision
             images = f"{dense['image_token']:,}, {sparse['image_token']:,}"
             rows.append(("active per image token", images))
+        if self.not_native:
+            rows.append(("not native, as", self.not_native))
         if self.lost_fields:
             rows.append(("lost fields", ", ".join(map(str, self.lost_fields))))
         rows += [
