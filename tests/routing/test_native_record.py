@@ -1,6 +1,7 @@
 """The routing of transformers' own sparse models, counted by the recorder and by hand."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from sparse_families import (
     IMAGE,
     SPARSE_TEXTS,
     START,
+    TEXT,
     TOP_K,
     VIDEO,
     FamilyCollator,
@@ -23,19 +25,17 @@ from sparse_families import (
     sparse_family,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, Llama4TextConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Llama4TextConfig, PreTrainedModel
 
 import vlmoe
 from vlmoe.routing.kinds import KINDS, PADDING, token_kinds
 from vlmoe.routing.load import ExpertLoad, record_expert_load
 from vlmoe.routing.record import has_experts
-from vlmoe.routing.routed_layers import routed_layers
+from vlmoe.routing.routed_layers import routed_layers, selection_bias
 from vlmoe.routing.scoring import router_scoring
 
 FAST = ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "ernie4_5_vl_moe", "llava_qwen3_moe")
 SIGMOID = ("deepseek_v3", "lfm2_moe", "glm4v_moe", "minimax_m3_vl", "glm4_moe")
-UNKNOWN = ("phimoe",)
-"""Families whose probabilities do not follow from the router's output."""
 BANKS = {"decoder": ".text_moe.", "vision": ".vision_moe."}
 """Of ERNIE-4.5-VL."""
 
@@ -141,11 +141,24 @@ def test_load_and_entropy_of_every_family_equal_a_count_by_hand(name: str) -> No
         for layer, index in enumerate(load.layers):
             for kind, values in entropies[place, index].items():
                 found = figures["router_entropy"][kind][layer]
-                if not values or name in UNKNOWN:
+                if not values:
                     assert found is None
                 else:
                     assert found == pytest.approx(sum(values) / len(values), rel=1e-5)
     assert_choices(routing, counts, inputs)
+
+
+def test_a_router_without_known_probabilities_has_a_load_and_no_entropy() -> None:
+    config = AutoConfig.for_model("phimoe", **TEXT | {"num_local_experts": 4})
+    torch.manual_seed(0)
+    model, inputs = AutoModelForCausalLM.from_config(config).eval(), batch("mixtral")
+    counts, _ = by_hand(model, inputs)
+    with vlmoe.record_routing(model, choices=False) as routing, torch.no_grad():
+        model(**inputs)
+    assert_counts(routing.load, counts)
+    assert not routing.forwards
+    entropies = routing.load.as_dict()["router_entropy"]
+    assert set(entropies["all"]) == set(entropies["text"]) == {None}
 
 
 def assert_choices(routing: Any, counts: Counts, inputs: dict[str, torch.Tensor]) -> None:
@@ -325,6 +338,17 @@ def test_asking_a_router_for_its_scoring_leaves_its_hooks_and_weights_alone() ->
     assert router_scoring(layer).kind == "sigmoid"
     handle.remove()
     assert all(torch.equal(before[n], t) for n, t in layer.router.state_dict().items())
+
+
+def test_the_docs_table_of_models_that_can_be_recorded_is_true() -> None:
+    page = Path(__file__).parents[2] / "docs/how-to/inspect_routing.md"
+    rows = {line for line in page.read_text(encoding="utf-8").splitlines() if line[:3] == "| `"}
+    for name in FAMILIES:
+        layer = routed_layers(sparse_family(name))[0]
+        bias = "no" if selection_bias(layer) is None else "yes"
+        inside = re.sub("^(llava|internvl)_", r"\1` with `", name)
+        assert f"| `{inside}` | {router_scoring(layer).kind} | {bias} |" in rows
+    assert len(rows) == len(FAMILIES) + 2
 
 
 def loads_of_rank(name: str, sharded: bool) -> list:
