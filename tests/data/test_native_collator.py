@@ -138,3 +138,18 @@ def test_a_processor_without_a_chat_template_is_refused() -> None:
     processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):
         NativeCollator(processor)
+
+
+def test_a_processor_that_hides_its_image_tokens_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processor = tiny_processor("llava")
+    plain = type(processor).__call__
+
+    def hiding(self: Any, *args: Any, return_text_replacement_offsets: bool, **kwargs: Any) -> Any:
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "__call__", hiding)
+    assert learned(processor, NativeCollator(processor)(rows()[1:2])) == ["yo<|im_end|>"]
+    with pytest.raises(ValueError, match="LlavaProcessor does not tell where"):
+        NativeCollator(processor)(rows()[:1])

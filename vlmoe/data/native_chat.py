@@ -115,6 +115,12 @@ class NativeChatEncoder:
         offsets = inputs.pop("offset_mapping").tolist()
         replaced = inputs.pop("text_replacement_offsets", ())
         if len(replaced) == 0:  # InternVL makes an empty tensor of an empty list
+            if any(spans) and any(chat.images for chat in chats):
+                raise ValueError(
+                    f"{type(self.processor).__name__} does not tell where it puts the tokens of "
+                    "images, so that the assistant's tokens cannot be found; give the trainer a "
+                    "`data_collator`."
+                )
             replaced = [[] for _ in texts]
         rows = zip(offsets, replaced, spans, strict=True)
         mask = torch.tensor([_token_mask(*row) for row in rows], dtype=torch.bool)
