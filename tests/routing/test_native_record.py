@@ -351,6 +351,26 @@ def test_the_docs_table_of_models_that_can_be_recorded_is_true() -> None:
     assert len(rows) == len(FAMILIES) + 2
 
 
+def test_under_expert_parallelism_the_experts_of_all_ranks_are_counted() -> None:
+    """As transformers leaves a bank whose parameters are sharded: it names its rank's experts."""
+    model, inputs = sparse_family("mixtral").eval(), batch("mixtral")
+    counts, _ = by_hand(model, inputs)
+    for layer in routed_layers(model):
+        experts = layer.experts
+        forward, experts.num_experts, experts._is_expert_parallel = experts.forward, 2, True
+
+        def with_all(*arguments: torch.Tensor, bank: Any = experts, run: Any = forward) -> Any:
+            bank.num_experts = 4
+            output = run(*arguments)
+            bank.num_experts = 2
+            return output
+
+        experts.forward = with_all
+    with record_expert_load(model) as load, torch.no_grad():
+        model(**inputs)
+    assert_counts(load, counts)
+
+
 def loads_of_rank(name: str, sharded: bool) -> list:
     """The load that each rank counts of its own row, summed over ranks."""
     model = sparse_family(name).train()

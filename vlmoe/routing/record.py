@@ -8,7 +8,7 @@ and DistributedDataParallel, which may call the model's `forward` past its own h
 
 Gradient checkpointing, re-entrant or not, calls routers and banks again in the backward pass. That
 is outside of the backbone's forward pass and is left out. Under expert parallelism a bank is called
-with the choice among all experts, of the tokens of its rank.
+with the choice among all experts; ranks that share a batch all see its tokens.
 
 Under torch.compile the hooks that are there when the model is first traced become part of its one
 graph; hooks placed on a model that is compiled already are not called, as with any hook.

@@ -10,7 +10,7 @@ DistributedDataParallel.
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -76,7 +76,7 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
                 place=_place(outer),
                 experts=modules[outer],
                 router=router,
-                num_experts=module.num_experts,
+                num_experts=_number_of_experts(module),
                 top_k=_top_k(router, module),
                 block=block,
             )
@@ -111,6 +111,13 @@ def without_wrappers(module: nn.Module) -> nn.Module:
         module = inner
     original = getattr(module, "original_module", None)
     return original if isinstance(original, nn.Module) else module
+
+
+def _number_of_experts(bank: nn.Module) -> int:
+    """Return the experts of all ranks; under expert parallelism a bank names those of its rank."""
+    if bank._is_expert_parallel:
+        return next(bank.parameters()).shape[0]  # of the whole DTensor
+    return int(cast(int, bank.num_experts))
 
 
 def _layer_number(name: str) -> int:
