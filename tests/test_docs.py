@@ -11,14 +11,18 @@ import pytest
 from accelerate.state import AcceleratorState
 from builders import picture
 from doc_pages import PAGES, ROOT, blocks, commands, run_page
-from native_processors import tiny_processor
+from native_dense import dense_model, vision_config
+from native_processors import TinyQwen3VLProcessor, tiny_processor
 from sparse_families import sparse_family
 from tiny_sizes import TEXT, VISION, VOCABULARY
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
     LlamaConfig,
     PreTrainedTokenizerBase,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
@@ -45,7 +49,7 @@ EXCEPTIONS = {
     ),
 }
 SLOW = {"docs/start/first_model.md", "docs/how-to/train.md"}
-ON_A_HUB = {"docs/how-to/share.md"}
+ON_A_HUB = {"docs/how-to/share.md", "docs/how-to/make_sparse.md"}
 RUNNABLE = [
     pytest.param(page, marks=pytest.mark.slow if page in SLOW else [])
     for page in PAGES
@@ -78,6 +82,8 @@ def world(
     sparse_family("deepseek_v3").save_pretrained(folder / "user/sparse-model")
     sparse_family("llava_qwen3_moe").save_pretrained(folder / "user/sparse-vlm")
     tiny_processor("llava_qwen3_moe").save_pretrained(folder / "user/sparse-vlm")
+    dense_model(vision_config("qwen3_vl")).save_pretrained(folder / "outputs/dense")
+    tiny_processor("qwen3_vl", marked=True).save_pretrained(folder / "outputs/dense")
     shutil.copytree(data_folder, folder / "my_data")
     picture(3, (32, 32)).save(folder / "picture.png")
     picture(3, (32, 32)).save(folder / "my_data" / "picture.png")
@@ -103,6 +109,8 @@ def test_the_snippets_of_a_page_run(page: str, in_world: Path) -> None:
 def run_in(folder: str, page: str) -> None:
     """Run a page in a process whose Hub is the test's, under the name of its user."""
     os.chdir(folder)
+    for config in (Qwen3VLConfig, Qwen3VLMoeConfig):  # its own needs torchvision
+        AutoProcessor.register(config, TinyQwen3VLProcessor, exist_ok=True)
     run_page(page, EXCEPTIONS, {"user/": "tester/"})
 
 
