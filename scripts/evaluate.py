@@ -96,7 +96,6 @@ def main(
         from vlmoe import evaluate, load_rows
         from vlmoe.data.images import limit_images
         from vlmoe.hub.atomic_files import write_json
-        from vlmoe.hub.model_classes import is_native
         from vlmoe.hub.provenance import dataset_name
         from vlmoe.training.build import Runtime, model_for_answers
 
@@ -131,7 +130,7 @@ def main(
         write_json(results, evaluation.as_dict() | about)
         if save_predictions:
             write_json(Path(save_predictions), evaluation.predictions)
-        if is_own and not is_native(network.config):  # whose card is its library's
+        if is_own:
             complete_card(own, evaluation.expert_load)
     print(f"\n{evaluation.table()}\n\nWritten to {results}.")
 

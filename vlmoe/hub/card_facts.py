@@ -10,14 +10,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.tower_facts import tower_image_size
-from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..processing.image_layout import TILING_OPTIONS
-from .active_parameters import chosen_experts, native_active_parameters
+from .active_parameters import VISION_BANK, chosen_experts, parameter_counts
 from .json_files import JsonObject
 from .model_classes import is_native, model_class
 from .provenance import saved_json
 
-_BANK = re.compile(r"\blayers\.(?P<layer>\d+)\..*\bexperts\.down_proj$")
+SHARED = ("num_shared_experts", "n_shared_experts", "moe_num_shared_experts")
+_BANK = re.compile(r"\blayers\.(?P<layer>\d+)\..*\bexperts$")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def model_facts(config: PreTrainedConfig, folder: Path) -> ModelFacts:
         num_experts=experts,
         top_k=chosen_experts(config) if sparse else 0,
         width=width,
-        num_shared_experts=getattr(text, "num_shared_experts", None) or 0,
+        num_shared_experts=next((n for f in SHARED if (n := getattr(text, f, None))), 0),
         aux_loss=getattr(text, "router_aux_loss_coef", None),
         z_loss=getattr(text, "router_z_loss_coef", None),
         hidden_size=text.hidden_size,
@@ -86,10 +86,7 @@ def model_facts(config: PreTrainedConfig, folder: Path) -> ModelFacts:
 
 def parameters_of(config: PreTrainedConfig) -> dict[str, int]:
     """Count from the config alone, without memory for weights and without random numbers."""
-    model = _skeleton(config)
-    if isinstance(model, VLMoEForConditionalGeneration):
-        return model.active_parameters()
-    return native_active_parameters(model)
+    return parameter_counts(_skeleton(config))
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -103,14 +100,16 @@ def _experts(config: PreTrainedConfig) -> tuple[list[int], int, int]:
         text = config.text_config
         layers = [i for i in range(text.num_hidden_layers) if text.is_sparse_layer(i)]
         return layers, text.num_experts, text.moe_intermediate_size
-    decoder = _skeleton(config).get_decoder()
     found = {
-        int(match["layer"]): parameter.shape
-        for name, parameter in decoder.named_parameters()
-        if (match := _BANK.search(name))
+        int(match["layer"]): bank
+        for name, bank in _skeleton(config).get_decoder().named_modules()
+        if (match := _BANK.search(name)) and VISION_BANK not in name
     }
-    shape = next(iter(found.values()), (0, 0, 0))
-    return sorted(found), shape[0], shape[-1]
+    if not found:
+        return [], 0, 0
+    bank = next(iter(found.values()))
+    experts, out, width = bank.down_proj.shape
+    return sorted(found), experts, out if bank.is_transposed else width
 
 
 def _images(config: PreTrainedConfig, folder: Path) -> JsonObject:

@@ -8,6 +8,7 @@ make up what is missing, it is done here.
 import os
 from typing import Any
 
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -52,6 +53,14 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def is_native(config: PreTrainedConfig) -> bool:
     """Return whether a model of that config is of a class of transformers, and not VLMoE's own."""
     return not isinstance(config, VLMoEConfig)
+
+
+def answers_questions(model: nn.Module) -> bool:
+    """Return whether the model's class is the one that answers questions for its config."""
+    try:
+        return isinstance(model, PreTrainedModel) and isinstance(model, model_class(model.config))
+    except ValueError:
+        return False
 
 
 def load_whole(

@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
+from .active_parameters import parameter_counts
 from .input_errors import InputError
 from .json_files import JsonObject, read_json
 
@@ -72,7 +72,7 @@ def read_stages(folder: str | Path) -> list[JsonObject]:
 
 
 def describe_stage(
-    model: VLMoEForConditionalGeneration,
+    model: PreTrainedModel,
     start: JsonObject,
     origin: RunOrigin,
     arguments: TrainingArguments,
@@ -101,7 +101,7 @@ def describe_stage(
         },
         "steps": state.global_step,
         "epochs": state.epoch or 0.0,
-        "parameters": model.active_parameters(),
+        "parameters": parameter_counts(model),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "hyperparameters": hyperparameters(arguments, str(model.dtype).removeprefix("torch.")),
         "hardware": {

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..hub.adapter_card import hide_base_model, tidy_adapter_card
@@ -17,6 +18,7 @@ from ..hub.input_errors import writing
 from ..hub.json_files import JsonObject
 from ..hub.meta_loading import without_bars
 from ..hub.model_card import CARD_FILE, may_write, write_model_card
+from ..hub.model_classes import answers_questions
 from ..hub.provenance import (
     STAGES_FILE,
     RunOrigin,
@@ -35,7 +37,7 @@ else:
 class ModelCardMixin(Base):
     """Put before any subclass of `Trainer`: `class MyTrainer(ModelCardMixin, SFTTrainer)`.
 
-    A model that is not a VLMoE by itself, such as a PEFT adapter, keeps the card of its library.
+    A model that answers no questions by itself, such as a PEFT adapter, keeps its library's card.
 
     Args:
         origin: what the trainer cannot know of the run; without it the card leaves it out.
@@ -106,10 +108,10 @@ class ModelCardMixin(Base):
         write_json(folder / STAGES_FILE, [*self._earlier_stages, stage])
         write_model_card(folder, repo_id=self.hub_model_id, metadata=metadata)
 
-    def _own_model(self) -> VLMoEForConditionalGeneration | None:
-        """Return the model without wrappers, if it is a VLMoE."""
+    def _own_model(self) -> PreTrainedModel | None:
+        """Return the model without wrappers, if a card of ours can describe it."""
         model = self.accelerator.unwrap_model(self.model)
-        return model if isinstance(model, VLMoEForConditionalGeneration) else None
+        return model if answers_questions(model) else None
 
 
 def _copy_card(folder: Path, destination: Path) -> None:
