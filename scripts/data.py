@@ -6,6 +6,7 @@ vlmoe data my_data --split train
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,6 +89,8 @@ def main(
     from vlmoe.data.images import limit_images
     from vlmoe.data.loading import load_rows, split_names
     from vlmoe.data.long_rows import length_limit
+    from vlmoe.data.native_check import check_native_rows
+    from vlmoe.data.native_collator import NativeCollator
     from vlmoe.hub.folder_lock import require_writable
     from vlmoe.hub.model_classes import is_native
     from vlmoe.training.build import config_and_processor
@@ -107,16 +110,16 @@ def main(
     model_config, processor = config_and_processor(
         model, _texts(splits.values()), tokenizer=tokenizer, tiling=tiling
     )
-    if is_native(model_config):
-        raise ValueError(
-            f"--model {model} is a {model_config.model_type!r}: this command counts tokens by "
-            "VLMoE's own processor. Give a VLMoE or a preset."
-        )
-    limit_images(processor, max_image_pixels, max_image_side)
+    limits = limit_images(processor, max_image_pixels, max_image_side)
     limit = length_limit(model_config, max_length)
-    collator = VLMoECollator(processor, allow_image_urls=allow_image_urls)
+    if is_native(model_config):
+        native = NativeCollator(processor, limits=limits, allow_image_urls=allow_image_urls)
+        check = partial(check_native_rows, collator=native)
+    else:
+        own = VLMoECollator(processor, allow_image_urls=allow_image_urls)
+        check = partial(check_rows, collator=own)
     reports = [
-        check_rows(rows, collator, name, faults=unreadable[name], limit=limit)
+        check(rows, name=name, faults=unreadable[name], limit=limit)
         for name, rows in splits.items()
     ]
     plot_data(reports, Path(output), limit)

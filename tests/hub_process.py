@@ -81,3 +81,13 @@ def logits(source: str | Path, revision: str = "main", **arguments: Any) -> np.n
     )
     with torch.inference_mode():
         return model(**inputs).logits.numpy()
+
+
+def logits_of_class(source: str, auto_class: str) -> np.ndarray:
+    """Logits of four tokens, by an Auto class of transformers; without remote code."""
+    import torch
+    import transformers
+
+    model = getattr(transformers, auto_class).from_pretrained(source).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[20, 30, 40, 50]])).logits.numpy()

@@ -80,8 +80,8 @@ def test_the_commands_take_a_native_model(
     evaluate_arguments = ["--split", "train", "--max_rows", "2", "--max_new_tokens", "2"]
     assert main(["evaluate", *where, *evaluate_arguments]) == 0
     assert json.loads((output / "evaluate_results.json").read_text())["questions"] > 0
-    assert main(["data", str(data_folder), "--model", str(output)]) == 2
-    assert "is a 'llava'" in capsys.readouterr().err
+    figure = ["--output", str(tmp_path / "data.png")]
+    assert main(["data", str(data_folder), "--model", str(output), *figure]) == 0
     assert main(["generate", "what?", "--model", str(output), "--max_new_tokens", "2"]) == 0
 
 

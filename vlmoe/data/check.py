@@ -8,11 +8,13 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..figures.plots import BLUE, GRAY, GREEN, ORANGE, RED, new_figure, save_figure
 from ..figures.text import as_it_is, drawable
+from ..processing.image_sources import ImageLimits
 from .collator import VLMoECollator
 from .conversations import Conversation, ParsedRow, parse_row, row_name
 from .encoding import EncodedConversation
@@ -83,7 +85,9 @@ def check_rows(
         except ValueError as error:
             report.faults.append(str(error))
             continue
-        lengths = _check_images(parsed, measure, report)
+        limits, allow_urls = collator.processor.image_limits, collator.encode_image.allow_urls
+        images = checked_images(parsed, limits, allow_urls, report)
+        lengths = None if images is None else measure.image_lengths([i.size[::-1] for i in images])
         report.question_types.update(kind for kind in parsed.question_types if kind)
         for conversation in parsed.conversations:
             _check_conversation(conversation, row_name(row, position), lengths, collator, report)
@@ -180,22 +184,21 @@ def as_seen(
     return text
 
 
-def _check_images(parsed: ParsedRow, measure: RowMeasure, report: SplitReport) -> list[int] | None:
-    """Count the tokens of each image of a row; None if one cannot be used."""
-    limits, allow_urls = measure.processor.image_limits, measure.collator.encode_image.allow_urls
-    sizes: list[tuple[int, int]] = []
+def checked_images(
+    parsed: ParsedRow, limits: ImageLimits, allow_urls: bool, report: SplitReport
+) -> list[Image.Image] | None:
+    """Open the images of a row, and report their sizes and faults; None if one cannot be used."""
+    images: list[Image.Image] = []
     for position, image in enumerate(parsed.images):
         if is_faulty(image):
             continue  # its error was collected when it was read
         try:
             where = f"{parsed.name}, image {position}"
-            sizes.append(open_image(image, where, limits=limits, allow_urls=allow_urls).size)
+            images.append(open_image(image, where, limits=limits, allow_urls=allow_urls))
         except (ValueError, OSError) as error:
             report.faults.append(str(error))
-    report.sizes += sizes
-    if len(sizes) < len(parsed.images):
-        return None
-    return measure.image_lengths([(height, width) for width, height in sizes])
+    report.sizes += [image.size for image in images]
+    return images if len(images) == len(parsed.images) else None
 
 
 def _check_conversation(

@@ -1,12 +1,16 @@
 """Every command about saved models, on transformers' own sparse models."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import picture
+from hub_process import command, logits_of_class
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from native_processors import tiny_processor
 from sparse_families import EXPERTS, TOP_K, family_config, sparse_family
@@ -135,3 +139,48 @@ def test_a_token_passes_through_the_bank_of_its_modality_alone() -> None:
     hidden = model.config.get_text_config().hidden_size
     difference = counts["image_token"] - counts["text_token"]
     assert difference == tower - hidden + banks["vision"] - banks["text"]
+
+
+def test_a_dataset_is_checked_by_the_models_own_processor(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(0, (30, 20)).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    image: dict[str, str] = {} if native.name == MIXTRAL else {"image": "good.png"}
+    rows: list[dict[str, Any]] = [
+        image | {"question": "what?", "answer": "red"},
+        {"image": "broken.png", "question": "what?", "answer": "red"},
+        {"question": "nothing to learn", "answer": ""},
+        {"question": "long" * 80, "answer": "b"},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    figure = ["--output", str(tmp_path / "data.png")]
+    assert main(["data", str(data), "--model", str(native), *figure]) == 2
+    printed = capsys.readouterr()
+    assert "has 3 faults" in printed.err
+    assert "positions for 256 tokens" in printed.out and "more than 256." in printed.out
+    assert "«red<|im_end|>»" in printed.out and "no token to learn" in printed.out
+    assert "broken.png" in printed.out
+    if native.name == LLAVA:
+        assert "[<image> x 4]" in printed.out and "30/30/30 pixels wide" in printed.out
+
+
+def test_a_pushed_model_loads_by_its_id_without_this_package(
+    native: Path,
+    hub: HubServer,
+    hub_process: Callable[..., Any],
+    hub_process_without_vlmoe: Callable[..., Any],
+) -> None:
+    repo = f"tester/{native.name}"
+    code, out, error = hub_process(command, "push", str(native), "--repo_id", repo)
+    assert code == 0, error
+    assert not any(name.endswith(".py") for name in out.split())
+    auto = "AutoModelForCausalLM" if native.name == MIXTRAL else "AutoModelForImageTextToText"
+    logits = hub_process_without_vlmoe(logits_of_class, repo, auto)
+    with torch.no_grad():
+        expected = loaded(native)(input_ids=torch.tensor([[20, 30, 40, 50]])).logits
+    assert np.array_equal(logits, expected.numpy())
+    asked = ["generate", "what?", "--model", repo, "--max_new_tokens", "2", "--device", "cpu"]
+    code, _, error = hub_process(command, *asked)
+    assert code == 0, error
