@@ -115,14 +115,19 @@ def main(
         runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
         if before:  # is freed before the model is loaded
             network, processor = model_for_answers(before, runtime)
-            limit_images(processor, max_image_pixels, max_image_side)
+            limits = limit_images(processor, max_image_pixels, max_image_side)
             about["before"] = dataset_routing(
-                network, processor, about["rows"], batch_size, allow_image_urls=allow_image_urls
+                network,
+                processor,
+                about["rows"],
+                batch_size,
+                image_limits=limits,
+                allow_image_urls=allow_image_urls,
             )
             about["before_name"] = short_name(before)
             del network
         network, processor = model_for_answers(model, runtime)
-        limit_images(processor, max_image_pixels, max_image_side)
+        limits = limit_images(processor, max_image_pixels, max_image_side)
         inspection = inspect_routing(
             network,
             processor,
@@ -132,6 +137,7 @@ def main(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             name=short_name(model),
+            image_limits=limits,
             allow_image_urls=allow_image_urls,
             progress=True,
             **about,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..hub.finite_outputs import finite_logits
 from ..hub.input_errors import reading
 from ..hub.saved_model import Processor, is_own_processor
-from ..processing.image_sources import DEFAULT_LIMITS
+from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .conversations import IMAGE, Turn
 from .images import open_image
 from .long_rows import require_room
@@ -88,11 +88,16 @@ def answer(
 
 
 def open_images(
-    images: Picture | Sequence[Picture] | None, processor: Processor
+    images: Picture | Sequence[Picture] | None,
+    processor: Processor,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> list[Image.Image]:
-    """Open images as RGB, within the processor's limits; raises as `answer` does."""
+    """Open images as RGB, within the limits of the processor, or if it has none, those given.
+
+    Raises as `answer` does.
+    """
     given = [] if images is None else images
-    limits = getattr(processor, "image_limits", DEFAULT_LIMITS)
+    limits = getattr(processor, "image_limits", limits)
     if isinstance(given, str | os.PathLike | Image.Image):
         given = [given]
     opened = []

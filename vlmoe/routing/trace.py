@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_vlmoe_text import Modality
-from ..data.answers import greedy_answers
+from ..data.answers import end_tokens, greedy_answers
+from ..data.native_chat import tokenizer_of
 from .kinds import PADDING, Inputs, token_kinds, vision_bank_tokens
 from .load import ExpertLoad, LoadReader
 from .record import Listener, Routing, find_backbone
@@ -286,14 +287,15 @@ def trace_answers(
         token. The answer's last token is not fed back to the model: the routing ends before it.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
+    ends = end_tokens(model, tokenizer)
     with record_routing(model) as trace:
         answers = greedy_answers(model, tokenizer, inputs, max_new_tokens).cpu()  # (B, new tokens)
     prompt_lengths = inputs["attention_mask"].sum(-1).tolist()
     traced = []
     for routing, answer, length in zip(trace.sequences(), answers, prompt_lengths, strict=True):
-        ids = answer.tolist()
-        if tokenizer.eos_token_id in ids:
-            answer = answer[: ids.index(tokenizer.eos_token_id) + 1]
+        is_end = torch.isin(answer, torch.tensor(ends))
+        if is_end.any():
+            answer = answer[: int(is_end.int().argmax()) + 1]
         traced.append((routing.first(length + len(answer) - 1), answer))
     return traced

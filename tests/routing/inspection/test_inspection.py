@@ -86,7 +86,7 @@ def routing(first: list[list[int]], is_image: list[bool], ids: list[int]) -> Dat
         empty,
         np.array(first),
         np.array(ids),
-        np.array(is_image),
+        np.array(is_image).astype(int),
     )
 
 
@@ -135,7 +135,7 @@ def test_a_dataset_is_counted_as_by_a_loop_over_its_questions(
         assert (found.first_choices[:, tokens] == first).all()
         ids += inputs["input_ids"][0].tolist()
     assert found.token_ids.tolist() == ids
-    assert found.is_image.tolist() == [token == processor.image_token_id for token in ids]
+    assert found.kinds.tolist() == [int(token == processor.image_token_id) for token in ids]
     shares = found.counts[:, :, 1].sum(0) / found.counts[:, :, 1].sum((0, 2))[:, None]
     assert np.allclose(found.load["image_share"], shares)
     table = inspection_table(found, specialization(found.counts, found.question_types))

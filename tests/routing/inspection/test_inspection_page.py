@@ -1,5 +1,7 @@
 """The page: self-contained, escaped, well formed, and with sentences that its numbers bear out."""
 
+import base64
+import io
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,13 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmoe.routing.inspection.analysis import DatasetRouting, change, specialization
 from vlmoe.routing.inspection.images import ImageRouting, TileRouting
+from vlmoe.routing.inspection.overlays import RANK_COLORS, layer_colors, ranks
 from vlmoe.routing.inspection.page import page, percent, write_page
 from vlmoe.routing.inspection.report import BeforeTraining, RoutingInspection, draw_figures, numbers
-from vlmoe.routing.inspection.tokens import TracedPrompt, token_text, visible
+from vlmoe.routing.inspection.tokens import TracedPrompt, layer_strip, token_text, visible
 from vlmoe.routing.trace import TokenRouting
 
 ATTACK = '<script>alert("x")</script><img src=http://example.org/a.png onerror=alert(1)>'
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Reader(HTMLParser):
@@ -102,7 +105,9 @@ def dataset(layers: int = 2, seed: int = 0) -> DatasetRouting:
     first = generator.integers(0, 4, (layers, 30)).astype(np.int16)
     kinds = ["shape", "<u>"] * 20
     image = np.arange(30) < 12
-    return DatasetRouting(tuple(range(layers)), load, kinds, counts, first, np.arange(30), image)
+    return DatasetRouting(
+        tuple(range(layers)), load, kinds, counts, first, np.arange(30), image.astype(int)
+    )
 
 
 @pytest.fixture
@@ -187,7 +192,7 @@ def test_an_image_is_one_box_and_the_unrouted_token_says_so() -> None:
 def test_deep_models_are_folded_and_missing_parts_left_out(tmp_path: Path) -> None:
     deep = RoutingInspection("m", tuple(range(24)), 4, 2, prompts=[prompt(layers=24)])
     text = page(deep)
-    assert text.count("<details>") == 24 - 7 and "How the work is shared" not in text
+    assert text.count('type="radio"') == 24 and "How the work is shared" not in text
     Reader(text)
     deep.routing = dataset(24)
     deep.types = specialization(deep.routing.counts, ["shape", "color"] * 20)
@@ -197,6 +202,63 @@ def test_deep_models_are_folded_and_missing_parts_left_out(tmp_path: Path) -> No
     draw_figures(untyped, tmp_path)
     assert "Left out: these data name no types of questions" in page(untyped)
     assert set(untyped.figures) == {"load"}
+
+
+def large_prompt(layers: int, experts: int, side: int) -> TracedPrompt:
+    """An image of `side` x `side` tokens and 120 words, 8 experts each."""
+    generator, words = torch.Generator().manual_seed(side), 120
+    kinds = torch.tensor([0] * 10 + [1] * side * side + [0] * words)
+    scores = torch.randn(layers, len(kinds), experts, generator=generator)
+    weights, chosen = scores.softmax(-1).topk(8, -1)
+    cells = chosen[:, kinds == 1, 0].view(layers, side, side).numpy()
+    picture = np.random.default_rng(0).integers(0, 256, (28 * side, 28 * side, 3), dtype=np.uint8)
+    tile = TileRouting(picture, np.ones(picture.shape[:2], dtype=bool), (28, 28), cells)
+    ids = torch.arange(len(kinds))
+    return TracedPrompt(
+        question="what is it?",
+        answer="a cat",
+        routing=TokenRouting(tuple(range(layers)), experts, ids, kinds, chosen, weights),
+        tokens=[f" word{i}" for i in range(len(kinds) + 1)],
+        is_special=[False] * (len(kinds) + 1),
+        answer_start=len(kinds) - 20,
+        images=[ImageRouting([tile], 0, 0)],
+    )
+
+
+@pytest.mark.slow
+def test_48_layers_of_128_experts_fit_a_page_of_5_megabytes_with_one_layer_shown() -> None:
+    prompts = [large_prompt(48, 128, 16) for _ in range(3)]
+    seen = RoutingInspection.of_prompts("large", prompts)
+    text = page(seen)
+    assert len(text.encode()) < 5_000_000
+    reader = Reader(text)
+    assert "script" not in reader.tags and reader.tags.count("svg") == 3 * (1 + 48)
+    checked = [name for name, _ in reader.attributes if name == "checked"]
+    assert reader.tags.count("input") == 3 * 48 and len(checked) == 3
+    sources = [value or "" for name, value in reader.attributes if name == "href"]
+    assert all(source.startswith(("data:", "#q")) for source in sources)
+    counts = np.bincount(prompts[0].routing.first_choices[5].numpy(), minlength=128)
+    strip = layer_strip(prompts[0], 5, by_load=True)
+    assert [count for _, count in strip.busiest] == sorted(counts)[::-1][:12]
+    assert [strip.ranks[expert] for expert, _ in strip.busiest] == list(range(12))
+    assert strip.ranks.count(12) == 128 - 12
+
+
+def test_colors_over_an_image_are_the_ranks_of_its_cells() -> None:
+    image = large_prompt(2, 128, 4).images[0]
+    rank_of = ranks(image.tiles[0].experts[1].flatten().tolist(), 128)
+    [placed] = layer_colors(image, 1, rank_of)
+    assert (placed.left, placed.top, placed.width, placed.height) == (0, 0, 112, 112)
+    drawn = Image.open(io.BytesIO(base64.b64decode(placed.uri.split(",")[1]))).convert("RGB")
+    for (row, column), expert in np.ndenumerate(image.tiles[0].experts[1]):
+        color = "#{:02X}{:02X}{:02X}".format(*drawn.getpixel((column, row)))
+        assert color == RANK_COLORS[rank_of[expert]].upper()
+
+
+def test_boxes_beyond_the_room_are_left_out_at_the_start() -> None:
+    strip = layer_strip(large_prompt(1, 16, 2), 0, most=7)
+    assert strip.left_out == 10 + 1 + 121 - 7 and strip.boxes[-1].place == 134
+    assert layer_strip(large_prompt(1, 16, 2), 0, most=500).left_out == 0
 
 
 def test_a_token_shows_whether_it_begins_a_word(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,11 +20,13 @@ from ...configuration.configuration_vlmoe_text import MODALITIES, Modality
 from ...data.collator import VLMoECollator
 from ...data.conversations import parse_row
 from ...data.long_rows import length_limit
+from ...data.native_collator import NativeCollator
 from ...data.rows import ConversationRows, Rows
 from ...hub.finite_outputs import require_finite_logits
 from ...hub.json_files import JsonObject
-from ...processing.processing_vlmoe import VLMoEProcessor
-from ..kinds import PADDING
+from ...hub.saved_model import Processor, is_own_processor
+from ...processing.image_sources import DEFAULT_LIMITS, ImageLimits
+from ..kinds import KINDS, PADDING, has_video
 from ..trace import ForwardRouting, record_routing
 
 SHUFFLES = 200
@@ -38,9 +40,10 @@ class DatasetRouting:
         layers: the decoder's index of each sparse layer.
         load: `ExpertLoad.as_dict`.
         question_types: of each conversation, "" for none.
-        counts: (C, L, 2, E) int32: how often its text and image tokens were sent to each expert.
+        counts: (C, L, M, E) int32: how often tokens of each kind were sent to each expert; kinds
+            are those of `KINDS` that the model takes.
         first_choices: (L, N) int16: each token's expert with the largest weight.
-        token_ids, is_image: (N,).
+        token_ids, kinds: (N,); kinds are numbers of `KINDS`.
     """
 
     layers: tuple[int, ...]
@@ -49,15 +52,16 @@ class DatasetRouting:
     counts: np.ndarray
     first_choices: np.ndarray
     token_ids: np.ndarray
-    is_image: np.ndarray
+    kinds: np.ndarray
 
 
 def dataset_routing(
     model: PreTrainedModel,
-    processor: VLMoEProcessor,
+    processor: Processor,
     rows: Rows,
     batch_size: int = 32,
     *,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
     progress: bool = True,
 ) -> DatasetRouting:
@@ -65,9 +69,10 @@ def dataset_routing(
 
     Args:
         model: in eval mode, on any device.
-        processor: its processor.
+        processor: its processor; of a language model its tokenizer.
         rows: as `load_rows` gives them.
         batch_size: conversations at a time; images they share are encoded once.
+        image_limits: on the size of images; a `VLMoEProcessor` has its own.
         allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
 
@@ -80,9 +85,8 @@ def dataset_routing(
     questions = ConversationRows(rows)
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to inspect.")
-    collator = VLMoECollator(
-        processor, length_limit(model.config), allow_image_urls=allow_image_urls
-    )
+    collator = _collator(processor, length_limit(model.config), image_limits, allow_image_urls)
+    kinds = len(KINDS) if has_video(model.config) else len(Modality)
     types, counts, parts = [], [], []
     bar = logging.tqdm(total=len(questions), desc="routing", unit="question", disable=not progress)
     with bar, record_routing(model) as trace:
@@ -97,10 +101,10 @@ def dataset_routing(
             [forward] = trace.forwards
             trace.forwards.clear()
             types += [kind for row in batch for kind in parse_row(row, 0).question_types]
-            counts.append(_counts_by_row(forward, trace.num_experts))
+            counts.append(_counts_by_row(forward, trace.num_experts, kinds))
             parts.append(_real_tokens(forward))
             bar.update(len(batch))
-    first_choices, token_ids, is_image = zip(*parts, strict=True)
+    first_choices, token_ids, kinds_of_tokens = zip(*parts, strict=True)
     return DatasetRouting(
         trace.layers,
         trace.load.as_dict(),
@@ -108,7 +112,7 @@ def dataset_routing(
         np.concatenate(counts),
         np.concatenate(first_choices, 1),
         np.concatenate(token_ids),
-        np.concatenate(is_image),
+        np.concatenate(kinds_of_tokens),
     )
 
 
@@ -119,18 +123,18 @@ def specialization(
 
     The measure is the mutual information, in bits, of a token's expert and the type of its
     question: 0 if all types use the experts alike, at most the entropy of the types. A few
-    questions give a little of it by chance. Beside it therefore stands the same measure with the
+    questions give a little of it by chance. Beside it is the same measure with the
     types dealt out to the questions at random (`SHUFFLES` times): its mean, and the value that one
     shuffle in twenty exceeds. Whole questions are shuffled, since the tokens of one are alike.
 
     Args:
-        counts: (C, L, 2, E), see `DatasetRouting`.
+        counts: (C, L, M, E), see `DatasetRouting`.
         question_types: of each conversation; those with "" are left out.
         seed: of the shuffles.
 
     Returns:
         None if there are fewer than two types, else `types`, `questions` (of each type),
-        `type_entropy_bits`, and under `image` and `text`: `shares` (L, Q, E), of the assignments of
+        `type_entropy_bits`, and under each kind of token: `shares` (L, Q, E), of the assignments of
         a type's tokens; `information_bits`, `shuffled_mean_bits`, `shuffled_95_bits` and, from
         these, `is_above_chance` (L,); and `strongest`, for each layer the `type` and `expert` whose
         share differs most from the expert's share of all types' tokens, with both (`share`,
@@ -150,7 +154,7 @@ def specialization(
         "questions": one_hot.sum(0).astype(int).tolist(),
         "type_entropy_bits": float(-(portions * np.log2(portions)).sum()),
     }
-    for position, modality in enumerate(MODALITIES):
+    for position, modality in enumerate(KINDS[: counts.shape[2]]):
         of_questions = counts[known, :, position].astype(np.float64)  # (C, L, E)
         by_type = np.einsum("cq,cle->lqe", one_hot, of_questions)
         bits = mutual_information(by_type)  # (L,)
@@ -185,9 +189,9 @@ def mutual_information(counts: np.ndarray) -> np.ndarray:
 def change(before: DatasetRouting, after: DatasetRouting) -> JsonObject | None:
     """Return the share of tokens whose first expert another model chooses otherwise, by modality.
 
-    None if the two models do not see the same tokens. Under `image`, `text` and `all`: `changed`
+    None if the two models do not see the same tokens. Under each kind of token and `all`: `changed`
     (L,), and `by_chance` (L,), the share that would change if the two choices had nothing to do
-    with each other and each expert kept its load; None for a modality without tokens.
+    with each other and each expert kept its load; None for a kind without tokens.
 
     Raises:
         ValueError: the models have not the same sparse layers and number of experts.
@@ -201,8 +205,9 @@ def change(before: DatasetRouting, after: DatasetRouting) -> JsonObject | None:
         raise ValueError(f"Models cannot be compared whose experts differ: {first} and {second}.")
     if not np.array_equal(before.token_ids, after.token_ids):
         return None
-    everything = np.ones_like(after.is_image)
-    masks = {"image": after.is_image, "text": ~after.is_image, "all": everything}
+    kinds = KINDS[: after.counts.shape[2]]
+    masks = {kind: after.kinds == number for number, kind in enumerate(kinds)}
+    masks["all"] = np.ones_like(after.kinds, dtype=bool)
     return {
         kind: _change(before.first_choices[:, mask], after.first_choices[:, mask], experts)
         if mask.any()
@@ -250,8 +255,16 @@ def _change(before: np.ndarray, after: np.ndarray, experts: int) -> dict[str, li
     }
 
 
-def _counts_by_row(forward: ForwardRouting, experts: int) -> np.ndarray:
-    """(B, L, 2, E): assignments of the text and image tokens of each row, padding left out."""
+def _collator(
+    processor: Processor, max_length: int | None, limits: ImageLimits, allow_urls: bool
+) -> VLMoECollator | NativeCollator:
+    if is_own_processor(processor):
+        return VLMoECollator(processor, max_length, allow_image_urls=allow_urls)
+    return NativeCollator(processor, max_length, limits=limits, allow_image_urls=allow_urls)
+
+
+def _counts_by_row(forward: ForwardRouting, experts: int, kinds_shown: int) -> np.ndarray:
+    """(B, L, M, E): assignments of the tokens of each kind in each row, padding left out."""
     layers, rows, tokens, k = forward.experts.shape
     counts = torch.zeros(layers, rows, PADDING + 1, experts, dtype=torch.int32)
     kinds = forward.kinds[None, ..., None].expand(layers, rows, tokens, k)
@@ -259,15 +272,14 @@ def _counts_by_row(forward: ForwardRouting, experts: int) -> np.ndarray:
     layer = torch.arange(layers)[:, None, None, None].expand_as(kinds)
     one = torch.ones((), dtype=torch.int32)
     counts.index_put_((layer, row, kinds, forward.experts), one, accumulate=True)
-    return counts[:, :, : len(Modality)].transpose(0, 1).numpy()
+    return counts[:, :, :kinds_shown].transpose(0, 1).numpy()
 
 
 def _real_tokens(forward: ForwardRouting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First choices (L, N), token ids and `is_image` (N,) of a forward, padding left out."""
+    """First choices (L, N), token ids and kinds (N,) of a forward pass, padding left out."""
     real = forward.kinds != PADDING
     first = forward.experts[..., 0][:, real].to(torch.int16)
-    is_image = forward.kinds[real] == Modality.image.value
-    return first.numpy(), forward.token_ids[real].numpy(), is_image.numpy()
+    return first.numpy(), forward.token_ids[real].numpy(), forward.kinds[real].numpy()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

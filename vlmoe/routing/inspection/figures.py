@@ -102,7 +102,7 @@ def plot_image_experts(
     colors = expert_colors(experts)
     side = TILE_PIXELS if len(image.tiles) == 1 else TILE_PIXELS // 2
     plain = [plain_tile(tile, side) for tile in image.tiles]
-    places = _places(image, *plain[0].shape[:2])
+    places = tile_places(image, *plain[0].shape[:2])
     height = max(top for top, _ in places) + plain[0].shape[0]
     width = max(left for _, left in places) + plain[0].shape[1]
     scale = len(plain[0]) // len(image.tiles[0].picture)
@@ -167,8 +167,8 @@ def plot_specialization(numbers: JsonObject, layers: Sequence[int], path: str | 
     return save_figure(figure, path)
 
 
-def _places(image: ImageRouting, height: int, width: int) -> list[tuple[int, int]]:
-    """(top, left) of each tile: in their rows and columns, the thumbnail below and in the middle.
+def tile_places(image: ImageRouting, height: int, width: int) -> list[tuple[int, int]]:
+    """Return (top, left) of each tile in its row and column, a thumbnail below in the middle.
 
     A gap is a twentieth of a tile.
     """
@@ -177,7 +177,9 @@ def _places(image: ImageRouting, height: int, width: int) -> list[tuple[int, int
     gap = max(height // 20, 2)
     down, right = height + gap, width + gap
     tiles = [(row * down, col * right) for row in range(image.rows) for col in range(image.cols)]
-    return [*tiles, (image.rows * down + gap, (image.cols - 1) * right // 2)]
+    if len(image.tiles) > len(tiles):
+        tiles.append((image.rows * down + gap, (image.cols - 1) * right // 2))
+    return tiles[: len(image.tiles)]
 
 
 def _write_experts(

@@ -45,12 +45,19 @@ class TileRouting:
 class ImageRouting:
     """One image: a single tile, or tiles in reading order and then a thumbnail of the whole.
 
-    There are `rows * cols` tiles; both are 0 for a single one.
+    There are `rows * cols` tiles; both are 0 for a single one. A video has a tile for each step of
+    time, and no thumbnail.
     """
 
     tiles: list[TileRouting]
     rows: int
     cols: int
+    kind: str = "image"
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether a thumbnail of the whole follows the tiles."""
+        return len(self.tiles) > max(self.rows * self.cols, 1)
 
     @property
     def is_padded(self) -> bool:
@@ -148,15 +155,15 @@ def _tile(
     # Class and register tokens, where a tower keeps them, stand before the patches.
     cells = experts[:, experts.shape[1] - rows * cols :]
     return TileRouting(
-        _picture(image.pixel_values[number], processor.image_processor),
+        picture_of(image.pixel_values[number], processor.image_processor),
         image.pixel_mask[number].bool().numpy(),
         (height, width),
         cells.unflatten(1, (rows, cols)).numpy(),
     )
 
 
-def _picture(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> np.ndarray:
-    """(3, H, W) as the tower takes it -> (H, W, 3) uint8 as it was before normalisation."""
+def picture_of(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> np.ndarray:
+    """Return (H, W, 3) uint8 from (3, H, W) as the tower takes it: undo normalization."""
     picture = pixels.float()
     if getattr(image_processor, "do_normalize", False):
         mean, std = (

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,14 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from ...data.answers import Picture, evaluation_mode, open_images, prompt_inputs
-from ...data.collator import VLMoEPromptCollator
 from ...data.conversations import parse_row
 from ...data.images import open_image
 from ...data.long_rows import prompt_limit, require_room
+from ...data.native_collator import prompt_collator
 from ...data.rows import ConversationRows, Rows, as_rows
 from ...hub.json_files import JsonObject
-from ...processing.processing_vlmoe import VLMoEProcessor
+from ...hub.saved_model import Processor
+from ...processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .analysis import DatasetRouting, dataset_routing
 from .report import RoutingInspection
 from .tokens import TracedPrompt, trace_prompt
@@ -28,9 +30,17 @@ if TYPE_CHECKING:
 PROMPTS_SHOWN = 3
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """Where images may come from, and how large they may be."""
+
+    limits: ImageLimits
+    allow_urls: bool
+
+
 def inspect_routing(
     model: PreTrainedModel,
-    processor: VLMoEProcessor,
+    processor: Processor,
     rows: "Rows | datasets.Dataset | None" = None,
     *,
     question: str | None = None,
@@ -39,10 +49,11 @@ def inspect_routing(
     batch_size: int = 32,
     max_new_tokens: int = 32,
     before: PreTrainedModel | DatasetRouting | None = None,
-    before_processor: VLMoEProcessor | None = None,
+    before_processor: Processor | None = None,
     name: str | None = None,
     dataset_name: str = "rows",
     before_name: str | None = None,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
     progress: bool = False,
 ) -> RoutingInspection:
@@ -50,7 +61,7 @@ def inspect_routing(
 
     Args:
         model: on any device; it runs in evaluation mode and keeps the mode it was in.
-        processor: the model's.
+        processor: the model's; of a language model its tokenizer.
         rows: data, as `as_rows` takes them. Without a question, three are shown token by token.
         question: shown token by token with its answer, about `images` (files or PIL images).
         max_rows: only the first rows are run, `batch_size` conversations at a time.
@@ -58,6 +69,7 @@ def inspect_routing(
         before: an earlier state of the model, to compare on the rows; or its `dataset_routing`, so
             that the two models need not be in memory together.
         before_processor: the earlier state's processor, if it is another.
+        image_limits: on the size of images; a `VLMoEProcessor` has its own.
         name, dataset_name, before_name: for the page; by default where a model was loaded from.
         allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
@@ -69,12 +81,13 @@ def inspect_routing(
     """
     check_request(rows is not None, question, images is not None, before is not None)
     data = None if rows is None else first_rows(rows, max_rows)
-    run = partial(_run, data, batch_size, allow_image_urls, progress)
+    sources = _Sources(image_limits, allow_image_urls)
+    run = partial(_run, data, batch_size, sources, progress)
     with evaluation_mode(model):
         if question:
-            prompts = [_asked(model, processor, question, images, max_new_tokens)]
+            prompts = [_asked(model, processor, question, images, max_new_tokens, sources)]
         else:
-            prompts = _from_rows(model, processor, data or [], max_new_tokens, allow_image_urls)
+            prompts = _from_rows(model, processor, data or [], max_new_tokens, sources)
     inspection = RoutingInspection.of_prompts(name or _name(model), prompts)
     if data is not None:
         inspection.add_rows(f"{dataset_name}, {len(data):,} rows", run(model, processor))
@@ -131,10 +144,10 @@ def _name(model: PreTrainedModel) -> str:
 def _run(
     rows: Rows | None,
     batch_size: int,
-    allow_image_urls: bool,
+    sources: _Sources,
     progress: bool,
     model: PreTrainedModel,
-    processor: VLMoEProcessor,
+    processor: Processor,
 ) -> DatasetRouting:
     assert rows is not None
     with evaluation_mode(model):
@@ -143,19 +156,21 @@ def _run(
             processor,
             rows,
             batch_size,
-            allow_image_urls=allow_image_urls,
+            image_limits=sources.limits,
+            allow_image_urls=sources.allow_urls,
             progress=progress,
         )
 
 
 def _asked(
     model: PreTrainedModel,
-    processor: VLMoEProcessor,
+    processor: Processor,
     question: str,
     images: Picture | Sequence[Picture] | None,
     max_new_tokens: int,
+    sources: _Sources,
 ) -> TracedPrompt:
-    opened = open_images(images, processor)
+    opened = open_images(images, processor, sources.limits)
     inputs = prompt_inputs(processor, question, opened)
     require_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     return trace_prompt(model, processor, inputs, opened, question, max_new_tokens)
@@ -163,16 +178,15 @@ def _asked(
 
 def _from_rows(
     model: PreTrainedModel,
-    processor: VLMoEProcessor,
+    processor: Processor,
     rows: Rows,
     max_new_tokens: int,
-    allow_urls: bool,
+    sources: _Sources,
 ) -> list[TracedPrompt]:
     """Trace a few questions of the rows; see `_chosen_questions`."""
-    limit, limits = prompt_limit(model, max_new_tokens), processor.image_limits
-    collator = VLMoEPromptCollator(
-        processor, limit, share_images=False, allow_image_urls=allow_urls
-    )
+    limit, allow_urls = prompt_limit(model, max_new_tokens), sources.allow_urls
+    limits = getattr(processor, "image_limits", sources.limits)
+    collator = prompt_collator(processor, limit, limits=limits, allow_image_urls=allow_urls)
     prompts = []
     for row in _chosen_questions(rows):
         parsed, batch = parse_row(row, 0), collator([row])

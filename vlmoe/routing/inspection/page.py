@@ -23,7 +23,14 @@ from ...figures.text import drawable
 from ...hub.atomic_files import atomic_path
 from ...hub.json_files import JsonObject
 from .figures import expert_colors, text_color
-from .report import LAYERS_IN_FULL, VISION_TOKENS, BeforeTraining, RoutingInspection
+from .overlays import RANK_COLORS, layer_colors, pale_picture
+from .report import (
+    LAYERS_IN_FULL,
+    PLACE_NAMES,
+    VISION_TOKENS,
+    BeforeTraining,
+    RoutingInspection,
+)
 from .tokens import layer_strip
 
 CSS_PIXELS_PER_INCH = 96
@@ -46,6 +53,8 @@ def page(inspection: RoutingInspection) -> str:
             seen=inspection,
             colors=expert_colors(inspection.num_experts),
             layers_in_full=LAYERS_IN_FULL,
+            place_names=PLACE_NAMES,
+            rank_colors=RANK_COLORS,
             vision_tokens=VISION_TOKENS,
         )
     )
@@ -88,8 +97,10 @@ def _environment() -> Environment:
         "changed": _changed,
         "drawable": drawable,
         "ink": text_color,
+        "layer_colors": layer_colors,
         "log": math.log,
         "number": lambda value: DASH if value is None else f"{value:.2f}",
+        "pale": pale_picture,
         "percent": percent,
         "png": _png,
         "strip": layer_strip,
@@ -105,9 +116,7 @@ def _png(path: Path) -> Picture:
     return Picture(f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", width)
 
 
-def _busiest(
-    load: JsonObject, number: int, kinds: Sequence[str] = ("image", "text")
-) -> Iterator[tuple[str, Busiest]]:
+def _busiest(load: JsonObject, number: int, kinds: Sequence[str]) -> Iterator[tuple[str, Busiest]]:
     """Yield for each kind of token that a layer saw its name and the busiest expert.
 
     Args:
@@ -126,4 +135,4 @@ def _busiest(
 def _changed(before: BeforeTraining) -> list[tuple[str, Mapping[str, list[float]]]]:
     """Return the kinds of tokens whose choices can be compared, with `change`'s numbers."""
     assert before.change is not None
-    return [(kind, of) for kind in ("image", "text") if (of := before.change[kind])]
+    return [(kind, of) for kind in ("image", "text", "video") if (of := before.change.get(kind))]

@@ -6,18 +6,26 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from ...configuration.configuration_vlmoe_text import MODALITIES
-from ...figures.plots import plot_expert_load, plot_shares
+from ...figures.plots import plot_shares
 from ...hub.atomic_files import write_json
 from ...hub.folder_lock import folder_lock
 from ...hub.json_files import JsonObject
+from ..kinds import KINDS
 from .analysis import DatasetRouting, change, inspection_table, specialization
 from .figures import plot_image_experts, plot_specialization
 from .tokens import TracedPrompt
 
 PAGE_FILE, NUMBERS_FILE = "inspection.html", "inspection.json"
 LAYERS_IN_FULL = 6  # of deeper models the others are folded away, or not told of
-VISION_TOKENS = {"tower": "patches", "connector": "image tokens"}  # what passes through each
+VISION_TOKENS = {
+    "tower": "patches",
+    "connector": "image tokens",
+    "vision": "image and video tokens",
+}
+"""What passes through each place with experts beside the decoder's."""
+PLACE_NAMES = {"vision": "bank of image and video experts"}
+MOST_BOXES = 20_000
+"""Tokens on a page, counted once for each layer; it keeps below 5 MB."""
 
 
 @dataclass
@@ -56,6 +64,22 @@ class RoutingInspection:
     types: JsonObject | None = None
     before: BeforeTraining | None = None
     figures: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether there are so many layers that the page shows one at a time."""
+        return len(self.layers) > LAYERS_IN_FULL + 1
+
+    @property
+    def boxes_per_layer(self) -> int:
+        """How many tokens of each question there is room for."""
+        return max(MOST_BOXES // (len(self.layers) * max(len(self.prompts), 1)), 1)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of tokens to compare: image and text, and video where the data hold some."""
+        tokens = self.routing.load["tokens"] if self.routing else {}
+        return ("image", "text", *(["video"] if any(tokens.get("video", [])) else []))
 
     @classmethod
     def of_prompts(cls, model: str, prompts: list[TracedPrompt]) -> "RoutingInspection":
@@ -100,7 +124,8 @@ class RoutingInspection:
 
         place = Path(folder).expanduser()
         with folder_lock(place):
-            for number, prompt in enumerate(self.prompts, start=1):
+            shown_at_once = () if self.is_deep else self.prompts
+            for number, prompt in enumerate(shown_at_once, start=1):
                 prompt.image_figures = [
                     plot_image_experts(
                         image,
@@ -125,15 +150,19 @@ def draw_figures(inspection: RoutingInspection, folder: Path) -> None:
     if routing is None:
         return
     figures, layers = inspection.figures, inspection.layers
-    shares = routing.load["image_share"], routing.load["text_share"]
-    figures["load"] = plot_expert_load(*shares, folder / "load.png", layers)
+    figures["load"] = plot_shares(
+        {f"{kind} tokens": routing.load[f"{kind}_share"] for kind in inspection.kinds},
+        folder / "load.png",
+        row_names=layers,
+        row_label="sparse layer",
+    )
     for place, load in routing.load.get("vision", {}).items():
         figures[f"load_{place}"] = plot_shares(
             {VISION_TOKENS[place]: load["image_share"]},
             folder / f"load_{place}.png",
             row_names=load["layers"],
             row_label="sparse layer",
-            title=f"Expert load of the {place}",
+            title=f"Expert load of the {PLACE_NAMES.get(place, place)}",
         )
     if types is not None:
         for kind in ("text", "image") if any(types["image"]["is_above_chance"]) else ("text",):
@@ -154,7 +183,7 @@ def draw_figures(inspection: RoutingInspection, folder: Path) -> None:
             {
                 f"{name}, {kind} tokens": state.load[f"{kind}_share"]
                 for name, state in states.items()
-                for kind in MODALITIES
+                for kind in sorted(inspection.kinds, key=KINDS.index)
             },
             folder / "before_after.png",
             row_names=layers,

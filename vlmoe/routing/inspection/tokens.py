@@ -11,11 +11,16 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...configuration.configuration_vlmoe_text import Modality
+from ...data.native_chat import tokenizer_of
 from ...hub.json_files import JsonObject
-from ...processing.processing_vlmoe import VLMoEProcessor
+from ...hub.saved_model import Processor, is_own_processor
+from ..kinds import KINDS
 from ..trace import TokenRouting, trace_answers
 from .figures import expert_colors
 from .images import ImageRouting, Spread, image_routings, spread
+from .native_images import native_images
+from .overlays import OTHERS, RANK_COLORS, ranks
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class TokenBox:
         classes: of its HTML element.
         pairs: its experts with their weights, by falling weight; none of the answer's last token,
             which is not routed.
+        rank: of its first expert, see `ranks`.
         color: of its first expert.
     """
 
@@ -35,20 +41,23 @@ class TokenBox:
     text: str
     classes: str
     pairs: list[tuple[int, float]]
-    color: str
+    rank: int = 0
+    color: str = ""
 
 
 @dataclass(frozen=True)
 class ImageBox:
-    """The tokens of an image or tile in one layer, as one box.
+    """Image or video tokens that follow each other, in one layer, as one box.
 
     Attributes:
+        kind: image or video.
         place: the position of the first token.
         tokens: how many there are.
         counts: first experts with their number of tokens, by falling number.
         stripes: color stops of a CSS gradient, in proportion to `counts`.
     """
 
+    kind: str
     place: int
     tokens: int
     counts: list[tuple[int, int]]
@@ -57,10 +66,21 @@ class ImageBox:
 
 @dataclass(frozen=True)
 class LayerStrip:
-    """The boxes of a layer, and how its text tokens are spread."""
+    """A prompt and its answer in one layer.
+
+    Attributes:
+        boxes: of the tokens.
+        left_out: how many boxes at the start there was no room for.
+        text: how the text tokens are spread.
+        ranks: of each expert, see `ranks`.
+        busiest: the experts that have a color, with their number of tokens, by falling number.
+    """
 
     boxes: list[TokenBox | ImageBox]
+    left_out: int
     text: Spread
+    ranks: list[int]
+    busiest: list[tuple[int, int]]
 
 
 @dataclass
@@ -76,6 +96,7 @@ class TracedPrompt:
         images: the routing of the images.
         image_figures: their PNG files, once drawn.
         question_type, reference: what the data say; "" and None where they say nothing.
+        loose: kinds of tokens whose grid is not known, which are shown like words.
     """
 
     question: str
@@ -88,12 +109,14 @@ class TracedPrompt:
     image_figures: list[Path] = field(default_factory=list)
     question_type: str = ""
     reference: str | None = None
+    loose: tuple[str, ...] = ()
 
     def as_dict(self) -> JsonObject:
         """Return the prompt for a JSON file.
 
-        Under `tokens` is each token's `text`, `id`, `is_image`, and by layer its `experts` and
-        `weights`, by falling weight. The answer's last token is not routed, and is not there.
+        Under `tokens` is each token's `text`, `id`, `is_image`, `kind` (text, image or video), and
+        by layer its `experts` and `weights`, by falling weight. The answer's last token is not
+        routed, and is not there.
         """
         routing = self.routing
         experts, weights = routing.experts.transpose(0, 1), routing.weights.transpose(0, 1)
@@ -108,6 +131,7 @@ class TracedPrompt:
                     "text": self.tokens[i],
                     "id": int(routing.token_ids[i]),
                     "is_image": bool(routing.is_image[i]),
+                    "kind": KINDS[int(routing.kinds[i])],
                     "experts": experts[i].tolist(),
                     "weights": [[round(w, 4) for w in row] for row in weights[i].tolist()],
                 }
@@ -118,7 +142,7 @@ class TracedPrompt:
 
 def trace_prompt(
     model: PreTrainedModel,
-    processor: VLMoEProcessor,
+    processor: Processor,
     inputs: Mapping[str, torch.Tensor],
     images: Sequence[Image.Image],
     question: str,
@@ -142,10 +166,16 @@ def trace_prompt(
         ValueError: the model has no experts, or the images are not the prompt's.
     """
     [(routing, answer_ids)] = trace_answers(model, processor, dict(inputs), max_new_tokens)
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     prompt_length = int(inputs["attention_mask"].sum())
     ids = [*routing.token_ids[:prompt_length].tolist(), *answer_ids.tolist()]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    pictures = (
+        image_routings(routing, images, processor, model.config)
+        if is_own_processor(processor)
+        else native_images(routing, images, processor, model.config, inputs)
+    )
+    known = {picture.kind for picture in pictures}
     return TracedPrompt(
         question=question,
         answer=tokenizer.decode(answer_ids, skip_special_tokens=True).strip(),
@@ -153,31 +183,42 @@ def trace_prompt(
         tokens=[token_text(tokenizer, token) for token in ids],
         is_special=[token in special for token in ids],
         answer_start=prompt_length,
-        images=image_routings(routing, images, processor, model.config),
+        images=pictures,
         question_type=question_type,
         reference=reference,
+        loose=tuple(kind for kind in KINDS[1:] if kind not in known),
     )
 
 
-def layer_strip(prompt: TracedPrompt, layer: int) -> LayerStrip:
+def layer_strip(
+    prompt: TracedPrompt, layer: int, most: int | None = None, by_load: bool = False
+) -> LayerStrip:
     """Return the boxes of a prompt and its answer in the colors of a layer's experts.
 
     Args:
         prompt: what to show.
         layer: position of the sparse layer.
+        most: the number of boxes there is room for; those at the end are kept.
+        by_load: give colors to the experts with the most tokens, in place of to all.
     """
     routing = prompt.routing
+    first = routing.first_choices[layer]
+    rank_of = ranks(first.tolist(), routing.num_experts)
     colors = expert_colors(routing.num_experts)
-    is_image = [*routing.is_image.tolist(), False]
+    if by_load:
+        colors = [RANK_COLORS[rank] for rank in rank_of]
+    kinds = [KINDS[kind] for kind in (*routing.kinds.tolist(), Modality.text)]
     boxes: list[TokenBox | ImageBox] = []
-    for image, group in groupby(range(len(prompt.tokens)), key=lambda i: is_image[i]):
+    for kind, group in groupby(range(len(prompt.tokens)), key=lambda i: kinds[i]):
         places = list(group)
-        if image:
-            first = routing.first_choices[layer, places].tolist()
-            boxes.append(_image_box(places[0], first, colors))
+        if kind == Modality.text.name or kind in prompt.loose:
+            boxes += [_token_box(prompt, layer, place, rank_of, colors) for place in places]
         else:
-            boxes += [_token_box(prompt, layer, place, colors) for place in places]
-    return LayerStrip(boxes, spread(routing.first_choices[layer][~routing.is_image]))
+            boxes.append(_image_box(kind, places[0], first[places].tolist(), colors))
+    left_out = 0 if most is None else max(len(boxes) - most, 0)
+    text = spread(first[routing.kinds == Modality.text.value])
+    busiest = Counter(first.tolist()).most_common(OTHERS)
+    return LayerStrip(boxes[left_out:], left_out, text, rank_of, busiest)
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -195,24 +236,29 @@ def visible(text: str) -> str:
     return text.removeprefix(" ").replace("\n", "⏎").replace("\t", "⇥")
 
 
-def _token_box(prompt: TracedPrompt, layer: int, place: int, colors: Sequence[str]) -> TokenBox:
+def _token_box(
+    prompt: TracedPrompt, layer: int, place: int, rank_of: Sequence[int], colors: Sequence[str]
+) -> TokenBox:
     text = prompt.tokens[place]
     kind = "special" if prompt.is_special[place] else ""
     starts_word = text.startswith((" ", "\n")) or kind or not place or prompt.is_special[place - 1]
     classes = " ".join(filter(None, ["token", kind, "word" if starts_word else ""]))
     if place >= len(prompt.routing.token_ids):
-        return TokenBox(place, visible(text), classes, [], "")
+        return TokenBox(place, visible(text), classes, [])
     experts = prompt.routing.experts[layer, place].tolist()
     weights = prompt.routing.weights[layer, place].tolist()
     pairs = list(zip(experts, weights, strict=True))
-    return TokenBox(place, visible(text), classes, pairs, colors[experts[0]])
+    first = experts[0]
+    return TokenBox(place, visible(text), classes, pairs, rank_of[first], colors[first])
 
 
-def _image_box(place: int, first_choices: Sequence[int], colors: Sequence[str]) -> ImageBox:
+def _image_box(
+    kind: str, place: int, first_choices: Sequence[int], colors: Sequence[str]
+) -> ImageBox:
     counts = Counter(first_choices).most_common()
     stripes, start = [], 0.0
     for expert, count in counts:
         stop = start + 100 * count / len(first_choices)
         stripes.append(f"{colors[expert]} {start:.2f}% {stop:.2f}%")
         start = stop
-    return ImageBox(place, len(first_choices), counts, ",".join(stripes))
+    return ImageBox(kind, place, len(first_choices), counts, ",".join(stripes))
