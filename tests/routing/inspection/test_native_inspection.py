@@ -9,12 +9,14 @@ import pytest
 import torch
 from native_processors import tiny_processor
 from PIL import Image
-from sparse_families import IMAGE, VIDEO, family_config, sparse_family
+from sparse_families import IMAGE, VIDEO, FamilyCollator, family_config, row, sparse_family
 
 import vlmoe
 from vlmoe.data.answers import prompt_inputs
 from vlmoe.data.native_collator import NativeCollator
+from vlmoe.routing.inspection.analysis import DatasetRouting
 from vlmoe.routing.inspection.native_images import native_images
+from vlmoe.routing.inspection.page import percent
 from vlmoe.routing.inspection.report import RoutingInspection
 from vlmoe.routing.inspection.tokens import trace_prompt
 from vlmoe.routing.trace import TokenRouting, record_routing
@@ -109,8 +111,8 @@ def test_counts_of_a_dataset_are_those_of_one_forward_pass_for_each_row() -> Non
     found = vlmoe.inspect_routing(model, processor, rows(), max_new_tokens=1, batch_size=3)
     assert found.routing is not None
     collate = NativeCollator(processor)
-    for number, row in enumerate(rows()):
-        batch = collate([row])
+    for number, each in enumerate(rows()):
+        batch = collate([each])
         del batch["labels"]
         with record_routing(model) as alone, torch.no_grad():
             model(**batch)
@@ -139,6 +141,27 @@ def test_video_tokens_are_a_kind_of_their_own(tmp_path: Path) -> None:
     found = RoutingInspection.of_prompts("m", [prompt])
     text = found.save(tmp_path).read_text(encoding="utf-8")
     assert "The video has 2 steps of time" in text and text.count("video (4 tokens)") == 4
+
+
+def test_ernies_bank_for_images_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    family = "ernie4_5_vl_moe"
+    model, processor = sparse_family(family).eval(), tiny_processor("qwen3_vl_moe")
+    inputs = FamilyCollator(family)([row(9, 2, 0, images=1)])
+    del inputs["labels"]
+    prompt = trace_prompt(model, processor, inputs, [halves().resize((16, 16))], "what?", 2)
+    [image] = prompt.images
+    chosen = prompt.routing.first_choices[:, prompt.routing.is_image]
+    assert image.tiles[0].experts.reshape(1, 4).tolist() == chosen.tolist()
+    with record_routing(model) as alone, torch.no_grad():
+        model(**inputs)
+    found, routing = RoutingInspection.of_prompts("m", [prompt]), prompt.routing
+    counts = np.zeros((1, 1, 3, 4), dtype=np.int32)
+    seen = [tensor.numpy() for tensor in (routing.first_choices, routing.token_ids, routing.kinds)]
+    found.add_rows("row", DatasetRouting(alone.layers, alone.load.as_dict(), [""], counts, *seen))
+    text = found.save(tmp_path).read_text(encoding="utf-8")
+    [share] = alone.load.as_dict()["vision"]["vision"]["image_share"]
+    assert f"expert {share.index(max(share))} gets {percent(max(share))} of what image and" in text
+    assert "load_vision" in found.figures
 
 
 def test_image_tokens_without_a_known_grid_are_shown_like_words() -> None:

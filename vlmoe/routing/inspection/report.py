@@ -23,7 +23,7 @@ VISION_TOKENS = {
     "vision": "image and video tokens",
 }
 """What passes through each place with experts beside the decoder's."""
-PLACE_NAMES = {"vision": "bank of image and video experts"}
+PLACE_NAMES = {"vision": "bank for images and videos"}
 MOST_BOXES = 20_000
 """Tokens on a page, counted once for each layer; it keeps below 5 MB."""
 
