@@ -41,7 +41,7 @@ class NotWholeError(ValueError):
             f"{problems}. Copy or download weights and config again; from_pretrained(..., "
             "output_loading_info=True) loads and reports them all the same."
         )
-        self.problems = problems
+        self.kind, self.problems = kind, problems
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def test_a_model_much_bigger_than_its_weights_is_judged_without_memory(folder: P
     assert re.search(r"9 missing .*layers\.3.*; 9 of another shape", problem), problem
 
 
-@pytest.mark.parametrize("content", ["{}", '{"model_type": "llama"}', "null", "[1]", None])
+@pytest.mark.parametrize("content", ["{}", '{"model_type": "t5"}', "null", "[1]", None])
 def test_a_config_of_no_vlmoe_is_named(folder: Path, content: str | None) -> None:
     (folder / "config.json").unlink()
     if content is None:
@@ -83,6 +83,12 @@ def test_a_config_of_no_vlmoe_is_named(folder: Path, content: str | None) -> Non
         (folder / "config.json").write_text(content)
     [problem] = weights_problems(folder)
     assert problem.startswith("config.json: no model can be built from it")
+
+
+def test_a_config_of_another_family_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    [problem] = weights_problems(folder)
+    assert "290 missing" in problem and problem.endswith("describes a LlamaForCausalLM")
 
 
 def test_another_config_may_be_given(folder: Path, tiny_config: Any) -> None:

@@ -19,10 +19,8 @@ from transformers import (
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
-from ..modeling_vlmoe.whole_weights import NotWholeError
+from ..modeling_vlmoe.whole_weights import NotWholeError, untied, weight_problems
 from .export import refuse_ambiguous_banks
-
-NAMES_SHOWN = 3  # of tensors, in a message
 
 
 def saved_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -75,14 +73,14 @@ def load_whole(
 
     Raises:
         ValueError: the config is of no model that answers questions.
-        NotWholeError: tensors are missing or of another shape.
+        NotWholeError: tensors are missing, unexpected or of another shape.
     """
     if not is_native(config):
         return VLMoEForConditionalGeneration.from_pretrained(source, config=config, **options)
     refuse_ambiguous_banks(source)
-    kind = config.model_type
+    own_class = model_class(config)
     try:
-        model, found = model_class(config).from_pretrained(
+        model, found = own_class.from_pretrained(
             source,
             config=config,
             output_loading_info=True,
@@ -93,18 +91,10 @@ def load_whole(
         if "conversion" not in str(error):
             raise
         problem = "some tensors of a bank of experts are missing or of another shape"
-        raise NotWholeError(str(source), kind, problem) from error
-    missing = sorted(found["missing_keys"])
-    wrong = [
-        f"{name} {tuple(saved)} in place of {tuple(needed)}"
-        for name, saved, needed in sorted(found["mismatched_keys"])
-    ]
-    if missing or wrong:
-        faults = {"missing": missing, "of another shape": wrong}
-        problems = [
-            f"{fault}: {', '.join(names[:NAMES_SHOWN])} ({len(names)} in all)"
-            for fault, names in faults.items()
-            if names
-        ]
-        raise NotWholeError(str(source), kind, "; ".join(problems))
+        raise NotWholeError(str(source), own_class.__name__, problem) from error
+    problems = weight_problems(
+        untied(model, found["missing_keys"]), found["unexpected_keys"], found["mismatched_keys"]
+    )
+    if problems:
+        raise NotWholeError(str(source), own_class.__name__, problems)
     return model

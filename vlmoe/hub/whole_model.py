@@ -88,7 +88,7 @@ def weights_problems(folder: Path, config: PreTrainedConfig | None = None) -> It
         with reading(unfit, keep=(NotWholeError,)), quietly():
             model = load_whole(folder, config or saved_config(folder), device_map=meta_device_map())
     except NotWholeError as error:
-        yield f"{WEIGHTS}: {error.problems}"
+        yield f"{WEIGHTS}: {error.problems}; {CONFIG_FILE} describes a {error.kind}"
     except InputError as error:
         yield str(error)
     else:
