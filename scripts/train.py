@@ -300,8 +300,7 @@ def results_table(metrics: "TrainMetrics") -> str:
     }
     for kind, count in parameters.items():
         if kind != "total":
-            of_token = f" per {kind.replace('_', ' ')}" if kind != "active" else ""
-            rows[f"active{of_token}"] = f"{count:,}"
+            rows[f"active per {kind.replace('_', ' ')}"] = f"{count:,}"
     return "\n".join(f"{name:<28} {value:>18}" for name, value in rows.items())
 
 

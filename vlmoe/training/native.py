@@ -33,24 +33,6 @@ def has_moving_bias(model: PreTrainedModel) -> bool:
     )
 
 
-def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Count the parameters: `total`, and those that a token uses.
-
-    Of a VLMoE as `active_parameters` does; of another model `active`, where each bank of experts
-    counts with the share that a token is routed to.
-    """
-    if is_vlmoe(model):
-        return model.active_parameters()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    layers = routed_layers(model) if has_experts(model) else []
-    idle = sum(
-        parameter.numel() * (layer.num_experts - layer.top_k) // layer.num_experts
-        for layer in layers
-        for parameter in layer.experts.parameters()
-    )
-    return {"total": total, "active": total - idle}
-
-
 def native_arguments(
     model: PreTrainedModel, arguments: TrainingArguments, given: Collection[str]
 ) -> NativeArguments:

@@ -25,6 +25,7 @@ from transformers import (
 
 from ..data.images import limit_images
 from ..data.rows import ConversationRows
+from ..hub.active_parameters import parameter_counts
 from ..hub.atomic_files import publish_folder, refuse_mixing, staging_folder, write_json
 from ..hub.folder_lock import launch_lock
 from ..hub.input_errors import writing
@@ -45,7 +46,6 @@ from .build import (
 from .callbacks import REMEDY, Logs
 from .checkpoints import STATE_FILE, find_checkpoint, read_state, set_aside_newer
 from .data import TrainingData, TrainingRows
-from .native import parameter_counts
 from .trainer import VLMoETrainer, row_collator
 
 

@@ -57,7 +57,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
 
     A model of transformers, of another family with experts, is trained with its own processor and
     by `SparseLoss`; where its routers have a selection bias, `RouterBiasCallback` moves it. Its
-    files have the layout that its family publishes, and its card is that of its library.
+    files have the layout that its family publishes.
 
     Args:
         model: a preset's name, whose weights are new; a saved model's folder or Hub id; or a model,
