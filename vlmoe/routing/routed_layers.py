@@ -46,6 +46,11 @@ class RoutedLayer:
     top_k: int
     block: nn.Module
 
+    @property
+    def is_one_of_two(self) -> bool:
+        """Tell whether the bank sees a part of the tokens, as each of ERNIE's two does."""
+        return self.place == "vision" or ".text_moe." in self.name
+
 
 def routed_layers(model: nn.Module) -> list[RoutedLayer]:
     """Find the sparse layers of a model, in the order of its modules.

@@ -103,8 +103,9 @@ class SelectionLoads:
 
     def _bank(self, layer: RoutedLayer) -> bool | None:
         """Whether a layer sees tokens of vision alone; None: all tokens."""
-        has_banks = layer.place == "vision" or ".text_moe." in layer.name
-        return layer.place == "vision" if has_banks and self._is_vision is not None else None
+        if self._is_vision is None or not layer.is_one_of_two:
+            return None
+        return layer.place == "vision"
 
     def _of_bank(self, bank: bool | None, device: torch.device) -> torch.Tensor:
         """(tokens,) long: 1 for real tokens, 0 for padding, of those that the bank sees."""

@@ -42,7 +42,7 @@ class RouterOutputs:
 
     def members(self, layer: RoutedLayer) -> torch.Tensor:
         """(batch, length): True for tokens that the layer's bank sees, padding included."""
-        if self._is_vision is None or not _is_one_of_two(layer):
+        if self._is_vision is None or not layer.is_one_of_two:
             return torch.ones_like(self.real)
         is_vision = self._is_vision.to(self.real.device)
         return is_vision if layer.place == "vision" else ~is_vision
@@ -92,7 +92,3 @@ class RouterOutputs:
     def end(self, output: object) -> None:
         """Mark the pass as whole."""
         self._is_whole = True
-
-
-def _is_one_of_two(layer: RoutedLayer) -> bool:
-    return layer.place == "vision" or ".text_moe." in layer.name
