@@ -48,7 +48,7 @@ class VLMoEConnector(nn.Module):
         if config.projector_num_experts:
             sizes, act = (width, hidden, hidden), config.projector_hidden_act
             experts = VLMoEConnectorExperts(config, config.projector_num_experts, sizes, act)
-            self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "projector_num_experts_per_tok")
+            self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "projector")
             return
         self.linear_1 = nn.Linear(width, hidden, bias=bias)
         if config.projector_num_layers == 2:

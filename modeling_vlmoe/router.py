@@ -26,11 +26,21 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_vlmoe_text import Modality, VLMoETextConfig
 
+logger = logging.get_logger(__name__)
+
 TEXT, IMAGE = Modality.text.value, Modality.image.value
+CONSTANT_WEIGHT = (
+    "A router sends each token to one expert (k = 1) and normalizes its weight, which is then "
+    "always 1: no gradient of the task reaches the router, only that of balancing losses. Set "
+    "`norm_topk_prob=False` in the config (in tower and connector `vision_norm_topk_prob`, "
+    "`projector_norm_topk_prob`), which changes the model's function, or train with k = 2 or more."
+)
 
 
 def choose_experts(
@@ -58,7 +68,7 @@ class Routing:
 
     num_experts_per_tok: int
     scoring_func: str = "softmax"
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool | None = True
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
@@ -175,9 +185,17 @@ class VLMoERouter(nn.Module):
             top_k_index = choose_experts(choice, k, *groups)
             top_k_weights = scores.gather(-1, top_k_index)  # (tokens, k)
             if routing.norm_topk_prob:
+                if k == 1 and not is_torchdynamo_compiling():
+                    self._warn_of_constant_weight()
                 total = top_k_weights.sum(-1, keepdim=True)  # 0 where all sigmoids underflow
                 top_k_weights = top_k_weights / total.clamp(min=torch.finfo(total.dtype).tiny)
             return logits, top_k_weights * routing.routed_scaling_factor, top_k_index
+
+    def _warn_of_constant_weight(self) -> None:
+        """Warn once, in training, that the task cannot train this router."""
+        learns = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if learns and self.weight.shape[0] > 1:
+            logger.warning_once(CONSTANT_WEIGHT)
 
 
 def _by_modality(rows: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:

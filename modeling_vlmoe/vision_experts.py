@@ -6,7 +6,8 @@ router and a bank of MLPs replace an MLP of two linears with biases. The bank ha
 - `up_proj` (experts, inner, in), `up_proj_bias` (experts, inner)
 - `down_proj` (experts, out, inner), `down_proj_bias` (experts, out)
 
-Routing is softmax, top-k, renormalize: with identical experts it is the dense model's function.
+Routing is softmax, top-k, and renormalize where k is 2 or more: with identical experts it is then
+the dense model's function.
 
 The sparse towers are transformers' own with some layers replaced. Like those of the decoder these
 return their routing: under re-entrant checkpointing only a layer's output has a gradient, and
@@ -142,23 +143,31 @@ def init_router_or_bank(module: nn.Module, router_std: float) -> bool:
 
 
 class VisionRouting(Routing):
-    """Softmax, top-k, renormalize, with the current k of a config field."""
+    """Softmax and top-k, with the current values of the config's fields for a place."""
 
-    def __init__(self, config: VLMoEConfig, top_k_field: str):
-        self.config, self.top_k_field = config, top_k_field
+    def __init__(self, config: VLMoEConfig, place: str):
+        self.config, self.place = config, place
 
     @property
     def num_experts_per_tok(self) -> int:  # type: ignore[override]
         """The field's value."""
-        return getattr(self.config, self.top_k_field)
+        return getattr(self.config, f"{self.place}_num_experts_per_tok")
+
+    @property
+    def norm_topk_prob(self) -> bool:  # type: ignore[override]
+        """The field's value."""
+        return getattr(self.config, f"{self.place}_norm_topk_prob")
 
 
 class VLMoEVisionSparseMoeBlock(VLMoERoutingStats):
-    """A router and its experts in place of an MLP of the tower or of the connector's linears."""
+    """A router and its experts in place of an MLP of the tower or of the connector's linears.
 
-    def __init__(self, experts: VLMoEBiasedExperts, config: VLMoEConfig, top_k_field: str):
+    `place` is "vision" or "projector": the start of the names of its fields.
+    """
+
+    def __init__(self, experts: VLMoEBiasedExperts, config: VLMoEConfig, place: str):
         super().__init__(config.text_config)
-        size_in, routing = experts.up_proj.shape[2], VisionRouting(config, top_k_field)
+        size_in, routing = experts.up_proj.shape[2], VisionRouting(config, place)
         bias = {"has_selection_bias": self.has_selection_bias}
         self.router = VLMoERouter(size_in, experts.num_experts, routing, **bias)
         self.experts = experts
@@ -182,7 +191,7 @@ class VLMoEVisionLayer(GradientCheckpointingLayer):
         vision = config.vision_config
         sizes = (vision.hidden_size, vision.intermediate_size, vision.hidden_size)
         experts = VLMoEBiasedExperts(vision, config.vision_num_experts, sizes, vision.hidden_act)
-        self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "vision_num_experts_per_tok")
+        self.mlp = VLMoEVisionSparseMoeBlock(experts, config, "vision")
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: object

@@ -69,6 +69,13 @@ def main(
             "drop and noise change the model's function."
         ),
     ] = "copy",
+    norm_topk_prob: Annotated[
+        Literal["true", "false"] | None,
+        typer.Option(
+            help="To choose where k is 1. true: exact, but no gradient of the task reaches the "
+            "router. false: the router learns, but the function changes.",
+        ),
+    ] = None,
     sparse_layers: Annotated[
         str,
         typer.Option(
@@ -161,6 +168,7 @@ def main(
         "sparse_type": sparse_type,
         "expert_split": expert_split,
         "expert_init": expert_init,
+        "norm_topk_prob": None if norm_topk_prob is None else norm_topk_prob == "true",
         "sparse_layers": _layers(sparse_layers),
         "drop_ratio": drop_ratio,
         "noise_ratio": noise_ratio,

@@ -249,3 +249,52 @@ def test_a_preset_holds_what_its_file_says(name: str) -> None:
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'huge'.*allowed: " + ", ".join(PRESET_NAMES)):
         VLMoEConfig.from_preset("huge")
+
+
+ONE = {"num_experts_per_tok": 1}
+ONE_EVERYWHERE = {
+    "vision_num_experts": 4,
+    "vision_num_experts_per_tok": 1,
+    "projector_num_experts": 4,
+    "projector_num_experts_per_tok": 1,
+}
+
+
+def normalizes(config: VLMoEConfig) -> tuple[bool | None, ...]:
+    """The fields of decoder, tower and connector."""
+    vision = config.vision_norm_topk_prob, config.projector_norm_topk_prob
+    return config.text_config.norm_topk_prob, *vision
+
+
+def test_a_new_config_normalizes_the_weights_of_two_experts_or_more(
+    tiny_config: Callable[..., VLMoEConfig],
+) -> None:
+    assert normalizes(tiny_config()) == (True, True, True)
+    assert normalizes(tiny_config(text=ONE, **ONE_EVERYWHERE)) == (False, False, False)
+    given = {"vision_norm_topk_prob": True, "projector_norm_topk_prob": True}
+    text = ONE | {"norm_topk_prob": True}
+    assert normalizes(tiny_config(text=text, **ONE_EVERYWHERE, **given)) == (True, True, True)
+
+
+def test_a_saved_config_keeps_its_normalization_and_one_without_the_field_normalizes(
+    tmp_path: Path, tiny_config: Callable[..., VLMoEConfig]
+) -> None:
+    for kept in (True, False):
+        fields = {"vision_norm_topk_prob": kept, "projector_norm_topk_prob": kept}
+        text = ONE | {"norm_topk_prob": kept}
+        tiny_config(text=text, **ONE_EVERYWHERE, **fields).save_pretrained(tmp_path)
+        read = VLMoEConfig.from_pretrained(tmp_path)
+        assert normalizes(read) == normalizes(AutoConfig.from_pretrained(tmp_path)) == (kept,) * 3
+    other_k = VLMoEConfig.from_pretrained(tmp_path, num_experts_per_tok=2)
+    assert other_k.text_config.norm_topk_prob is False
+
+    path = tmp_path / "config.json"
+    older = json.loads(path.read_text())
+    del older["vision_norm_topk_prob"], older["projector_norm_topk_prob"]
+    del older["text_config"]["norm_topk_prob"]
+    path.write_text(json.dumps(older))
+    for read in (VLMoEConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert read.text_config.num_experts_per_tok == 1 and normalizes(read) == (True,) * 3
+    assert VLMoETextConfig.from_pretrained(tmp_path).norm_topk_prob is True
+    chosen = VLMoEConfig.from_pretrained(tmp_path, norm_topk_prob=False)
+    assert chosen.text_config.norm_topk_prob is False

@@ -34,6 +34,7 @@ WHERE: dict[str, dict[str, Any]] = {
     "one layer, k 1": {
         "vision_num_experts": 4,
         "vision_num_experts_per_tok": 1,
+        "vision_norm_topk_prob": True,
         "vision_sparse_layers": [0],
     },
     "connector, all its experts": {"projector_num_experts": 3, "projector_num_experts_per_tok": 3},

@@ -137,6 +137,7 @@ def test_every_kind_of_routing_is_exact(
     split: int, fields: dict[str, Any], dense_model: Callable[..., Any]
 ) -> None:
     copies = 8 // split
+    fields = {"norm_topk_prob": True} | fields
     model = upcycled(dense_model("smolvlm"), copies, 1, expert_split=split, **fields)
     assert model.config.text_config.num_experts == 8
     assert model.upcycling_report.error <= 1e-5

@@ -100,7 +100,14 @@ def test_what_a_known_family_cannot_say_exactly_is_refused(
         ({"drop_ratio": 1.5}, "`drop_ratio` is 1.5"),
         ({"router_std": -1.0}, "`router_std` is -1.0"),
         ({"num_experts_per_tok": 5}, "`num_experts_per_tok` is 5; allowed: 1 to num_experts=4"),
-        ({"norm_topk_prob": False}, "an option is 'norm_topk_prob'"),
+        ({"norm_topk_prob": False}, "`norm_topk_prob` is False with 4 experts"),
+        ({"num_experts_per_tok": 1}, "`num_experts_per_tok` is 1 and `norm_topk_prob` is not"),
+        ({"expert_split": 2, "num_experts_per_tok": 1, "norm_topk_prob": False}, "add up to 1"),
+        (
+            {"vision_num_experts": 4, "vision_num_experts_per_tok": 1},
+            "`vision_num_experts_per_tok` is 1 and `vision_norm_topk_prob` is not given",
+        ),
+        ({"vision_num_experts": 4, "vision_norm_topk_prob": False}, "`vision_norm_topk_prob` is"),
         ({"moe_intermediate_size": 8}, "an option is 'moe_intermediate_size'"),
         (
             {"expert_split": 2, "modality_experts": {"text": [0, 1, 2, 4], "image": [4, 5, 6, 7]}},

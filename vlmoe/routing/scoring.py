@@ -72,7 +72,9 @@ def router_scoring(layer: RoutedLayer) -> Scoring:
         ValueError: none of the known ways explains its outputs, or several do (a single expert
             whose weight is always 1).
     """
-    output, weights, choice = _asked(layer)
+    # Of one expert, where the router normalizes, the weight is always 1, whatever the scores.
+    top_k = 2 if layer.top_k == 1 and layer.num_experts > 1 else layer.top_k
+    output, weights, choice = _asked(layer, top_k=top_k)
     router = without_wrappers(layer.router)
     groups = _number(router, "num_group", "n_group"), _number(router, "topk_group")
     given = weights / weights.sum(-1, keepdim=True)
@@ -97,15 +99,33 @@ def router_scoring(layer: RoutedLayer) -> Scoring:
     return fitting[0]
 
 
-def _asked(layer: RoutedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def weight_is_constant(layer: RoutedLayer, **attributes: bool) -> bool:
+    """Return whether tokens go to one expert of several, whose weight is the same for all tokens.
+
+    Then no gradient of the task reaches the router. `attributes` are set where the router has them.
+
+    Raises:
+        ValueError: the router does not return logits, weights and choice.
+    """
+    if layer.num_experts == 1:
+        return False
+    _, weights, _ = _asked(layer, **attributes)
+    return weights.shape[-1] == 1 and _close(weights, weights[:1].expand_as(weights))
+
+
+def _asked(
+    layer: RoutedLayer, **attributes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return output (tokens, experts), weights and choice (tokens, k) for drawn tokens.
 
-    A router of one expert chooses two: where it normalizes, the weight of one alone is always 1.
+    `attributes`, such as `top_k`, are set where the router has them.
     """
     generator = torch.Generator().manual_seed(0)
     router = _empty_copy(without_wrappers(layer.router))
-    if layer.top_k == 1 and layer.num_experts > 1 and hasattr(router, "top_k"):
-        setattr(router, "top_k", 2)  # noqa: B010 - an attribute of some routers
+    for attribute, value in attributes.items():
+        if hasattr(router, attribute):
+            setattr(router, attribute, value)
     hidden = _hidden_size(router, layer.num_experts)
     for name, tensor in (*router.named_parameters(), *router.named_buffers()):
         if tensor.dim() < 2 or name.endswith("bias"):

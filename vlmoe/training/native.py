@@ -8,6 +8,7 @@ from typing import TypedDict
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..routing.balancing import is_vlmoe
+from ..routing.constant_weights import warn_of_constant_weights
 from ..routing.record import has_experts
 from ..routing.routed_layers import routed_layers, selection_bias
 from .sparse_loss import SparseLoss
@@ -48,7 +49,8 @@ def native_arguments(
         return {}
     if hasattr(model.config, "vision_config") and arguments.ddp_find_unused_parameters is False:
         arguments.ddp_find_unused_parameters = None  # Trainer's own choice
-    if "compute_loss_func" in given:
+    if "compute_loss_func" in given:  # a `SparseLoss` warns by itself
+        warn_of_constant_weights(model)
         return {}
     try:
         routed_layers(model)

@@ -29,6 +29,7 @@ from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.modeling_vlmoe_text import real_tokens
 from ..modeling_vlmoe.router_losses import RouterLosses, load_balancing_loss, router_z_loss
+from ..routing.constant_weights import warn_of_constant_weights
 from ..routing.routed_layers import Place, RoutedLayer, routed_layers
 from ..routing.scoring import Scoring, router_scoring
 from .router_outputs import NOT_SEEN, RouterOutputs
@@ -141,6 +142,7 @@ class _OfNative:
                 f"The routers of {type(head).__name__} return probabilities, which have no z-loss: "
                 "set z to 0."
             )
+        warn_of_constant_weights(head)
         self._outputs = RouterOutputs(head, layers)
 
     def __call__(self, labels: torch.Tensor, row_weights: torch.Tensor) -> RouterLosses:

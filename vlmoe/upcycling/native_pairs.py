@@ -60,6 +60,15 @@ class Pair:
     rope_keys: tuple[str, ...] = ()
     silent_branch: bool = False
 
+    @property
+    def takes_scores(self) -> bool:
+        """Tell whether the weight of one expert can be its score; else it is always 1.
+
+        Cohere2-MoE's softmax is over the chosen experts alone.
+        """
+        is_over_chosen = self.fields.get("expert_selection_fn") == "softmax"
+        return "norm_topk_prob" in self.fields and not is_over_chosen
+
 
 NORMALIZED = {"norm_topk_prob": True}
 GATED = SharedExpert(width="shared_expert_intermediate_size", required=True, gated=True)

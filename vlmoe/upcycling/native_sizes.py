@@ -45,10 +45,24 @@ def native_sizes(dense: PreTrainedConfig, pair: Pair, options: Upcycling) -> dic
         pair.top_k: options.num_experts_per_tok * split,
         pair.width: width // split,
     }
+    sizes |= _weights(pair, options)
     if pair.silent_branch:
         sizes["enable_moe_block"] = True
     layers = _layers(dense.num_hidden_layers, pair, options)
     return sizes | _shared(width, pair, options) | layers
+
+
+def _weights(pair: Pair, options: Upcycling) -> dict[str, bool]:
+    """Return the field that says whether the weights of the chosen experts add up to 1."""
+    if options.normalizes:  # as `pair.fields` says
+        return {}
+    if pair.takes_scores:
+        return {"norm_topk_prob": False}
+    raise ValueError(
+        f"`num_experts_per_tok` is 1 without `norm_topk_prob=True`, and the routers of "
+        f"{pair.sparse!r} always normalize, so that no gradient of the task reaches them; allowed: "
+        'norm_topk_prob=True, num_experts_per_tok of 2 or more, or target="vlmoe".'
+    )
 
 
 def _require_oblong(hidden: int, width: int, split: int) -> None:

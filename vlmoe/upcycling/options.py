@@ -30,9 +30,19 @@ TEXT_FIELDS = (
 TOP_FIELDS = (
     "vision_num_experts",
     "vision_num_experts_per_tok",
+    "vision_norm_topk_prob",
     "vision_sparse_layers",
     "projector_num_experts",
     "projector_num_experts_per_tok",
+    "projector_norm_topk_prob",
+)
+
+NORMALIZES_VISION = ("vision_norm_topk_prob", "projector_norm_topk_prob")
+CHOICE = (
+    "`{k}` is 1 and `{field}` is not given. Choose: True keeps the dense function, but the weight "
+    "of the one expert is always 1, so that no gradient of the task reaches the router; with False "
+    "the router learns from the task, but its score scales the expert, so that the function "
+    "changes. With `{k}` of 2 or more there is nothing to choose."
 )
 
 
@@ -54,6 +64,11 @@ class Upcycling:
             distribution with the weight's mean and deviation (Drop-Upcycling,
             https://arxiv.org/abs/2502.19261). `"noise"`: copies plus normal noise of `noise_ratio`
             times the weight's deviation. The last two are not exact.
+        norm_topk_prob: to be chosen where a token is sent to one expert (k = 1 without a split).
+            True: the expert's weight is always 1, exact, but no gradient of the task reaches the
+            router. False: the weight is the router's score, so that the router learns from the
+            task, but the function changes; not with `expert_init="shared"`, whose routed experts
+            add nothing yet. For k of 2 or more it is True.
         sparse_layers: decoder layers that get experts: `"all"`, `"second_half"`, a number n for
             every n-th layer, or a list of indices.
         drop_ratio, noise_ratio: see `expert_init`.
@@ -73,6 +88,7 @@ class Upcycling:
     num_experts_per_tok: int = 2
     expert_split: int = 1
     expert_init: str = "copy"
+    norm_topk_prob: bool | None = None
     sparse_layers: str | int | Sequence[int] = "all"
     drop_ratio: float = 0.5
     noise_ratio: float = 0.05
@@ -102,6 +118,7 @@ class Upcycling:
                 f"`expert_split` is {self.expert_split} with `expert_init` {self.expert_init!r}; "
                 "allowed: 1, or expert_init='copy'."
             )
+        self._check_weights_of_one()
         if not 0 <= self.drop_ratio <= 1:
             raise ValueError(f"`drop_ratio` is {self.drop_ratio}; allowed: 0 to 1.")
         for name in ("noise_ratio", "router_std"):
@@ -113,10 +130,43 @@ class Upcycling:
                 _require("an option", name, (*own, *TEXT_FIELDS, *TOP_FIELDS))
                 raise ValueError(f"`fields` holds {name!r}, which is an option, not a field.")
 
+    def _check_weights_of_one(self) -> None:
+        """Require the choice that k = 1 needs, and refuse weights that do not add up to 1."""
+        is_open = self.routes_to_one and self.expert_init != "shared"
+        if is_open and self.norm_topk_prob is None:
+            raise ValueError(CHOICE.format(k="num_experts_per_tok", field="norm_topk_prob"))
+        if self.norm_topk_prob is False and not self.routes_to_one:
+            raise ValueError(
+                f"`norm_topk_prob` is False with {self.num_experts} experts, k of "
+                f"{self.num_experts_per_tok} and `expert_split` {self.expert_split}: the weights "
+                "of the chosen ones would not add up to 1; allowed: True."
+            )
+        for place in ("vision", "projector"):
+            k, field = f"{place}_num_experts_per_tok", f"{place}_norm_topk_prob"
+            some = self.fields.get(f"{place}_num_experts", 0)
+            if some > 1 and self.fields.get(k) == 1 and self.fields.get(field) is None:
+                raise ValueError(CHOICE.format(k=k, field=field))
+            if some and self.fields.get(k) != 1 and self.fields.get(field) is False:
+                raise ValueError(f"`{field}` is False; allowed: True, or `{k}` of 1.")
+
+    @property
+    def routes_to_one(self) -> bool:
+        """Tell whether the router chooses one expert of several."""
+        return self.num_experts_per_tok * self.expert_split == 1 < self.num_experts
+
+    @property
+    def normalizes(self) -> bool:
+        """Tell whether the weights of the chosen experts are divided by their sum."""
+        if self.norm_topk_prob is None:
+            return not self.routes_to_one
+        return self.norm_topk_prob
+
     @property
     def exactness(self) -> str:
         """Return how far the sparse model keeps the dense function."""
-        if self.expert_init in ("drop", "noise"):
+        scales = not self.normalizes and self.expert_init != "shared"
+        scales |= any(self.fields.get(name) is False for name in NORMALIZES_VISION)
+        if self.expert_init in ("drop", "noise") or scales:
             return "not exact"
         return "exact" if self.expert_split == 1 else "exact at step 0 only"
 
@@ -163,6 +213,7 @@ class Upcycling:
             | {
                 "num_experts": self.num_experts * split,
                 "num_experts_per_tok": self.num_experts_per_tok * split,
+                "norm_topk_prob": self.normalizes,
                 "moe_intermediate_size": width // split,
                 "num_shared_experts": int(self.expert_init == "shared"),
                 "mlp_only_layers": [i for i in range(text["num_hidden_layers"]) if i not in sparse],

@@ -89,6 +89,7 @@ class UpcyclingReport:
             ("source", f"{self.source} ({self.model_type})"),
             ("target", self.target),
             ("function", self.exactness),
+            *self._weight_of_one(),
             ("error in fp32", f"{self.error:.1e}, same next token {self.same_argmax:.2%}"),
             ("loss at step 0", f"dense {self.loss['dense']:.6f}, sparse {self.loss['sparse']:.6f}"),
         ]
@@ -112,3 +113,12 @@ class UpcyclingReport:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _weight_of_one(self) -> list[tuple[str, str]]:
+        """Return the row about routers that choose one expert, if they do."""
+        chosen = self.options.get("norm_topk_prob")
+        k = self.options.get("num_experts_per_tok", 0) * self.options.get("expert_split", 1)
+        if k != 1 or chosen is None:
+            return []
+        meaning = "scores scale the experts" if not chosen else "no gradient of the task"
+        return [("router of k = 1", f"{meaning} (norm_topk_prob={chosen})")]
