@@ -1,10 +1,12 @@
 """Models of transformers' own families load whole, with their processors, or are refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders import picture
 from native_processors import tiny_processor
 from safetensors.torch import load_file, save_file
 from sparse_families import sparse_family
@@ -37,6 +39,26 @@ def test_a_native_model_loads_by_its_own_class(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"the config has no field '(text_confg|num_lay)'"):
         wrong: dict[str, object] = {"text_confg": {}} if "llava" in saved.name else {"num_lay": 2}
         build_model(str(saved), model_overrides=wrong)
+
+
+def test_a_folder_from_before_transformers_5_is_whole(tmp_path: Path) -> None:
+    """The image processor had a file of its own, preprocessor_config.json."""
+    sparse_family("llava_qwen3_moe").save_pretrained(tmp_path)
+    processor = tiny_processor("llava_qwen3_moe")
+    processor.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "processor_config.json").read_text())
+    own = fields.pop("image_processor")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    (tmp_path / "processor_config.json").write_text(json.dumps(fields))
+    require_model_source(tmp_path)
+    inputs = read_processor(tmp_path)(text="<image>a", images=picture(0), return_tensors="pt")
+    expected = processor(text="<image>a", images=picture(0), return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    (tmp_path / "processor_config.json").unlink()
+    require_model_source(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"processor_config\.json: missing"):
+        require_model_source(tmp_path)
 
 
 @pytest.mark.parametrize(

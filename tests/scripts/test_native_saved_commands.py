@@ -12,6 +12,7 @@ from builders import picture
 from hub_process import command, logits_of_class
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from native_dense import vision_config
 from native_processors import tiny_processor
 from sparse_families import EXPERTS, TOP_K, family_config, sparse_family
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from vlmoe import add_expert_lora
 from vlmoe.hub.active_parameters import parameter_counts
 from vlmoe.hub.card_facts import model_facts, parameters_of
+from vlmoe.hub.model_card import render_model_card
 from vlmoe_cli.main import main
 
 LLAVA, MIXTRAL = "llava_qwen3_moe", "mixtral"
@@ -44,6 +46,7 @@ def test_the_card_tells_how_plain_transformers_loads_it(native: Path) -> None:
     card = ModelCard.load(native / "README.md")
     tag = "text-generation" if native.name == MIXTRAL else "image-text-to-text"
     assert (card.data.pipeline_tag, card.data.license) == (tag, "mit")
+    assert card.data.tags == ["mixture-of-experts"]
     assert "trust_remote_code" not in card.text and "import vlmoe" not in card.text
     model = loaded(native)
     bank = sum(
@@ -105,6 +108,13 @@ def test_training_and_evaluation_write_their_part_of_the_card(
     assert "## Routing" in text and "4 questions of" in text
     stages = json.loads((output / "training_stages.json").read_text())
     assert stages[0]["parameters"]["total"] == sum(p.numel() for p in loaded(output).parameters())
+
+
+def test_the_card_of_a_dense_model_calls_it_no_mixture(tmp_path: Path) -> None:
+    vision_config("llava", "qwen3").save_pretrained(tmp_path)
+    card = ModelCard(render_model_card(tmp_path))
+    assert not card.data.tags and "mixture-of-experts" not in card.text
+    assert "A vision-language model: it takes" in card.text
 
 
 @pytest.mark.parametrize(

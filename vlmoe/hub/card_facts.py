@@ -16,6 +16,7 @@ from .json_files import JsonObject
 from .model_classes import is_native, model_class
 from .provenance import saved_json
 
+OUTSIDE_THE_DECODER = ("vision_num_experts", "projector_num_experts")
 SHARED = ("num_shared_experts", "n_shared_experts", "moe_num_shared_experts")
 _BANK = re.compile(r"\blayers\.(?P<layer>\d+)\..*\bexperts$")
 
@@ -29,6 +30,7 @@ class ModelFacts:
         vision: `model_type` of the vision tower; None for a language model.
         num_layers: of the decoder.
         sparse_layers: those of them that have experts, counted from 0.
+        has_experts: the decoder, the vision tower or the connector has.
         num_experts, top_k, width: of a sparse layer: its experts, those that a token is routed to,
             and the width of one.
         num_shared_experts: that every token passes through, where the configuration counts them.
@@ -43,6 +45,7 @@ class ModelFacts:
     vision: str | None
     num_layers: int
     sparse_layers: list[int]
+    has_experts: bool
     num_experts: int
     top_k: int
     width: int
@@ -71,6 +74,7 @@ def model_facts(config: PreTrainedConfig, folder: Path) -> ModelFacts:
         vision=getattr(vision, "model_type", None),
         num_layers=text.num_hidden_layers,
         sparse_layers=sparse,
+        has_experts=bool(sparse) or any(getattr(config, f, 0) for f in OUTSIDE_THE_DECODER),
         num_experts=experts,
         top_k=chosen_experts(config) if sparse else 0,
         width=width,
@@ -115,7 +119,8 @@ def _experts(config: PreTrainedConfig) -> tuple[list[int], int, int]:
 def _images(config: PreTrainedConfig, folder: Path) -> JsonObject:
     """Return pixels and tokens of an image or tile, and whether large images are tiled."""
     processor = saved_json(folder / "processor_config.json") or {}
-    image_processor = processor.get("image_processor") or {}
+    alone = saved_json(folder / "preprocessor_config.json")  # as before transformers 5
+    image_processor = processor.get("image_processor") or alone or {}
     tiling = any(image_processor.get(option) for option in TILING_OPTIONS)
     size = tokens = None
     vision = getattr(config, "vision_config", None)

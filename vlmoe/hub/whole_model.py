@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..modeling_vlmoe.whole_weights import NotWholeError
 from .file_checks import content_problems, tensor_dtypes
 from .finite_weights import require_finite
@@ -34,6 +35,8 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.
 SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")  # FSDP, DeepSpeed
 # A model with a vision tower that was saved with its processor cannot do without these.
 _PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
+_IMAGE_PROCESSOR = "preprocessor_config.json"
+"""The processor's file in folders that were saved before transformers 5."""
 _VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
@@ -68,8 +71,11 @@ def absent_files(folder: Path) -> Iterator[str]:
     config = folder / CONFIG_FILE
     # a damaged config is reported by `content_problems`
     fields = read_json(config) if config.is_file() and not json_problem(config) else {}
-    if "vision_config" in fields and {"tokenizer.json", *_PROCESSOR_FILES} & set(names):
-        yield from (f"{name}: missing" for name in _PROCESSOR_FILES if name not in names)
+    saved = {"tokenizer.json", _IMAGE_PROCESSOR, *_PROCESSOR_FILES}
+    if "vision_config" in fields and saved & set(names):
+        is_old = _IMAGE_PROCESSOR in names and fields.get("model_type") != VLMoEConfig.model_type
+        needed = _PROCESSOR_FILES[1:] if is_old else _PROCESSOR_FILES
+        yield from (f"{name}: missing" for name in needed if name not in names)
         if not any(True for pattern in _VOCABULARY_PATTERNS for _ in folder.glob(pattern)):
             yield "tokenizer.json: missing"
 

@@ -225,6 +225,14 @@ def large_prompt(layers: int, experts: int, side: int) -> TracedPrompt:
     )
 
 
+def test_images_of_deep_models_have_their_files_beside_the_page(tmp_path: Path) -> None:
+    deep = RoutingInspection.of_prompts("m", [large_prompt(8, 16, 2)])
+    text = deep.save(tmp_path).read_text(encoding="utf-8")
+    with Image.open(tmp_path / "question_1_image_1.png") as picture:
+        assert picture.width > 8 and picture.format == "PNG"
+    assert text.count("<svg") == 1 + 8, "the page shows one layer at a time"
+
+
 @pytest.mark.slow
 def test_48_layers_of_128_experts_fit_a_page_of_5_megabytes_with_one_layer_shown() -> None:
     prompts = [large_prompt(48, 128, 16) for _ in range(3)]

@@ -124,8 +124,7 @@ class RoutingInspection:
 
         place = Path(folder).expanduser()
         with folder_lock(place):
-            shown_at_once = () if self.is_deep else self.prompts
-            for number, prompt in enumerate(shown_at_once, start=1):
+            for number, prompt in enumerate(self.prompts, start=1):
                 prompt.image_figures = [
                     plot_image_experts(
                         image,
