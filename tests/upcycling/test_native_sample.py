@@ -9,6 +9,8 @@ from native_dense import IMAGE, VIDEO, dense_model, language_config, vision_conf
 from native_processors import tiny_processor, tiny_tokenizer
 
 from vlmoe.upcycling.native_sample import drawn_inputs, processed_inputs, source_processor
+from vlmoe.upcycling.native_target import NativeTarget
+from vlmoe.upcycling.options import Upcycling
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "gemma4"])
@@ -33,6 +35,32 @@ def test_pictures_and_texts_come_from_the_processor(family: str, with_template: 
     if family == "qwen3_vl":
         assert int((ids[2] == VIDEO).sum()) == 2 * 2 * 3  # frames, rows, columns
         assert sample["mm_token_type_ids"].unique().tolist() == [0, 1, 2]
+
+
+def test_a_template_without_a_place_for_pictures_is_not_used(caplog: Any) -> None:
+    model, processor = dense_model(vision_config("qwen3_vl")), tiny_processor("qwen3_vl")
+    processor.chat_template = None
+    expected = processed_inputs(processor, model)
+    assert not caplog.text
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['content'][-1]['text'] }}<|im_end|>{% endfor %}"
+    )
+    sample = processed_inputs(processor, model)
+    assert sample.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in sample.items())
+    assert "writes no <image> for a picture" in caplog.text
+
+
+def test_images_that_follow_each_other_are_counted_apart(tmp_path: Path) -> None:
+    """LLaVA's template writes nothing between them."""
+    model, processor = dense_model(vision_config("llava", "qwen3")), tiny_processor("llava")
+    target = NativeTarget.for_dense(model.config, Upcycling.of(4, 2))
+    sample = target.sample(model, processor)
+    text = tiny_tokenizer().decode(sample["input_ids"][0], skip_special_tokens=False)
+    assert "<image>" * 8 in text, "two images of four tokens"
+    assert target.sample_size(sample)["images"] == 3
+    given = NativeTarget.for_dense(model.config, Upcycling.of(4, 2))
+    assert given.sample_size(sample)["images"] == 2, "runs of tokens"
 
 
 def test_a_language_model_reads_the_texts() -> None:

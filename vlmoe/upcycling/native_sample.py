@@ -8,6 +8,7 @@ texts come from the source's own processor; without one, pixels and words are dr
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,6 +30,8 @@ logger = logging.get_logger(__name__)
 Tensor = torch.Tensor
 Pixels = dict[str, Tensor]
 Layout = Callable[[PreTrainedConfig, torch.Generator], Pixels]
+IMAGES = (2, 1, 0)
+"""Of each row."""
 M_ROPE = ("qwen3_vl", "qwen3_5")
 """Families with positions on three axes, which follow from the types of the tokens."""
 
@@ -76,20 +79,20 @@ def processed_inputs(processor: Processor, model: PreTrainedModel) -> Sample:
 
 
 def _encoded(processor: ProcessorMixin, shown: Sequence[list[Image.Image]]) -> BatchFeature:
-    """Encode rows of pictures and a text, as a chat where the processor has a template."""
+    """Encode rows of pictures and a text, as a chat where the template has a place for pictures."""
     padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if processor.tokenizer.pad_token is None:  # masked anyway
         processor = copy.copy(processor)
         processor.tokenizer = copy.deepcopy(processor.tokenizer)
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     rows = list(zip(shown, TEXTS[: len(shown)], strict=True))
-    if processor.chat_template is None:  # words between images, which M-RoPE would join
-        texts = [" and ".join([processor.image_token] * len(row)) + text for row, text in rows]
-        return processor(text=texts, images=list(shown), **padding)
     chats = []
     for row, text in rows:
         content = [{"type": "image", "image": picture} for picture in row]
         chats.append([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
+    if not _has_place_for(processor, chats):  # words between images, which M-RoPE would join
+        texts = [" and ".join([processor.image_token] * len(row)) + text for row, text in rows]
+        return processor(text=texts, images=list(shown), **padding)
     return processor.apply_chat_template(
         chats,
         tokenize=True,
@@ -100,9 +103,25 @@ def _encoded(processor: ProcessorMixin, shown: Sequence[list[Image.Image]]) -> B
     )
 
 
+def _has_place_for(processor: ProcessorMixin, chats: list[list[dict[str, Any]]]) -> bool:
+    """Return whether the chat template writes an image token for each picture; warn if not."""
+    if processor.chat_template is None:
+        return False
+    texts = processor.apply_chat_template(chats, tokenize=False)
+    for text, [message] in zip(texts, chats, strict=True):
+        if text.count(processor.image_token) < len(message["content"]) - 1:
+            logger.warning(
+                f"The chat template of {type(processor).__name__} writes no {processor.image_token}"
+                " for a picture. The two models are compared on plain texts with pictures instead "
+                "of chats."
+            )
+            return False
+    return True
+
+
 @torch.no_grad()
 def drawn_inputs(
-    model: PreTrainedModel, images: Sequence[int] = (2, 1, 0), length: int = 24, frames: int = 2
+    model: PreTrainedModel, images: Sequence[int] = IMAGES, length: int = 24, frames: int = 2
 ) -> Sample:
     """Draw inputs for a model without its processor, rows padded on the left.
 

@@ -17,7 +17,7 @@ from .exactness import TOLERANCE
 from .native_config import native_config
 from .native_pairs import Pair
 from .native_plan import NativePlan
-from .native_sample import drawn_inputs, processed_inputs
+from .native_sample import IMAGES, drawn_inputs, processed_inputs
 from .options import Upcycling
 from .origins import Origin
 from .target import Processor, Sample, Target
@@ -35,6 +35,7 @@ class NativeTarget(Target):
         pair: the pair of text models.
         lost_fields: of the dense configuration, which the sparse one does not have; none changes
             the function.
+        drawn_images: how many a sample that was made here shows.
     """
 
     name = "native"
@@ -43,6 +44,7 @@ class NativeTarget(Target):
     dense_config: PreTrainedConfig
     pair: Pair
     lost_fields: dict[str, Any] = field(default_factory=dict)
+    drawn_images: int | None = None
 
     @classmethod
     def for_dense(cls, dense: PreTrainedConfig, options: Upcycling) -> Self:
@@ -90,6 +92,8 @@ class NativeTarget(Target):
 
     def sample(self, dense: PreTrainedModel, processor: Processor | None) -> Sample:
         """Encode drawn pictures and fixed texts, or draw pixels and random tokens."""
+        takes_images = getattr(self.config, "image_token_id", None) is not None
+        self.drawn_images = sum(IMAGES) if takes_images else 0
         if processor is None:
             return drawn_inputs(dense)
         return processed_inputs(processor, dense)
@@ -99,11 +103,13 @@ class NativeTarget(Target):
         return dict(sample)
 
     def sample_size(self, sample: Sample) -> dict[str, int]:
-        """Count rows, runs of image tokens, and tokens."""
+        """Count rows, images (in a sample that was given, runs of image tokens), and tokens."""
         ids, real = sample["input_ids"], sample["attention_mask"].bool()
-        is_image = (ids == getattr(self.config, "image_token_id", None)) & real
-        starts = is_image & ~is_image.roll(1, dims=1)
-        return {"rows": len(ids), "images": int(starts.sum()), "tokens": int(real.sum())}
+        images = self.drawn_images
+        if images is None:
+            is_image = (ids == getattr(self.config, "image_token_id", None)) & real
+            images = int(is_image[:, 0].sum() + (is_image[:, 1:] & ~is_image[:, :-1]).sum())
+        return {"rows": len(ids), "images": images, "tokens": int(real.sum())}
 
     def dense_parameters(
         self, dense: PreTrainedModel, weights: Mapping[str, Tensor]

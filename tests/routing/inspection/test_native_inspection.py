@@ -1,6 +1,7 @@
 """`inspect_routing` on transformers' own sparse models, with tiny processors made offline."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vlmoe.routing.inspection.analysis import DatasetRouting
 from vlmoe.routing.inspection.native_images import native_images
 from vlmoe.routing.inspection.page import percent
 from vlmoe.routing.inspection.report import RoutingInspection
-from vlmoe.routing.inspection.tokens import trace_prompt
+from vlmoe.routing.inspection.tokens import ImageBox, layer_strip, trace_prompt
 from vlmoe.routing.trace import TokenRouting, record_routing
 from vlmoe_cli import main
 
@@ -172,6 +173,23 @@ def test_image_tokens_without_a_known_grid_are_shown_like_words() -> None:
         model, processor, question="what?", images=[halves()], max_new_tokens=2
     )
     assert found.prompts[0].images == [] and "image" in found.prompts[0].loose
+
+
+def test_images_that_follow_each_other_have_boxes_of_their_own() -> None:
+    """LLaVA's template writes nothing between them."""
+    family = "llava_qwen3_moe"
+    model, processor = sparse_family(family).eval(), tiny_processor(family)
+    found = vlmoe.inspect_routing(
+        model, processor, question="same?", images=[halves(), halves()], max_new_tokens=2
+    )
+    [prompt] = found.prompts
+    boxes = [box for box in layer_strip(prompt, 0).boxes if isinstance(box, ImageBox)]
+    assert [box.tokens for box in boxes] == [4, 4]
+    assert boxes[1].place == boxes[0].place + 4
+    first = prompt.routing.first_choices[0].tolist()
+    for box in boxes:
+        of_box = Counter(first[box.place : box.place + 4])
+        assert dict(box.counts) == of_box
 
 
 def test_a_language_model_has_no_pictures() -> None:

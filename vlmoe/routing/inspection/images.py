@@ -55,6 +55,11 @@ class ImageRouting:
     kind: str = "image"
 
     @property
+    def cells(self) -> int:
+        """How many tokens the image has."""
+        return sum(tile.experts[0].size for tile in self.tiles)
+
+    @property
     def has_whole(self) -> bool:
         """Whether a thumbnail of the whole follows the tiles."""
         return len(self.tiles) > max(self.rows * self.cols, 1)

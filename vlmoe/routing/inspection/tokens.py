@@ -1,10 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """A question and its answer, token by token: their texts, and the experts of each layer."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class TokenBox:
 
 @dataclass(frozen=True)
 class ImageBox:
-    """Image or video tokens that follow each other, in one layer, as one box.
+    """The tokens of an image or video that follow each other, in one layer, as one box.
 
     Attributes:
         kind: image or video.
@@ -207,9 +208,9 @@ def layer_strip(
     colors = expert_colors(routing.num_experts)
     if by_load:
         colors = [RANK_COLORS[rank] for rank in rank_of]
-    kinds = [KINDS[kind] for kind in (*routing.kinds.tolist(), Modality.text)]
+    shown = _pictures(prompt)
     boxes: list[TokenBox | ImageBox] = []
-    for kind, group in groupby(range(len(prompt.tokens)), key=lambda i: kinds[i]):
+    for (kind, _), group in groupby(range(len(prompt.tokens)), key=lambda i: shown[i]):
         places = list(group)
         if kind == Modality.text.name or kind in prompt.loose:
             boxes += [_token_box(prompt, layer, place, rank_of, colors) for place in places]
@@ -219,6 +220,24 @@ def layer_strip(
     text = spread(first[routing.kinds == Modality.text.value])
     busiest = Counter(first.tolist()).most_common(OTHERS)
     return LayerStrip(boxes[left_out:], left_out, text, rank_of, busiest)
+
+
+def _pictures(prompt: TracedPrompt) -> list[tuple[str, int]]:
+    """Return, for each token, its kind and the number of its image or video.
+
+    So images between which there is no token are told apart.
+    """
+    ends = {
+        kind: list(accumulate(each.cells for each in prompt.images if each.kind == kind))
+        for kind in KINDS
+    }
+    seen: Counter[str] = Counter()
+    found = []
+    for number in (*prompt.routing.kinds.tolist(), Modality.text):
+        kind = KINDS[number]
+        found.append((kind, bisect_right(ends[kind], seen[kind])))
+        seen[kind] += 1
+    return found
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
