@@ -41,8 +41,7 @@ class VLMoEConnector(nn.Module):
         super().__init__()
         self.pixel_shuffle_factor = config.pixel_shuffle_factor
         hidden, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        width = config.vision_config.hidden_size * len(config.vision_feature_layers)
-        width *= self.pixel_shuffle_factor**2
+        width = config.connector_input_size
         self.layer_norm = nn.LayerNorm(width) if config.projector_layer_norm else nn.Identity()
         self.mlp = self.linear_2 = None
         if config.projector_num_experts:

@@ -44,6 +44,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.configuration_vlmoe_text import VLMoETextConfig
+from .experts_auto import default_experts
 from .input_checks import check_token_inputs
 from .quantization import (
     check_experts_implementation,
@@ -239,6 +240,14 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         """Refuse missing weights, which transformers would initialize at random."""
         require_whole_weights(model, load_config, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return what transformers does, but by default "auto" for sizes that grouped_mm refuses.
+
+        transformers' default is grouped_mm, which would fail in the first forward pass.
+        """
+        asked = default_experts(requested_experts, self.config.expert_sizes)
+        return super().get_correct_experts_implementation(asked)
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
         """Set it as transformers does; quantized experts take only `eager` and `auto`."""

@@ -32,7 +32,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
-from .experts_auto import is_torchao
+from .experts_auto import default_experts, is_torchao
 from .router import Routing, VLMoERouter
 from .sparse_moe import VLMoERoutingStats
 
@@ -249,6 +249,12 @@ class _SparseTower(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """Return True: transformers' cached answer is inherited from the dense tower."""
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return what transformers does, but "auto" where its default refuses the sizes."""
+        sizes = self.config.hidden_size, self.config.intermediate_size
+        asked = default_experts(requested_experts, sizes)
+        return super().get_correct_experts_implementation(asked)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

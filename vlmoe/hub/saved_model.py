@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ..processing.processing_vlmoe import VLMoEProcessor
+from .experts_implementation import suit_experts
 from .finite_weights import require_finite
 from .input_errors import reading
 from .model_classes import is_native, load_whole, saved_config
@@ -80,6 +81,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a saved model whose weights are all there and all finite.
 
+    Experts whose sizes the default implementation refuses are computed by `auto`.
+
     Args:
         source: a folder or a Hub id.
         config: in place of the model's own.
@@ -92,6 +95,7 @@ def load_model(
     with reading(f"The weights of {source}"):
         model = load_whole(source, config, dtype=dtype or "auto")
     require_finite(model.state_dict().items(), str(source))
+    suit_experts(model)
     return model
 
 

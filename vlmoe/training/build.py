@@ -23,6 +23,7 @@ from ..configuration.configuration_vlmoe import PRESETS, VLMoEConfig
 from ..data.conversations import parse_row
 from ..data.row_fields import AnyRow, did_you_mean
 from ..data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_tokenizer
+from ..hub.experts_implementation import DEFAULT, parts_with_experts, require_taken
 from ..hub.input_errors import reading
 from ..hub.json_files import read_json
 from ..hub.saved_model import (
@@ -271,16 +272,10 @@ def _choose_implementations(
             model.set_attn_implementation(attention)
     if experts:
         with reading(f"`experts_implementation` {experts}"):
-            for part in _parts_with_experts(model):
+            if experts == DEFAULT:
+                require_taken(model)
+            for part in parts_with_experts(model):
                 part.set_experts_implementation(experts)
-
-
-def _parts_with_experts(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """Return the model, or of a container such as LLaVA the language model inside."""
-    if model._can_set_experts_implementation():
-        return [model]
-    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-    return [each for each in parts if each._can_set_experts_implementation()] or [model]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

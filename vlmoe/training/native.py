@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..hub.experts_implementation import suit_experts
 from ..routing.balancing import is_vlmoe
 from ..routing.constant_weights import warn_of_constant_weights
 from ..routing.record import has_experts
@@ -39,6 +40,8 @@ def native_arguments(
 ) -> NativeArguments:
     """Return the arguments of `Trainer` for a model of transformers; none for a VLMoE.
 
+    Experts whose sizes the default implementation refuses are computed by `auto` from here on.
+
     Args:
         model: that is trained.
         arguments: changed where they would not fit: a batch without images leaves the vision tower
@@ -47,6 +50,7 @@ def native_arguments(
     """
     if is_vlmoe(model):
         return {}
+    suit_experts(model)
     if hasattr(model.config, "vision_config") and arguments.ddp_find_unused_parameters is False:
         arguments.ddp_find_unused_parameters = None  # Trainer's own choice
     if "compute_loss_func" in given:  # a `SparseLoss` warns by itself

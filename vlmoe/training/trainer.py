@@ -27,6 +27,7 @@ from ..data.long_rows import length_limit, usable_rows
 from ..data.native_collator import NativeCollator
 from ..data.native_rows import usable_native_rows
 from ..data.rows import ConversationRows, Rows, as_rows
+from ..hub.experts_implementation import keep_suited
 from ..hub.export import publish_layout
 from ..hub.provenance import RunOrigin
 from ..hub.saved_model import Processor, is_own_processor, read_processor
@@ -155,7 +156,9 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: StateDict | None = None) -> None:
         """Save as `Trainer` does, in the layout in which the model's family publishes it."""
         super()._save(output_dir, state_dict)
-        publish_layout(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        publish_layout(folder)
+        keep_suited(folder, self.model)
 
     def _show_progress(self, given: Sequence[TrainerCallback]) -> None:
         """Put our bar, or our printer where there is no bar, in the place of Trainer's."""

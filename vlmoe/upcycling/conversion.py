@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..hub.experts_implementation import refused_sizes, suit_experts
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.vision_tower import unused_vision_parameters
 from ..modeling_vlmoe.whole_weights import NotWholeError, weight_problems
@@ -275,6 +276,7 @@ class Conversion:
             versions={name: version(name) for name in ("torch", "transformers")},
             target=self.target.name,
             lost_fields=self.target.lost,
+            refused_sizes=refused_sizes(model),
         )
 
 
@@ -337,8 +339,11 @@ def native_model(
     )
     # It was given under the names in memory; it is saved under the published ones all the same.
     model._weight_conversions = None
+    model.name_or_path = model.config._name_or_path = ""  # "None" would be looked for on the Hub
     model.generation_config = copy.deepcopy(conversion.generation_config)
-    return NativeUpcycling(model, conversion.check(model.eval(), plan))
+    report = conversion.check(model.eval(), plan)
+    suit_experts(model)
+    return NativeUpcycling(model, report)
 
 
 def converted(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from ..hub.atomic_files import atomic_path, write_json
+from ..hub.experts_implementation import keep_suited
 from ..hub.folder_lock import folder_lock, refuse_dangling
 from ..hub.model_card import write_model_card
 from ..hub.published_layout import PublishedView, published_views
@@ -106,6 +107,7 @@ def upcycle_folder(
         checked = conversion.check(model, written.plan)
         report = replace(checked, bases=list(bases), not_native=not_native)
         report.save(staging)
+        keep_suited(staging, model)
         write_model_card(staging, metadata={"model_name": target.name})
         os.replace(staging, target)
         _request_file(target).unlink()

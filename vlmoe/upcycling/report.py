@@ -46,6 +46,9 @@ class UpcyclingReport:
         target: "vlmoe", or "native" for the sparse class of the dense model's own family.
         lost_fields: of the dense configuration, which the sparse class does not have; none of
             them changes the function.
+        refused_sizes: sizes of rows of the experts that grouped_mm, transformers' default, refuses
+            in some dtype. VLMoE and the toolkit compute such experts by "auto"; the config.json of
+            a native model names "eager", which plain transformers has.
         bases: facts from the dense models' cards, if they were read: `name`, `license`, ...
     """
 
@@ -67,6 +70,7 @@ class UpcyclingReport:
     not_native: str | None = None
     target: str = "vlmoe"
     lost_fields: dict[str, Any] = field(default_factory=dict)
+    refused_sizes: list[int] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the report into a folder and return its path."""
@@ -106,6 +110,10 @@ class UpcyclingReport:
             rows.append(("active per image token", images))
         if self.not_native:
             rows.append(("not native, as", self.not_native))
+        if self.refused_sizes:
+            sizes, others = ", ".join(map(str, self.refused_sizes)), "auto"
+            others += ", in plain transformers eager" if self.target == "native" else ""
+            rows.append(("experts' rows", f"{sizes}: not for grouped_mm; computed by {others}"))
         if self.lost_fields:
             rows.append(("lost fields", ", ".join(map(str, self.lost_fields))))
         rows += [
