@@ -102,7 +102,8 @@ def test_a_native_model_of_odd_shards_trains_in_memory_and_from_its_folder(
     again = load_model(tmp_path / "plain")
     assert implementation(again) == "auto"
     assert_trains_as_eager(again)
-    with pytest.raises(ValueError, match=r"rows of 18 numbers.*multiples of 4 in torch.float32; allowed: auto"):
+    problem = r"rows of 18 numbers.*multiples of 4 in torch.float32; allowed: auto"
+    with pytest.raises(ValueError, match=problem):
         build_model(str(tmp_path / "plain"), processor=Any, experts_implementation="grouped_mm")
 
 
