@@ -32,7 +32,7 @@ BELOW = {
     "training": {*MODEL, "hub", "figures", "data", "routing", "lora", "upcycling"},
 }
 TRAVELS_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
-HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa")
+HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa", "emoji")
 IMPORTED_PACKAGES = """
 import sys
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin

@@ -22,6 +22,7 @@ from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .augmentation import with_altered_copies
 from .images import ImageSources, with_image_column
 from .local_files import FORMATS, ImageRules, local_splits, read_local
+from .packaged import PACKAGED, packaged_rows, packaged_splits
 from .row_datasets import as_conversations, standard_columns
 from .row_formats import without_image_parts
 
@@ -45,7 +46,7 @@ def load_rows(
     """Load a split as conversational rows.
 
     Args:
-        source: `easy_vqa`, `easy_vqa_captions`, a parquet, json(l), csv or tsv file, a folder of
+        source: one of `PACKAGED`, a parquet, json(l), csv or tsv file, a folder of
             them, an image folder with `metadata.jsonl` or `metadata.csv` or with a caption in a
             text file beside each picture, a folder written by `save_to_disk`, or the id of a
             dataset on the Hub.
@@ -96,8 +97,8 @@ def split_names(source: str) -> list[str]:
     Raises:
         FileNotFoundError: the source does not exist.
     """
-    if source in ("easy_vqa", "easy_vqa_captions"):
-        return ["train", "test"]
+    if source in PACKAGED:
+        return list(packaged_splits(source))
     path = Path(source).expanduser()
     if path.exists():
         return sorted(local_splits(path), key=lambda name: (name != "train", name))
@@ -118,10 +119,8 @@ def _read(source: str, split: str, config_name: str | None, rules: ImageRules) -
         raise ImportError(
             'loading data needs the datasets library: pip install "vlmoe[train]".'
         ) from error
-    if source in ("easy_vqa", "easy_vqa_captions"):
-        from .easy_vqa import caption_rows, question_rows
-
-        return question_rows(split) if source == "easy_vqa" else caption_rows(split)
+    if source in PACKAGED:
+        return packaged_rows(source, split)
     path = Path(source).expanduser()
     if path.exists():
         return read_local(path, split, **rules)
@@ -139,7 +138,7 @@ def _require_hub_id(source: str) -> None:
 
 def _not_found(source: str, error: Exception) -> str:
     return (
-        f"{source!r} is no local file or folder, is not easy_vqa or easy_vqa_captions, and could "
+        f"{source!r} is no local file or folder, none of {', '.join(PACKAGED)}, and could "
         f"not be read from the Hub: {error}"
     )
 
