@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     CLIPImageProcessorPil,
+    Ernie4_5_VLMoeImageProcessorPil,
+    Ernie4_5_VLMoeProcessor,
     Gemma4ImageProcessorPil,
     Gemma4Processor,
     Glm4vImageProcessorPil,
@@ -13,6 +15,8 @@ from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLProcessor,
     LlavaProcessor,
+    Ovis2ImageProcessorPil,
+    Ovis2Processor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2VLImageProcessorPil,
@@ -37,6 +41,7 @@ MARKED = (
     "{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ERNIE_MARKS = ("image_start_token", "image_end_token", "video_start_token", "video_end_token")
 GRID = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 
 
@@ -64,6 +69,10 @@ class TinyGlm4vProcessor(Glm4vProcessor, WithoutVideo):
 
 class TinyGemma4Processor(Gemma4Processor, WithoutVideo):
     """Of Gemma 4."""
+
+
+class TinyErnieProcessor(Ernie4_5_VLMoeProcessor, WithoutVideo):
+    """Of ERNIE-4.5-VL."""
 
 
 class TinyInternVLProcessor(InternVLProcessor, WithoutVideo):
@@ -95,7 +104,8 @@ def tiny_tokenizer() -> Any:
             "start_image_token": "<|vision_start|>",
             "end_image_token": "<|vision_end|>",
             "context_image_token": "<image>",
-        },
+        }
+        | dict(zip(ERNIE_MARKS, AROUND, strict=True)),
         chat_template=TEMPLATE.replace("START", "").replace("END", ""),
     )
 
@@ -119,6 +129,13 @@ def tiny_processor(family: str, marked: bool = False) -> Any:
         return TinyInternVLProcessor(
             images, tokenizer, None, image_seq_length=4, chat_template=template
         )
+    if family.startswith("ernie"):
+        sizes = {"shortest_edge": 64, "longest_edge": 512}
+        pictures = Ernie4_5_VLMoeImageProcessorPil(patch_size=4, merge_size=2, size=sizes)
+        return TinyErnieProcessor(pictures, tokenizer, None, chat_template=template)
+    if family == "ovis2":
+        pictures = Ovis2ImageProcessorPil(size={"height": 16, "width": 16})
+        return Ovis2Processor(pictures, tokenizer, image_seq_length=4, chat_template=template)
     if family.startswith("llava"):
         images = CLIPImageProcessorPil(
             size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}

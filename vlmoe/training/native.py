@@ -5,8 +5,11 @@ import logging
 from collections.abc import Callable, Collection
 from typing import TypedDict
 
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..data.conversations import parse_row
+from ..data.rows import Rows
 from ..hub.experts_implementation import suit_experts
 from ..routing.balancing import is_vlmoe
 from ..routing.constant_weights import warn_of_constant_weights
@@ -33,6 +36,29 @@ def has_moving_bias(model: PreTrainedModel) -> bool:
     return has_experts(model) and any(
         selection_bias(layer) is not None for layer in routed_layers(model)
     )
+
+
+def require_images_for_fsdp(model: nn.Module, rows: Rows, arguments: TrainingArguments) -> None:
+    """Refuse rows without images where FSDP cuts a vision-language model of transformers.
+
+    Its vision tower does not run on a batch without images. Ranks that run it would wait for the
+    weights of those that do not.
+
+    Raises:
+        ValueError: a row has no image; it is named.
+    """
+    if not (arguments.fsdp and arguments.world_size > 1) or is_vlmoe(model):
+        return
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        return
+    for position in range(len(rows)):
+        row = parse_row(rows[position], position)
+        if not row.images:
+            raise ValueError(
+                f"{row.name} has no image, and FSDP needs one in each batch of each rank: the "
+                f"vision tower of {type(model).__name__} would run on some ranks alone. Leave such "
+                "rows out, or train by DistributedDataParallel, without `fsdp`."
+            )
 
 
 def native_arguments(

@@ -40,7 +40,7 @@ from .arguments import prepared_arguments
 from .build import ModelOptions, build_model, is_preset, row_texts
 from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
-from .native import has_moving_bias, native_arguments
+from .native import has_moving_bias, native_arguments, require_images_for_fsdp
 from .overrides import Fields
 from .strict_resume import StrictResumeMixin
 from .telemetry import RouterTelemetry
@@ -133,6 +133,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
                 key: cast(Rows, ConversationRows(checked_rows(rows, "evaluation", *check)))
                 for key, rows in evaluated.items()
             }
+            require_images_for_fsdp(model, train_dataset, arguments)
         if compute_metrics is answer_accuracy:
             trainer_kwargs.setdefault("preprocess_logits_for_metrics", most_likely_tokens)
         callbacks = callbacks or []
@@ -157,8 +158,9 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         """Save as `Trainer` does, in the layout in which the model's family publishes it."""
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
-        publish_layout(folder)
-        keep_suited(folder, self.model)
+        if self.args.should_save:
+            publish_layout(folder)
+            keep_suited(folder, self.model)
 
     def _show_progress(self, given: Sequence[TrainerCallback]) -> None:
         """Put our bar, or our printer where there is no bar, in the place of Trainer's."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
-    AutoProcessor,
     BatchFeature,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import logging
 
+from ..hub.without_video import load_processor
 from .sample import TEXTS, drawn_picture
 from .target import Processor, Sample
 
@@ -43,7 +43,7 @@ def source_processor(source: str) -> Processor | None:
     installed: pixels and words are then drawn.
     """
     try:
-        return AutoProcessor.from_pretrained(source)
+        return load_processor(source)
     except (ImportError, OSError, ValueError) as error:
         logger.warning(
             f"The processor of {source} cannot be loaded ({error}). The two models are compared on "
