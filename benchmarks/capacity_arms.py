@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmoe import VLMoEConfig
-from vlmoe.data.emblems import CELL, emblem_tokenizer
-from vlmoe.data.tokenizer import END, IMAGE, PAD
+from vlmoe.data.emblems import emblem_config
 
-HIDDEN, EXPERT_WIDTH, TOP_K = 64, 16, 2
+EXPERT_WIDTH, TOP_K = 16, 2
 DENSE_WIDTH, COPIES, SHARDS = 36, 8, 3
 """Of the dense model that upcycling starts from, and of its upcycled forms."""
 LENGTH = 29
@@ -176,44 +175,7 @@ STUDIES = {
 
 def config_of(arm: Arm) -> VLMoEConfig:
     """Return the config of an arm's model."""
-    tokenizer = emblem_tokenizer()
-    special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
-    text: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "initializer_range": 0.08,
-        "max_position_embeddings": 64,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": 2,
-        "pad_token_id": special["pad"],
-        "eos_token_id": special["end"],
-        "qk_norm": True,
-        "vocab_size": len(tokenizer),
-    }
     if arm.experts:
-        text |= {"num_experts": arm.experts, "num_experts_per_tok": arm.top_k}
-        text |= {"moe_intermediate_size": arm.width, **arm.balance}
-    else:
-        text |= {"intermediate_size": arm.width, "mlp_only_layers": [0]}
-    return VLMoEConfig(
-        image_token_id=special["image"],
-        pixel_shuffle_factor=2,
-        projector_layer_norm=True,
-        projector_num_layers=1,
-        tie_word_embeddings=False,
-        vision_config=VISION,
-        text_config=text,
-    )
-
-
-TOKENS = {"pad": PAD, "end": END, "image": IMAGE}
-VISION = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 48,
-    "image_size": 2 * CELL,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 1,
-    "patch_size": CELL,
-    "vision_use_head": False,
-}
+        experts = {"num_experts": arm.experts, "num_experts_per_tok": arm.top_k}
+        return emblem_config(**experts, moe_intermediate_size=arm.width, **arm.balance)
+    return emblem_config(intermediate_size=arm.width, mlp_only_layers=[0])

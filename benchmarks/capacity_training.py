@@ -22,7 +22,7 @@ from vlmoe.routing.record import has_experts
 from vlmoe.training.arguments import training_arguments
 from vlmoe.training.trainer import VLMoETrainer
 
-RATES = (0.006, 0.012, 0.024, 0.048, 0.096)
+RATES = (0.006, 0.012, 0.024, 0.048, 0.096, 0.192)
 EVALUATION_ROWS = 1024
 EYES = ("model.vision_tower.", "model.multi_modal_projector.")
 

@@ -23,6 +23,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..configuration.configuration_vlmoe import VLMoEConfig
 from .row_fields import AnyRow
 from .tokenizer import END, IMAGE, PAD
 
@@ -43,6 +44,17 @@ CELL = 12
 BANK = 48
 """Drawings of each symbol in a split's bank."""
 COLOR_NOISE, BACKGROUND_NOISE, PIXEL_NOISE, GAIN_NOISE = 0.05, 0.05, 0.1, 0.1
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 48,
+    "image_size": 2 * CELL,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "patch_size": CELL,
+    "vision_use_head": False,
+}
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -111,7 +123,7 @@ class Emblems:
                 choice = self.phrasings[entity, attribute, rng.integers(TRAINED_PHRASINGS)]
                 turns.append(self._fact(entity, attribute, choice))
             if shown == "image":
-                cell = self._cell(entity, rng.integers(len(CELLS)))
+                cell = self._cell(entity, int(rng.integers(len(CELLS))))
                 turns.insert(rng.integers(len(turns) + 1), cell)
             yield self._row(f"train/{epoch}/{entity}", entity, turns, "train", shown, rng)
 
@@ -196,6 +208,37 @@ def emblem_tokenizer() -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def emblem_config(**decoder: Any) -> VLMoEConfig:
+    """Return the config of a small model of the task: tower and decoder have one layer each.
+
+    Args:
+        **decoder: fields of the decoder's config beyond its width of 64, such as its experts.
+    """
+    tokenizer = emblem_tokenizer()
+    pad, end, image = tokenizer.convert_tokens_to_ids([PAD, END, IMAGE])
+    text: dict[str, Any] = {
+        "hidden_size": 64,
+        "initializer_range": 0.08,
+        "max_position_embeddings": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "pad_token_id": pad,
+        "eos_token_id": end,
+        "qk_norm": True,
+        "vocab_size": len(tokenizer),
+    }
+    return VLMoEConfig(
+        image_token_id=image,
+        pixel_shuffle_factor=2,
+        projector_layer_norm=True,
+        projector_num_layers=1,
+        tie_word_embeddings=False,
+        vision_config=VISION,
+        text_config=text | decoder,
     )
 
 
