@@ -57,7 +57,7 @@ def _curve(axis: Any, study: dict[str, Any], arms: dict[str, Any]) -> None:
     axis.set_xlabel("MLP capacity over active MLP, all parameters, experts (2 of them active)")
     facts = 8 * study["entities"]
     axis.set_title(f"{facts:,} facts, equal FLOPs a token; dashes: dense", fontsize=10)
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="center left", fontsize=8)
 
 
 def _size(arm: dict[str, Any]) -> str:
