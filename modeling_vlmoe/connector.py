@@ -57,7 +57,7 @@ class VLMoEConnector(nn.Module):
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(tiles, patches, channels) -> (tiles, image tokens, hidden), alone in a tuple.
 
-        With experts also router logits (tiles, image tokens, experts) and the chosen experts.
+        With experts also router logits (tiles, image tokens, experts).
         """
         if self.pixel_shuffle_factor > 1:
             features = pixel_shuffle(features, self.pixel_shuffle_factor)

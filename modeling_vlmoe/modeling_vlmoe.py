@@ -44,7 +44,7 @@ from .model_outputs import (
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel, real_tokens
 from .router_losses import RouterLosses, decoder_router_losses, sum_of_losses
 from .vision_experts import sparse_vision_blocks
-from .vision_router_losses import shown_tiles, update_vision_stats, vision_router_losses
+from .vision_router_losses import shown_tiles, vision_router_losses
 from .vision_tower import (
     blank_image,
     expected_pixels,
@@ -74,9 +74,20 @@ def keep_vision_in_graph(embeds: torch.Tensor, blank: VLMoEImageFeatures | None)
     return embeds if blank is None else embeds + (blank.pooler_output.mean() * 0.0).to(embeds)
 
 
+def _let_toolkit_listen(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """From the first pass of training on, count choices and check logits with hooks.
+
+    Not in code from the Hub, where the package may be missing.
+    """
+    is_own = __name__.startswith("vlmoe.")
+    if is_own and not is_torchdynamo_compiling() and model.learns and model.routing_watch is None:
+        toolkit_module("routing.watch", "Training").watch_routing(model).begin(args, kwargs)
+
+
 class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     """Vision tower, connector and decoder, without the language modeling head."""
 
+    routing_watch: Any = None  # a `TrainingWatch`; its hooks keep all notes about the routing
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - of the whole model
 
     def __init__(self, config: VLMoEConfig):
@@ -85,6 +96,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         self.multi_modal_projector = VLMoEConnector(config)
         self.language_model = VLMoETextModel(config.text_config)
         self.awaits_router_losses = False  # between a forward pass of training and its losses
+        self.has_learned = False  # since the toolkit last updated the bias or checked the routing
+        self.register_forward_pre_hook(_let_toolkit_listen, with_kwargs=True)
         self.unused_vision_parameters = unused_vision_parameters(config)
         if self.unused_vision_parameters:
             self.freeze_unused_vision_parameters()
@@ -131,15 +144,14 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
                 pooler_output=tiles.new_empty(0, 0, config.text_config.hidden_size)
             )
         if output_router_logits and config.vision_num_experts:
-            kwargs |= {"output_router_logits": True, "output_chosen_experts": True}
+            kwargs |= {"output_router_logits": True}
         tiles = tiles.to(self.vision_tower.dtype)
         features, outputs = vision_features(self.vision_tower, tiles, config, **masks, **kwargs)
         image_tokens, *of_connector = self.multi_modal_projector(features)
-        routing = {}
+        router_logits = None
         if output_router_logits:
-            for i, name in enumerate(("router_logits", "chosen_experts")):
-                of_tower = outputs[name] if config.vision_num_experts else ()
-                routing[name] = (*of_tower, *of_connector[i : i + 1]) or None
+            of_tower = outputs.router_logits if config.vision_num_experts else ()
+            router_logits = (*of_tower, *of_connector) or None
         if image_index is not None:
             shown = image_index.flatten()
             image_tokens = image_tokens[_select_real(shown, shown >= 0)]
@@ -148,7 +160,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             pooler_output=image_tokens,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **routing,
+            router_logits=router_logits,
         )
 
     def _real_tiles(
@@ -248,7 +260,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         )
         shown = self._shown_tiles(images, is_image, image_index if are_real else None, batch)
         if self.learns:
-            self._end_training_pass(outputs, images, shown)
+            self._end_training_pass(outputs)
         return VLMoEModelOutputWithPast(
             **outputs,
             image_hidden_states=features,
@@ -266,24 +278,16 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     ) -> torch.Tensor | None:
         """(2, shown): which row shows which tile; None without routing of tower or connector."""
         router_logits = getattr(images, "router_logits", None)
-        if images is None or router_logits is None or images.chosen_experts is None:
+        if images is None or router_logits is None:
             return None
         if is_image is None:
             is_image = router_logits[0].new_zeros(batch, 1, 1, dtype=torch.bool)
         tiles, tokens_per_tile = router_logits[0].shape[0], images.pooler_output.shape[1]
         return shown_tiles(tiles, tokens_per_tile, is_image[..., 0], image_index)
 
-    def _end_training_pass(
-        self,
-        outputs: MoeModelOutputWithPast,
-        images: VLMoEImageFeatures | None,
-        shown: torch.Tensor | None,
-    ) -> None:
-        """Update the statistics of vision routers, and watch for losses without router losses."""
-        if images is not None and shown is not None:
-            routing = images.router_logits or (), images.chosen_experts or ()
-            blocks = sparse_vision_blocks(self.vision_tower, self.multi_modal_projector)
-            update_vision_stats(blocks, *routing, shown)
+    def _end_training_pass(self, outputs: MoeModelOutputWithPast) -> None:
+        """Watch for losses without router losses."""
+        self.has_learned = True
         if outputs.router_logits and not self.wants_router_losses():
             # TRL adds a balance loss to all that it finds; through frozen ones it would train
             # only what lies below them.

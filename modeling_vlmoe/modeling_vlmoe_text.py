@@ -52,7 +52,7 @@ from .quantization import (
     check_quantized_experts,
     quantized_experts,
 )
-from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock, sparse_layers
+from .sparse_moe import VLMoEExperts, VLMoEMLP, VLMoESparseMoeBlock
 from .vision_experts import init_router_or_bank
 from .whole_weights import caller_judges, damaged_file, require_whole_weights
 
@@ -158,21 +158,20 @@ class VLMoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(batch, length, hidden) -> the same, router logits and chosen experts, or None for both.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, length, hidden) -> the same, router logits (batch * length, experts) or None.
 
-        Logits are (batch * length, experts), the choice (batch * length, k). They are returned,
-        because under re-entrant checkpointing only a layer's output has a gradient.
-        `mm_token_type_ids` (batch, length) is for the router.
+        Logits are returned, because under re-entrant checkpointing only a layer's output has a
+        gradient. `mm_token_type_ids` (batch, length) is for the router.
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self._scaled(attended)
         normalized = self.post_attention_layernorm(hidden_states)
         if self.is_sparse:
-            output, *routing = self.mlp(normalized, mm_token_type_ids)
+            output, router_logits = self.mlp(normalized, mm_token_type_ids)
         else:
-            output, routing = self.mlp(normalized), (None, None)
-        return hidden_states + self._scaled(output), *routing
+            output, router_logits = self.mlp(normalized), None
+        return hidden_states + self._scaled(output), router_logits
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
         multiplier = self.config.residual_multiplier
@@ -262,8 +261,9 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         transformers would save some towers (DINOv2, ViT) under the names of their first release.
         Trainer resumes without translating names and would silently skip such a tower.
         """
-        layers = sparse_layers(self).values()
-        if any(layer.expert_load is not None and layer.expert_load.any() for layer in layers):
+        has_bias = any(name.endswith("e_score_correction_bias") for name, _ in self.named_buffers())
+        moves = has_bias and self.config.get_text_config().router_bias_update_rate
+        if moves and any(getattr(module, "has_learned", False) for module in self.modules()):
             logger.warning_once(
                 "The saved router bias is out of date: tokens were routed in training since its "
                 "last update, or it never had one. VLMoETrainer updates it; with another Trainer "
@@ -353,8 +353,6 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             of_tokens = hidden_states, attention_mask, past_key_values, position_ids
             masks = create_masks_for_generate(self.config, *of_tokens)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        learns = self.learns
-        token_mask = real_tokens(attention_mask, inputs_embeds).flatten() if learns else None
         for layer, attention_type in zip(self.layers, self.config.layer_types, strict=True):
             output = layer(
                 hidden_states,
@@ -367,8 +365,6 @@ class VLMoETextModel(VLMoEPreTrainedModel):
             )
             # A layer that belongs to another pipeline stage passes its input on.
             hidden_states = output[0] if isinstance(output, tuple) else output
-            if learns and isinstance(output, tuple) and output[1] is not None:
-                layer.mlp.update_stats(*output[1:], token_mask)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,

@@ -34,7 +34,6 @@ from transformers.utils.output_capturing import OutputRecorder
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .experts_auto import default_experts, is_torchao
 from .router import Routing, VLMoERouter
-from .sparse_moe import VLMoERoutingStats
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -159,26 +158,26 @@ class VisionRouting(Routing):
         return getattr(self.config, f"{self.place}_norm_topk_prob")
 
 
-class VLMoEVisionSparseMoeBlock(VLMoERoutingStats):
+class VLMoEVisionSparseMoeBlock(nn.Module):
     """A router and its experts in place of an MLP of the tower or of the connector's linears.
 
     `place` is "vision" or "projector": the start of the names of its fields.
     """
 
     def __init__(self, experts: VLMoEBiasedExperts, config: VLMoEConfig, place: str):
-        super().__init__(config.text_config)
+        super().__init__()
         size_in, routing = experts.up_proj.shape[2], VisionRouting(config, place)
-        bias = {"has_selection_bias": self.has_selection_bias}
+        bias = {"has_selection_bias": config.text_config.router_bias_update_rate != 0}
         self.router = VLMoERouter(size_in, experts.num_experts, routing, **bias)
         self.experts = experts
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(tiles, patches, in) -> (..., out), router logits (..., experts), choice (..., k)."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tiles, patches, in) -> (..., out), router logits (..., experts)."""
         tokens = hidden_states.flatten(0, 1)
         router_logits, top_k_weights, top_k_index = self.router(tokens)
         output = self.experts(tokens, top_k_index, top_k_weights)
         per_tile = hidden_states.shape[:2]
-        return tuple(each.unflatten(0, per_tile) for each in (output, router_logits, top_k_index))
+        return output.unflatten(0, per_tile), router_logits.unflatten(0, per_tile)
 
 
 class VLMoEVisionLayer(GradientCheckpointingLayer):
@@ -195,14 +194,14 @@ class VLMoEVisionLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: object
-    ) -> tuple[torch.Tensor, ...]:
-        """(tiles, patches, channels) -> the same, router logits and choice as its `mlp` returns."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tiles, patches, channels) -> the same, router logits as its `mlp` returns them."""
         attended, _ = self.self_attn(
             self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
         )
         hidden_states = hidden_states + attended
-        output, router_logits, top_k_index = self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states + output, router_logits, top_k_index
+        output, router_logits = self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + output, router_logits
 
 
 class VLMoEVisionEncoder(nn.Module):
@@ -229,7 +228,7 @@ class VLMoEVisionEncoder(nn.Module):
 class _SparseTower(PreTrainedModel):
     """Make a tower of transformers sparse.
 
-    It can also output `router_logits` and `chosen_experts`, one for each sparse layer.
+    It can also output `router_logits`, one for each sparse layer.
     """
 
     encoder: Any
@@ -265,7 +264,6 @@ class _SparseTower(PreTrainedModel):
 def _records(dense_layer: type[nn.Module], attention: type[nn.Module]) -> dict[str, Any]:
     return {
         "router_logits": OutputRecorder(VLMoEVisionLayer, index=1),
-        "chosen_experts": OutputRecorder(VLMoEVisionLayer, index=2),
         "hidden_states": [OutputRecorder(dense_layer), OutputRecorder(VLMoEVisionLayer)],
         "attentions": attention,
     }

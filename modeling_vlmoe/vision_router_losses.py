@@ -1,5 +1,5 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Router losses and statistics of the vision tower and the connector.
+"""Router losses of the vision tower and the connector.
 
 They route within a tile, the decoder within a row. We apply the decoder's losses per tile and split
 each row's weight evenly among its tiles; an image that several rows show counts once for each of
@@ -8,14 +8,11 @@ them. Rows without images add nothing.
 Shapes: batch, length; tiles, as they were encoded; shown, the tiles of all rows one after another.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from .router import Routing
 from .router_losses import RouterLosses, TokenGroups, losses_of_place
-from .sparse_moe import VLMoERoutingStats
 
 
 def shown_tiles(
@@ -43,27 +40,6 @@ def shown_tiles(
     tile = torch.arange(tiles, device=device)
     row = torch.searchsorted(ends, tile * tokens_per_tile, right=True)
     return torch.stack([tile, torch.where(row < ends.shape[0], row, -1)])
-
-
-def update_vision_stats(
-    blocks: Sequence[VLMoERoutingStats],
-    router_logits: Sequence[torch.Tensor],
-    chosen_experts: Sequence[torch.Tensor],
-    shown: torch.Tensor,
-) -> None:
-    """Add one forward pass of training to each block; a tile counts as often as it is shown.
-
-    Args:
-        blocks: the sparse blocks of tower and connector, in order.
-        router_logits, chosen_experts: (tiles, patches, experts), (tiles, patches, k), of each.
-        shown: (2, shown), see `shown_tiles`.
-    """
-    tile, row = shown
-    times = torch.zeros(len(router_logits[0]), dtype=torch.long, device=shown.device)
-    times = times.index_add(0, tile, (row >= 0).long())  # (tiles,)
-    for block, logits, chosen in zip(blocks, router_logits, chosen_experts, strict=True):
-        counts = times[:, None].expand(-1, logits.shape[1]).flatten()
-        block.update_stats(logits.flatten(0, 1), chosen.flatten(0, 1), counts)
 
 
 def vision_router_losses(

@@ -4,6 +4,7 @@ import torch
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.routing.balancing import update_router_bias
+from vlmoe.routing.watch import watch_of
 
 Inputs = dict[str, torch.Tensor]
 
@@ -30,6 +31,19 @@ def batch(rows: list[Inputs]) -> Inputs:
 def biases(model: torch.nn.Module) -> torch.Tensor:
     """(layers, experts)."""
     return torch.stack([b for n, b in model.named_buffers() if n.endswith("correction_bias")])
+
+
+def loads_by_layer(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Tokens of each expert since the last update, by the name of the block in the backbone."""
+    watched = watch_of(model).loads
+    assert watched is not None
+    pairs = zip(watched.layers, watched.loads, strict=True)
+    return {layer.name.removesuffix(".experts"): load for layer, load in pairs if load is not None}
+
+
+def loads(model: torch.nn.Module) -> list[list[int]]:
+    """The same in order, as lists."""
+    return [load.tolist() for load in loads_by_layer(model).values()]
 
 
 def plain_loop(model: VLMoEForConditionalGeneration, rows: list[Inputs], steps: int) -> None:

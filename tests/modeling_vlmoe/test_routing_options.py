@@ -91,12 +91,12 @@ def test_a_gated_shared_expert_is_that_of_qwen2_moe(
     }
     peer.load_state_dict(state)
     hidden_states = torch.randn(2, 30, HIDDEN, dtype=torch.double)
-    output, _, _ = block(hidden_states)
+    output, _ = block(hidden_states)
     torch.testing.assert_close(output, peer(hidden_states), rtol=1e-6, atol=1e-6)
     torch.nn.init.zeros_(block.shared_expert_gate.weight)  # halves what the shared expert adds
-    halved, _, _ = block(hidden_states)
+    halved, _ = block(hidden_states)
     block.shared_expert_gate = None
-    whole, _, _ = block(hidden_states)
+    whole, _ = block(hidden_states)
     block.shared_experts = None
-    routed, _, _ = block(hidden_states)
+    routed, _ = block(hidden_states)
     torch.testing.assert_close(halved - routed, (whole - routed) / 2)

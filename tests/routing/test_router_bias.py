@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from router_bias_runs import LENGTHS, batch, biases, plain_loop, text_rows
+from router_bias_runs import LENGTHS, batch, biases, loads, plain_loop, text_rows
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe.router import VLMoERouter
-from vlmoe.modeling_vlmoe.sparse_moe import VLMoESparseMoeBlock, sparse_layers
 from vlmoe.routing.balancing import RouterBiasCallback, update_router_bias
+from vlmoe.routing.watch import watch_routing
 from vlmoe.training.arguments import training_arguments
 from vlmoe.training.data import TrainingData
 from vlmoe.training.run import train
@@ -76,7 +76,7 @@ def test_the_update_is_that_of_a_plain_count_of_all_micro_batches_without_paddin
         model.generate(**batch(rows[:1]), max_new_tokens=2, do_sample=False)
         model.train()
     assert [sum(counts) for counts in expected] == [2 * sum(LENGTHS)] * 2
-    assert [layer.expert_load.tolist() for layer in sparse_layers(model).values()] == expected
+    assert loads(model) == expected
 
     update_router_bias(model)
     for bias, counts in zip(biases(model), expected, strict=True):
@@ -109,19 +109,21 @@ def test_the_bias_counts_in_the_choice_and_not_in_the_weights(
     torch.testing.assert_close(weights.double(), chosen / chosen.sum(1, keepdim=True))
 
 
-def test_the_bias_balances_a_skewed_router(tiny_config: Callable[..., Any]) -> None:
-    fields = {"router_bias_update_rate": 0.01, "num_experts": 8}
-    block = VLMoESparseMoeBlock(tiny_config(text=fields).text_config)
+def test_the_bias_balances_a_skewed_router(tiny_model: Model) -> None:
+    text = {"router_bias_update_rate": 0.005, "num_experts": 8, "num_hidden_layers": 1}
+    model = tiny_model(text=text).train()
     torch.manual_seed(0)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    hidden_states = torch.randn(1, 1000, block.router.weight.shape[1]) + 1
+    layer = model.model.language_model.layers[0]
+    torch.nn.init.normal_(layer.mlp.router.weight, std=0.2)
+    torch.nn.init.zeros_(layer.self_attn.o_proj.weight)  # attention makes tokens alike
+    torch.nn.init.constant_(layer.post_attention_layernorm.weight, 2**0.5)  # keeps their length
+    hidden_states = torch.randn(50, 20, layer.mlp.router.weight.shape[1]) + 1
     max_over_mean = []
     for _ in range(150):
-        _, *routing = block(hidden_states)
-        block.update_stats(*routing, torch.ones(1000, dtype=torch.bool))
-        max_over_mean.append((block.expert_load.max() / block.expert_load.double().mean()).item())
-        update_router_bias(block)
+        model.model(inputs_embeds=hidden_states, use_cache=False)
+        load = torch.tensor(loads(model)[0])
+        max_over_mean.append((load.max() / load.double().mean()).item())
+        update_router_bias(model)
     assert max_over_mean[0] > 2
     assert max_over_mean[-1] < 1.1
 
@@ -135,7 +137,7 @@ def test_without_a_rate_there_is_no_bias_and_with_a_bias_of_zero_nothing_changes
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
-    assert all(layer.expert_load is None for layer in sparse_layers(off).values())
+    assert watch_routing(off).loads is None
     for (name, parameter), other in zip(off.named_parameters(), on.parameters(), strict=True):
         assert parameter.grad is None or torch.equal(parameter.grad, other.grad), name
 
@@ -176,11 +178,11 @@ def test_counting_compiles_into_one_graph(tiny_model: Model) -> None:
     model.set_experts_implementation("grouped_mm")
     inputs = batch(text_rows())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    loads = []
+    seen = []
     for forward in (model, compiled, compiled):
         forward(**inputs).loss.backward()
-        loads.append([layer.expert_load.tolist() for layer in sparse_layers(model).values()])
-    for first, second, third in zip(*loads, strict=True):  # the counts add up
+        seen.append(loads(model))
+    for first, second, third in zip(*seen, strict=True):  # the counts add up
         assert [2 * n for n in first] == second and [3 * n for n in first] == third
 
 

@@ -4,8 +4,9 @@
 - routed_layers.py: where the experts of a model are; scoring.py: how its routers choose;
 - record.py: hooks that hand each forward pass to readers; kinds.py: text, image, video, padding;
 - load.py: counts and figures; trace.py: the choice of every token;
-- balancing.py: selection biases; selection_loads.py: their counts in transformers' own models;
-- finite_checks.py: NaN in router logits;
+- balancing.py: selection biases; selection_loads.py: their counts;
+- finite_checks.py: NaN in router logits; finite_flags.py: their flags;
+- watch.py: counts and flags of a VLMoE that trains in any loop;
 - inspection/: a page about the routing of a dataset.
 """
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .trace import RoutingTrace as RoutingTrace
     from .trace import TokenRouting as TokenRouting
     from .trace import record_routing as record_routing
+    from .watch import TrainingWatch as TrainingWatch
+    from .watch import watch_routing as watch_routing
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -44,11 +47,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SelectionLoads": "selection_loads",
         "StopOnNonFiniteRouting": "finite_checks",
         "TokenRouting": "trace",
+        "TrainingWatch": "watch",
         "check_routing": "finite_checks",
         "inspect_routing": "inspection.inspect",
         "record_expert_load": "load",
         "record_routing": "trace",
         "selection_bias": "routed_layers",
         "update_router_bias": "balancing",
+        "watch_routing": "watch",
     },
 )

@@ -45,9 +45,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modeling_vlmoe.sparse_moe import VLMoESparseMoeBlock, sparse_layers
 from .finite_checks import over_ranks
+from .routed_layers import is_vlmoe
 from .selection_loads import SelectionLoads
+from .watch import has_been_read, unwatch_routing, watch_of, watch_routing
 
 DEFAULT_RATE = 0.001
 """Of transformers' own models; DeepSeek-V3's."""
@@ -66,28 +67,24 @@ def update_router_bias(model: nn.Module | SelectionLoads, rate: float | None = N
     Raises:
         ValueError: the model has no router bias, or a rate is given for a VLMoE.
     """
-    if isinstance(model, SelectionLoads):
-        loads, first = model.loads, model.layers[0].router
-        biases = model.biases()
-        rates = [DEFAULT_RATE if rate is None else rate] * len(biases)
-    elif rate is not None:
+    if rate is not None and not isinstance(model, SelectionLoads):
         raise ValueError(
             f"rate is {rate}, but a VLMoE's is in its text config: set `router_bias_update_rate`. "
             "Of transformers' own models give the `SelectionLoads`."
         )
-    else:
-        layers = _layers_with_bias(model)
-        loads, first = [layer.expert_load for layer in layers], model
-        biases = [_bias(layer) for layer in layers]
-        rates = [layer.router_bias_update_rate for layer in layers]
+    counted = _loads(model)
+    if rate is None:
+        rate = DEFAULT_RATE if counted.rate is None else counted.rate
+    biases = counted.biases()
     # those of tower and decoder may differ
     shapes: list[tuple[int, ...]] = [(bias.numel(),) for bias in biases]
-    for bias, load, of_layer in zip(biases, over_ranks(loads, first, shapes), rates, strict=True):
+    totals = over_ranks(counted.loads, counted.layers[0].router, shapes)
+    for bias, load in zip(biases, totals, strict=True):
         direction = (load.sum() - load * len(load)).sign().to(bias.device, bias.dtype)
         direction = direction.view(bias.shape)  # (experts,) or (1, experts)
         if isinstance(bias, DTensor):  # FSDP2 cuts ERNIE's, which is a parameter
             direction = distribute_tensor(direction, bias.device_mesh, bias.placements)
-        bias.add_(direction, alpha=of_layer)
+        bias.add_(direction, alpha=rate)
     forget_load(model)
 
 
@@ -97,12 +94,9 @@ def forget_load(model: nn.Module | SelectionLoads) -> None:
     Raises:
         ValueError: the model has no router bias.
     """
-    if isinstance(model, SelectionLoads):
-        model.forget()
-        return
-    for layer in _layers_with_bias(model):
-        if layer.expert_load is not None:
-            layer.expert_load.zero_()
+    if not isinstance(model, SelectionLoads) and is_vlmoe(model):
+        has_been_read(model)
+    _loads(model).forget()
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -150,6 +144,8 @@ class RouterBiasCallback(TrainerCallback):
                     "The biases were loaded from the checkpoint in a lower precision than fp32: "
                     "give RouterBiasCallback to the Trainer when it is made."
                 )
+        if is_vlmoe(model):
+            watch_routing(model)
         forget_load(self._counted(model))
 
     def on_optimizer_step(
@@ -168,12 +164,15 @@ class RouterBiasCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
         """Stop listening."""
         if self._loads is not None:
             self._loads.remove()
             self._loads = None
+        elif model is not None:
+            unwatch_routing(model)
 
     def _counted(self, model: nn.Module) -> nn.Module | SelectionLoads:
         return model if self._loads is None else self._loads
@@ -184,23 +183,14 @@ class RouterBiasCallback(TrainerCallback):
         return self._loads.widen()
 
 
-def is_vlmoe(model: nn.Module) -> bool:
-    """Return whether there is a VLMoE inside, by the class's name: code from the Hub keeps it."""
-    return any(type(module).__name__.startswith("VLMoE") for module in model.modules())
-
-
-def _layers_with_bias(model: nn.Module) -> list[VLMoESparseMoeBlock]:
-    layers = [layer for layer in sparse_layers(model).values() if layer.router_bias_update_rate]
-    if not layers:
+def _loads(model: nn.Module | SelectionLoads) -> SelectionLoads:
+    if isinstance(model, SelectionLoads):
+        return model
+    loads = watch_of(model).loads if is_vlmoe(model) else None
+    if loads is None or not loads.rate:
         raise ValueError(
             f"{type(model).__name__} has no router bias: set `router_bias_update_rate` of its text "
             "config to more than 0 (DeepSeek-V3: 0.001) before the model is made or loaded. Of "
             "transformers' own models count the loads first: `SelectionLoads(model)`."
         )
-    return layers
-
-
-def _bias(layer: nn.Module) -> torch.Tensor:
-    """(experts,), also of a router that PEFT wraps; where it trains a copy of it, the copy's."""
-    biases = [b for name, b in layer.named_buffers() if name.endswith("e_score_correction_bias")]
-    return biases[-1]
+    return loads

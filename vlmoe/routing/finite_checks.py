@@ -8,72 +8,20 @@ or, in a loop of your own, between `backward` and the step:
     check_routing(model, step)
     optimizer.step()
 
-Top-k chooses experts among NaN scores, too, without an error. Every sparse layer of a VLMoE
-therefore keeps a flag on its device (sparse_moe.py), which costs the forward pass no wait and no
-break in a compiled graph; `RoutingFlags` keeps those of other models. Here all flags are read at
-once, once per optimizer step.
+The flags of all routers (finite_flags.py) are read at once, once per optimizer step. Those of a
+VLMoE are raised in any loop (watch.py); for other models the callback listens.
 """
 
 import math
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modeling_vlmoe.sparse_moe import sparse_layers
-from .kinds import Inputs
-from .record import Listener, Routing, has_experts
-from .routed_layers import RoutedLayer
-
-
-class RoutingFlags:
-    """For each router of a model of transformers, whether its logits were not finite in training.
-
-    A reader of the recorder; it listens until `remove`.
-
-    Args:
-        model: with sparse layers, or a wrapper around it.
-
-    Raises:
-        ValueError: the model has no sparse layers.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._listener = Listener(model, [self])
-        self.flags: dict[str, torch.Tensor | None] = {
-            layer.name: None for layer in self._listener.layers
-        }
-
-    def begin(self, backbone: PreTrainedModel, inputs: Inputs) -> bool:
-        """Read the forward passes of training."""
-        return backbone.training and torch.is_grad_enabled()
-
-    @torch.no_grad()
-    def read(self, layer: RoutedLayer, routing: Routing) -> None:
-        """Set the layer's flag, on its device."""
-        if routing.logits is not None:
-            flag, found = self.flags[layer.name], ~routing.logits.isfinite().all()
-            self.flags[layer.name] = found if flag is None else flag | found
-
-    def read_outside(self, layer: RoutedLayer, routing: Routing) -> None:
-        """Leave out what checkpointing computes again."""
-
-    def end(self, output: object) -> None:
-        """Keep the flags until they are read."""
-
-    def forget(self) -> None:
-        """Lower all flags."""
-        self.flags = dict.fromkeys(self.flags)
-
-    def remove(self) -> None:
-        """Stop listening."""
-        self._listener.remove()
+from .finite_flags import RoutingFlags
+from .record import Listener, find_backbone, has_experts
+from .routed_layers import RoutedLayer, is_vlmoe, routed_layers
+from .watch import has_been_read, unwatch_routing, watch_of, watch_routing
 
 
 def check_routing(
@@ -88,29 +36,38 @@ def check_routing(
         step: the number of the optimizer step that comes next, for the message.
 
     Raises:
-        ValueError: naming the step and the first such layer.
+        ValueError: naming the step and the first such layer; or passes of a VLMoE's training were
+            not seen, see `watch_routing`.
     """
-    layers = sparse_layers(model)
-    notes = flags.flags if flags else {name: each.non_finite for name, each in layers.items()}
-    if not notes:
+    if flags is None and is_vlmoe(model):
+        watch = watch_of(model)
+        flags = watch.flags
+        if watch.loads is None:  # else `update_router_bias` comes, too
+            has_been_read(model)
+    if flags is None or not flags.layers:
         return
-    found = over_ranks(list(notes.values()), model, [()] * len(notes))
+    found = over_ranks(list(flags.flags.values()), model, [()] * len(flags.layers))
     # One look at the device.
-    bad = [name for name, flag in zip(notes, torch.stack(found).tolist(), strict=True) if flag]
+    bad = [i for i, flag in enumerate(torch.stack(found).tolist()) if flag]
     if not bad:
         return
-    if flags:
-        flags.forget()
-    for layer in layers.values():
-        if layer.non_finite is not None:
-            layer.non_finite.zero_()
+    flags.forget()
     when = "" if step is None else f" in step {step}"
     raise ValueError(
-        f"Router logits of {bad[0].removeprefix('module.')} are NaN or infinite{when} (in "
-        f"{len(bad)} of {len(notes)} sparse layers; this is the first). The weights are still "
-        "those before the step. Look for NaN in the pixel values or loaded weights; else try a "
-        "smaller learning rate, gradient clipping, or bf16 in place of fp16."
+        f"Router logits of {_name(flags.layers[bad[0]], model)} are NaN or infinite{when} (in "
+        f"{len(bad)} of {len(flags.layers)} sparse layers; this is the first). The weights are "
+        "still those before the step. Look for NaN in the pixel values or loaded weights; else try "
+        "a smaller learning rate, gradient clipping, or bf16 in place of fp16."
     )
+
+
+def _name(layer: RoutedLayer, model: nn.Module) -> str:
+    """Return the name of a layer in the model: of a VLMoE its block's, of others its experts'."""
+    if not is_vlmoe(model):
+        return layer.name.removeprefix("module.")
+    backbone = find_backbone(model)
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    return f"{prefix}.{layer.name}".removeprefix("module.").strip(".").removesuffix(".experts")
 
 
 def over_ranks(
@@ -139,6 +96,7 @@ class StopOnNonFiniteRouting(TrainerCallback):
 
     def __init__(self) -> None:
         self._flags: RoutingFlags | None = None
+        self._listener: Listener | None = None
 
     def on_train_begin(
         self,
@@ -148,9 +106,15 @@ class StopOnNonFiniteRouting(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
-        """Listen to the routers of a model of transformers; a VLMoE's keep flags of their own."""
-        if model is not None and not sparse_layers(model) and has_experts(model):
-            self._flags = RoutingFlags(model)
+        """Listen to the routers."""
+        if model is None or not has_experts(model):
+            return
+        if is_vlmoe(model):
+            watch_routing(model)
+            return
+        layers = routed_layers(model)
+        self._flags = RoutingFlags(layers)
+        self._listener = Listener(model, [self._flags], layers)
 
     def on_pre_optimizer_step(
         self,
@@ -168,9 +132,12 @@ class StopOnNonFiniteRouting(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
         """Stop listening."""
-        if self._flags is not None:
-            self._flags.remove()
-            self._flags = None
+        if self._listener is not None:
+            self._listener.remove()
+            self._flags = self._listener = None
+        elif model is not None and is_vlmoe(model):
+            unwatch_routing(model)

@@ -16,10 +16,11 @@ graph; hooks placed on a model that is compiled already are not called, as with 
 Shapes: T tokens of a forward pass, or those that the bank gets; E experts; k experts per token.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import nn
@@ -66,6 +67,15 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class AskingReader(Reader, Protocol):
+    """Asks the backbone for more outputs."""
+
+    def wants(self, backbone: PreTrainedModel, inputs: Inputs) -> dict[str, object]:
+        """Return arguments that are added to those of this forward pass."""
+        ...
+
+
 class Listener:
     """Hooks on a model that hand each forward pass to readers, until `remove`.
 
@@ -87,6 +97,7 @@ class Listener:
         self.layers = routed_layers(model) if layers is None else layers
         self._backbone = find_backbone(model)
         self._readers = tuple(readers)
+        self._asking = [r for r in self._readers if isinstance(r, AskingReader)]
         self._reading: tuple[Reader, ...] = ()
         self._in_forward = False
         self._logits: dict[str, torch.Tensor | None] = {}
@@ -106,20 +117,42 @@ class Listener:
         for handle in self._handles:
             handle.remove()
 
-    def _begin(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
+    def begin(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        """Begin a forward pass of the backbone; return its arguments if readers change them.
+
+        For a listener that is made while the backbone is called already.
+        """
         inputs = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
         self._in_forward = True
         self._logits = {}
+        wanted = {k: v for r in self._asking for k, v in r.wants(self._backbone, inputs).items()}
         self._reading = tuple(r for r in self._readers if r.begin(self._backbone, inputs))
+        return (args, kwargs | wanted) if wanted else None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy it with its backbone; copies of other modules, as PEFT makes, are not heard."""
+        if id(self._backbone) not in memo:
+            return self
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def _begin(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        return self.begin(args, kwargs)
 
     def _keep_logits(
         self, layer: RoutedLayer, router: nn.Module, args: tuple[object, ...], output: object
     ) -> None:
-        self._logits[layer.name] = router_logits_of(output, layer.num_experts)
+        if router is layer.router:
+            self._logits[layer.name] = router_logits_of(output, layer.num_experts)
 
     def _read(self, layer: RoutedLayer, bank: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if bank is not layer.experts:
+            return
         _, chosen, weights = args
         routing = Routing(chosen, weights, self._logits.pop(layer.name, None))
         if self._in_forward:

@@ -110,6 +110,11 @@ def selection_bias(layer: RoutedLayer) -> torch.Tensor | None:
     return found[-1] if found else None
 
 
+def is_vlmoe(model: nn.Module) -> bool:
+    """Return whether there is a VLMoE inside, by the class's name: code from the Hub keeps it."""
+    return any(type(module).__name__.startswith("VLMoE") for module in model.modules())
+
+
 def without_wrappers(module: nn.Module) -> nn.Module:
     """Return the module that PEFT's wrappers, if there are any, hold."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..data.conversations import parse_row
 from ..data.rows import Rows
 from ..hub.experts_implementation import suit_experts
-from ..routing.balancing import is_vlmoe
 from ..routing.constant_weights import warn_of_constant_weights
 from ..routing.record import has_experts
-from ..routing.routed_layers import routed_layers, selection_bias
+from ..routing.routed_layers import is_vlmoe, routed_layers, selection_bias
 from .sparse_loss import SparseLoss
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ tokens.
 """
 
 from collections import defaultdict
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.modeling_vlmoe_text import real_tokens
 from ..modeling_vlmoe.router_losses import RouterLosses, load_balancing_loss, router_z_loss
 from ..routing.constant_weights import warn_of_constant_weights
+from ..routing.kinds import Inputs
+from ..routing.record import Listener, Routing
 from ..routing.routed_layers import Place, RoutedLayer, routed_layers
 from ..routing.scoring import Scoring, router_scoring
 from .router_outputs import NOT_SEEN, RouterOutputs
@@ -77,7 +79,7 @@ class SparseLoss:
         text = self._head.config.get_text_config()
         balance = _coefficient(balance, "balance", text, "router_aux_loss_coef")
         z = _coefficient(z, "z", text, "router_z_loss_coef", 0.0)
-        self._router_losses: _Listener = (
+        self._router_losses: _PlaceLosses = (
             _OfVLMoE(self._head, balance, z)
             if isinstance(self._head, VLMoEForConditionalGeneration)
             else _OfNative(self._head, routed_layers(model), balance, z)
@@ -124,7 +126,7 @@ class SparseLoss:
         self._router_losses.remove()
 
 
-class _Listener(Protocol):
+class _PlaceLosses(Protocol):
     def __call__(self, labels: torch.Tensor, row_weights: torch.Tensor) -> RouterLosses: ...
 
     def remove(self) -> None: ...
@@ -226,10 +228,8 @@ class _OfVLMoE:
         text_config.router_aux_loss_coef, text_config.router_z_loss_coef = balance, z
         self._head = head
         self._last: tuple[Any, VLMoEModelOutputWithPast] | None = None
-        self._handles = [
-            head.model.register_forward_pre_hook(self._ask, with_kwargs=True),
-            head.model.register_forward_hook(self._keep, with_kwargs=True),
-        ]
+        self._attention_mask: Any = None
+        self._listener = Listener(head.model, [self], layers=[])
 
     def __call__(self, labels: torch.Tensor, row_weights: torch.Tensor) -> RouterLosses:
         """As the forward pass with labels computes them."""
@@ -248,29 +248,32 @@ class _OfVLMoE:
             shown_tiles=routed.shown_tiles,
         )
 
-    def _ask(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._last = None
-        if kwargs.get("past_key_values") is not None:  # generation
-            return args, kwargs
+    def wants(self, backbone: PreTrainedModel, inputs: Inputs) -> dict[str, object]:
+        """Ask for router logits; not in generation."""
+        if inputs.get("past_key_values") is not None:
+            return {}
         wanted = {"output_router_logits": self._head.model.wants_router_losses()}
-        return args, {"use_cache": False} | kwargs | wanted  # a loss needs no cache
+        return wanted | {"use_cache": inputs.get("use_cache", False)}  # a loss needs no cache
 
-    def _keep(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: VLMoEModelOutputWithPast,
-    ) -> None:
-        if kwargs.get("past_key_values") is None:
-            self._last = kwargs.get("attention_mask"), output
+    def begin(self, backbone: PreTrainedModel, inputs: Inputs) -> bool:
+        """Forget the pass before; pass over generation."""
+        self._last = None
+        self._attention_mask = inputs.get("attention_mask")
+        return inputs.get("past_key_values") is None
+
+    def read(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Pass over the banks: under re-entrant checkpointing their logits have no graph."""
+
+    def read_outside(self, layer: RoutedLayer, routing: Routing) -> None:
+        """Pass over the banks."""
+
+    def end(self, output: object) -> None:
+        """Keep the output."""
+        self._last = self._attention_mask, cast(VLMoEModelOutputWithPast, output)
 
     def remove(self) -> None:
         """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
+        self._listener.remove()
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:

@@ -11,9 +11,10 @@
   balance loss instead, which is pooled over layers and over the rows of a micro-batch and knows no
   z-loss.
 - Here the fused head stays, since it saves the (batch, length, vocab) logits and feeds TRL's
-  metrics. `compute_loss` takes the router logits of the very same backbone call through hooks that
-  live as long as the call, and adds our losses with the coefficients of the model's config (for the
-  balance loss `args.router_aux_loss_coef`, where it is given). TRL's pooled loss is off.
+  metrics. `compute_loss` takes the router logits of the very same backbone call from a reader that
+  listens as long as the call (backbone_outputs.py), and adds our losses with the coefficients of
+  the model's config (for the balance loss `args.router_aux_loss_coef`, where it is given). TRL's
+  pooled loss is off.
 - Subclasses, as TRL advises: a `compute_loss_func` is deprecated there, costs a second forward
   pass, sees neither router logits nor attention mask, and does not exist in DPOTrainer.
 - Batches come from our own collators: the labels of every other way of training, an image that
@@ -23,8 +24,6 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from transformers import DataCollator
@@ -33,8 +32,8 @@ from transformers.utils import ModelOutput
 from ..data.collator import IGNORE_INDEX, VLMoECollator, VLMoEPreferenceCollator
 from ..data.long_rows import length_limit
 from ..hub.provenance import RunOrigin
-from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
-from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel
+from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
+from .backbone_outputs import BackboneOutputs
 from .card import ModelCardMixin
 from .strict_resume import StrictResumeMixin
 
@@ -47,32 +46,6 @@ except ImportError as error:
 
 Inputs = dict[str, torch.Tensor]
 LossAndOutputs = torch.Tensor | tuple[torch.Tensor, ModelOutput]
-
-
-@contextmanager
-def recorded_outputs(backbone: VLMoEModel) -> Iterator[list[VLMoEModelOutputWithPast]]:
-    """Record the output, with router logits, of every call of `backbone`, in order."""
-    recorded: list[VLMoEModelOutputWithPast] = []
-
-    def ask(
-        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
-        return args, {**kwargs, "output_router_logits": True}
-
-    def keep(
-        module: torch.nn.Module, args: tuple[object, ...], output: VLMoEModelOutputWithPast
-    ) -> None:
-        recorded.append(output)
-
-    handles = [
-        backbone.register_forward_pre_hook(ask, with_kwargs=True),
-        backbone.register_forward_hook(keep),
-    ]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class RouterLossTrainer(StrictResumeMixin, ModelCardMixin, ABC):
@@ -120,10 +93,13 @@ class RouterLossTrainer(StrictResumeMixin, ModelCardMixin, ABC):
         vlmoe = self._vlmoe()
         if not vlmoe.model.wants_router_losses():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with recorded_outputs(vlmoe.model) as recorded:
+        recorded = BackboneOutputs(vlmoe.model)
+        try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            recorded.remove()
         loss, *outputs = result if return_outputs else (result,)
-        routed = recorded[0]  # later calls: the reference, or logits for metrics
+        routed = recorded.outputs[0]  # later calls: the reference, or logits for metrics
         losses = vlmoe.router_losses(
             routed.router_logits,
             inputs["attention_mask"].bool(),
