@@ -5,7 +5,8 @@ Read in this order:
 
 - row_fields.py, row_formats.py: the fields of rows, and the forms of other projects;
 - loading.py: `load_rows`, the rows of a source (local_files.py, json_rows.py, the Hub, packaged.py)
-- packaged.py: datasets that come as packages (easy_vqa.py, emoji.py); emblems.py draws its own
+- packaged.py: datasets that come as packages (easy_vqa.py, emoji.py with openmoji.py for its
+  tests); emblems.py draws its own
   as one dataset (images.py, row_datasets.py, augmentation.py);
 - rows.py: `as_rows`, rows that are already in Python, and rows by conversation;
 - conversations.py: a row, checked and taken apart;
