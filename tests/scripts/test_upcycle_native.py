@@ -56,7 +56,7 @@ def test_native_is_the_default_and_the_other_files_are_copied(
         assert (sparse / name).read_bytes() == (dense / name).read_bytes(), name
     report = UpcyclingReport.load(sparse)
     assert report.target == "native" and report.error <= 1e-5 and report.not_native is None
-    assert report.sample["images"] == 3  # one in the first row, two side by side in the second
+    assert report.sample["images"] == 3  # two side by side in the first row, one in the second
     loaded = AutoModelForImageTextToText.from_pretrained(sparse)
     assert loaded.config.text_config.model_type == "qwen3_moe"
     AutoProcessor.from_pretrained(sparse)
