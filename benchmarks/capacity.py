@@ -29,6 +29,7 @@ from capacity_training import (
     Recipe,
     answers,
     best_rate,
+    grid,
     learn_to_see,
     new_model,
     run_folder,
@@ -42,6 +43,7 @@ from upcycling import check_same
 from upcycling_arms import flops_per_token
 from upcycling_training import one_thread
 
+from vlmoe import VLMoEProcessor
 from vlmoe.data.emblems import Emblems
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
@@ -69,11 +71,11 @@ def run_arm(
     if done is not None:
         return done
     processor = emblem_processor(config_of(arm))
-    data = prepared(study, arm, seed, recipe, output_dir)
+    data = prepared(study, arm, seed, recipe, processor, output_dir)
     if arm.start is None:
         model = new_model(arm, seed, learn_to_see(processor, recipe, output_dir))
     else:
-        chosen = best_rate(output_dir, study, arm.start)
+        chosen = best_rate(grid(output_dir, study, arm.start))
         start = run_folder(output_dir, study, arm.start, seed, chosen)
         model = upcycled_model(arm, seed, start / "model")
     first = 0 if arm.start is None else recipe.steps
@@ -87,11 +89,12 @@ def run_arm(
     return result
 
 
-def prepared(study: str, arm: Arm, seed: int, recipe: Recipe, output_dir: Path) -> Path:
+def prepared(
+    study: str, arm: Arm, seed: int, recipe: Recipe, processor: VLMoEProcessor, output_dir: Path
+) -> Path:
     """Return the folder of a seed's data, with what the arm needs in it."""
     own, folder = STUDIES[study], output_dir / study / str(seed) / "data"
     task = Emblems(own.entities, seed)
-    processor = emblem_processor(config_of(arm))
     longest = own.longest if arm.shown == "image" else 1
     prepare(task, longest * recipe.steps, own.rows, arm.shown, processor, folder)
     return prepare_questions(task, arm.shown, processor, folder)
@@ -122,7 +125,7 @@ def main() -> None:
     bar = logging.tqdm(total=len(runs), desc="runs", unit="run")
     with bar:
         for study, name, seed, rate in runs:
-            rate = best_rate(output_dir, study, name) if rate is None else rate
+            rate = best_rate(grid(output_dir, study, name)) if rate is None else rate
             bar.set_postfix_str(f"{study}, seed {seed}, {name}, rate {rate}")
             run_arm(study, name, seed, rate, recipe, output_dir)
             bar.update()

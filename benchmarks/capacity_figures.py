@@ -30,9 +30,8 @@ def plot_curve(studies: dict[str, Any], path: Path) -> Path:
 
 def _curve(axis: Any, study: dict[str, Any], arms: dict[str, Any]) -> None:
     sparse = [name for name in study["arms"] if arms[name].experts]
-    names = [name for name in (TWIN, *sparse) if name in study["arms"]]
-    places = [math.log2(arms[name].capacity) for name in names if name != "experts_2"]
-    shown = [name for name in names if name != "experts_2"]
+    shown = [n for n in (TWIN, *sparse) if n in study["arms"] and n != "experts_2"]  # a control
+    places = [math.log2(arms[name].capacity) for name in shown]
     for kind, color, label in ((KNOWLEDGE, BLUE, "knowledge"), (PERCEPTION, ORANGE, "perception")):
         means = [100 * study["arms"][name]["mean"][kind] for name in shown]
         axis.plot(places, means, "-", color=color, label=label)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from capacity_arms import STUDIES
 from capacity_figures import KNOWLEDGE, PERCEPTION, plot_curve, plot_rates
-from capacity_training import RATES, best_rate, run_folder
+from capacity_training import RATES, best_rate, grid, run_folder
 from measure import environment
 from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 
@@ -16,7 +16,6 @@ from vlmoe.data.emblems import ATTRIBUTES, CELLS
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
 
-VALIDATION = "facts-validation"
 ROWS_OF_AN_ENTITY = {KNOWLEDGE: len(ATTRIBUTES), PERCEPTION: len(CELLS)}
 Run = dict[str, Any]
 Summary = dict[str, Any]
@@ -39,18 +38,19 @@ def report(output_dir: Path, results: Path, config: dict[str, Any]) -> str:
 
 def summary(output_dir: Path, study: str) -> Summary:
     """Return each arm's grid, rate and seeds, and the differences of interest with intervals."""
-    runs = {}
+    arms, runs = {}, {}
     for name in STUDIES[study].arms:
-        if seeds := finished(output_dir, study, name):
-            runs[name] = seeds
-    arms = {}
-    for name, seeds in runs.items():
-        rate = best_rate(output_dir, study, name)
+        try:
+            accuracies = grid(output_dir, study, name)
+        except FileNotFoundError:  # it has not run to its end
+            continue
+        rate = best_rate(accuracies)
+        runs[name] = seeds = finished(output_dir, study, name, rate)
         arms[name] = {
             "label": STUDIES[study].arms[name].label,
             "rate": rate,
             "rate is inside the grid": RATES[0] < rate < RATES[-1],
-            "grid": grid(output_dir, study, name),
+            "grid": {str(each): accuracy for each, accuracy in accuracies.items()},
             "mean": {
                 kind: statistics.mean(run["accuracy"][kind] for run in seeds.values())
                 for kind in seeds[0]["accuracy"]
@@ -66,24 +66,14 @@ def summary(output_dir: Path, study: str) -> Summary:
     }
 
 
-def finished(output_dir: Path, study: str, name: str) -> dict[int, Run]:
-    """Return an arm's runs with its rate by seed; none before the grid has run to its end."""
-    try:
-        rate = best_rate(output_dir, study, name)
-    except FileNotFoundError:
-        return {}
+def finished(output_dir: Path, study: str, name: str, rate: float) -> dict[int, Run]:
+    """Return an arm's runs with a rate, by seed."""
     seeds = sorted(int(each.name) for each in (output_dir / study).iterdir())
     found = {
         seed: saved_json(run_folder(output_dir, study, name, seed, rate) / "result.json")
         for seed in seeds
     }
     return {seed: run for seed, run in found.items() if run is not None}
-
-
-def grid(output_dir: Path, study: str, name: str) -> dict[str, float]:
-    """Return the validation accuracy of every rate on seed 0."""
-    files = {rate: run_folder(output_dir, study, name, 0, rate) / "result.json" for rate in RATES}
-    return {str(r): (saved_json(file) or {})["accuracy"][VALIDATION] for r, file in files.items()}
 
 
 def without_answers(run: Run) -> Run:

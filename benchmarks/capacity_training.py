@@ -115,8 +115,8 @@ def run_folder(output_dir: Path, study: str, name: str, seed: int, rate: float) 
     return output_dir / study / str(seed) / name / str(rate)
 
 
-def best_rate(output_dir: Path, study: str, name: str) -> float:
-    """Return the rate with the best accuracy on validation phrasings of seed 0.
+def grid(output_dir: Path, study: str, name: str) -> dict[float, float]:
+    """Return the accuracy of every rate on validation phrasings of seed 0.
 
     Raises:
         FileNotFoundError: the grid has not run to its end.
@@ -129,7 +129,12 @@ def best_rate(output_dir: Path, study: str, name: str) -> float:
                 f"{study}: {name} has not run with rate {rate} on seed 0, which chooses the rate."
             )
         found[rate] = result["accuracy"]["facts-validation"]
-    return max(found, key=lambda rate: found[rate])
+    return found
+
+
+def best_rate(accuracies: dict[float, float]) -> float:
+    """Return the rate of a grid with the best accuracy."""
+    return max(accuracies, key=lambda rate: accuracies[rate])
 
 
 def new_model(arm: Arm, seed: int, eyes: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -29,8 +29,16 @@ from capacity_arms import (
     config_of,
 )
 from capacity_data import EncodedBatches, emblem_processor, packed, prepare_questions, unpacked
-from capacity_report import finished, paired
-from capacity_training import RATES, best_rate, new_model, right_answers, run_folder, upcycled_model
+from capacity_report import paired, summary
+from capacity_training import (
+    RATES,
+    best_rate,
+    grid,
+    new_model,
+    right_answers,
+    run_folder,
+    upcycled_model,
+)
 from upcycling_arms import flops_per_token
 
 from vlmoe import VLMoEForConditionalGeneration
@@ -152,9 +160,9 @@ def test_the_rate_is_chosen_on_validation_phrasings_when_the_whole_grid_has_run(
 ) -> None:
     for number, rate in enumerate(RATES[:-1]):
         write_run(run_folder(tmp_path, "facts_4096", TWIN, 0, rate), number % 3, -number % 3)
-    assert finished(tmp_path, "facts_4096", TWIN) == {}
+    assert summary(tmp_path, "facts_4096")["arms"] == {}
     write_run(run_folder(tmp_path, "facts_4096", TWIN, 0, RATES[-1]), 0, 9)
-    assert best_rate(tmp_path, "facts_4096", TWIN) == RATES[2]
+    assert best_rate(grid(tmp_path, "facts_4096", TWIN)) == RATES[2]
 
 
 def test_a_run_is_whole_and_is_not_repeated(
