@@ -124,6 +124,16 @@ def ask(folder: str, image: str, question: str, new_tokens: int) -> dict[str, An
     return {"logits": logits, "answer": answer[0]["generated_text"]}
 
 
+def write(folder: str, text: str, new_tokens: int) -> dict[str, Any]:
+    """Text alone: a text-generation pipeline, on a text and on a chat."""
+    from transformers import pipeline
+
+    pipe = pipeline("text-generation", model=folder, trust_remote_code=True)
+    options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
+    given = {"text": text, "chat": [{"role": "user", "content": text}]}
+    return {name: pipe(each, **options)[0]["generated_text"] for name, each in given.items()}
+
+
 def native(folder: str, inputs: str) -> torch.Tensor:
     """Logits of a model whose class is one of transformers'; no code of its own is trusted."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -147,8 +157,8 @@ def save_again(folder: str, to: str) -> None:
 
 
 def adapt(base: str, adapter: str, inputs: str) -> list[torch.Tensor]:
-    """Logits of an adapter on its base: by PEFT, and by the Auto class, which finds the base."""
-    from peft import PeftModel
+    """Logits of an adapter on its base: by PEFT, and by two Auto classes, which find the base."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForImageTextToText
 
     batch = torch.load(inputs)
@@ -158,7 +168,9 @@ def adapt(base: str, adapter: str, inputs: str) -> list[torch.Tensor]:
         plain = model(**batch).logits
         by_peft = PeftModel.from_pretrained(model, adapter).eval()(**batch).logits
         by_auto_class = load(adapter, trust_remote_code=True)(**batch).logits
-    return [plain, by_peft, by_auto_class]
+        alone = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+        by_auto_peft = alone.eval()(**batch).logits
+    return [plain, by_peft, by_auto_class, by_auto_peft]
 
 
 def train_adapter(base: str, adapter: str, inputs: str) -> torch.Tensor:

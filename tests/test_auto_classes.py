@@ -55,6 +55,25 @@ def test_the_pipeline_loads_it_by_name(saved_model: Path) -> None:
     )
 
 
+def test_the_text_pipeline_writes_what_generate_does(saved_model: Path) -> None:
+    pipe = pipeline("text-generation", model=str(saved_model))
+    assert type(pipe.model) is VLMoEForConditionalGeneration
+    processor = AutoProcessor.from_pretrained(saved_model)
+    texts = ["is it red?", "what color is the shape?"]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    expected = []
+    for text in (*texts, *prompts):
+        inputs = processor.tokenizer(text, return_tensors="pt")
+        ids = pipe.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        expected.append(processor.decode(ids[0, inputs.input_ids.shape[1] :], True))
+    options = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    for given, wanted in ((texts, expected[:2]), (chats, expected[2:])):
+        for batch_size in (1, 2):
+            answers = pipe(given, batch_size=batch_size, **options)
+            assert [answer[0]["generated_text"] for answer in answers] == wanted
+
+
 def test_other_libraries_still_take_it_for_a_vision_language_model(saved_model: Path) -> None:
     """TRL goes by the processor and the architecture, lm-eval and Trainer by these tables."""
     from trl.trainer.utils import create_model_from_path

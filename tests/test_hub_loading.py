@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from reader_without_vlmoe import ask, read, read_text_model
+from reader_without_vlmoe import ask, read, read_text_model, write
 from safetensors.torch import load_file
 from tampering import TAMPERED, tamper
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -163,6 +163,10 @@ def second(
         "asked checkpoint": ("ask", {"folder": checkpoint, **question}),
         "control text": ("chat_tokens", {"folder": str(saved_model), "text": CONTROL_TEXT}),
         "text": ("read_text_model", {"folder": str(text_model)}),
+        "written": (
+            "write",
+            {"folder": str(saved_model), "text": QUESTION, "new_tokens": NEW_TOKENS},
+        ),
         "again": ("save_again", {"folder": str(saved_model), "to": str(folder / "again")}),
     }
     return dict(zip(jobs, without_vlmoe(list(jobs.values())), strict=True))
@@ -224,6 +228,14 @@ def test_a_pipeline_answers_as_with_the_package(
     got = second[f"asked {source}"]
     assert torch.equal(got["logits"], reference["logits"])
     assert got["answer"] == reference["answer"]
+
+
+def test_a_text_pipeline_writes_as_with_the_package(
+    second: dict[str, Any], saved_model: Path
+) -> None:
+    written = write(str(saved_model), QUESTION, NEW_TOKENS)
+    assert second["written"] == written
+    assert all(written.values())
 
 
 def test_the_decoder_alone_loads_too(second: dict[str, Any], text_model: Path) -> None:
@@ -296,13 +308,13 @@ def test_training_goes_on_from_a_downloaded_checkpoint_and_an_adapter_loads_onto
     resume = {"checkpoint": str(downloaded), "rows": str(folder / "rows.pt")}
     resume |= {"output_dir": str(folder / "resumed"), "options": TRAINING}
     adapt = {"base": str(saved_model), "adapter": str(path), "inputs": str(inputs)}
-    step, (plain, by_peft, by_auto_class) = without_vlmoe([("resume", resume), ("adapt", adapt)])
+    step, (plain, *adapted) = without_vlmoe([("resume", resume), ("adapt", adapt)])
 
     assert step == TRAINING["max_steps"]
     ours = load_file(trained / "checkpoint-4" / "model.safetensors")
     theirs = load_file(folder / "resumed" / "checkpoint-4" / "model.safetensors")
     assert_same(theirs, ours)
-    for theirs_by in (by_peft, by_auto_class):  # PEFT adds B A to the weights
+    for theirs_by in adapted:  # PEFT adds B A to the weights
         torch.testing.assert_close(theirs_by, logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain, logits, atol=0.1)
     code = {file.name for file in (trained / "checkpoint-4").glob("*.py")}
