@@ -97,6 +97,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         self.language_model = VLMoETextModel(config.text_config)
         self.awaits_router_losses = False  # between a forward pass of training and its losses
         self.has_learned = False  # since the toolkit last updated the bias or checked the routing
+        self.is_unheard = False  # the last pass of training, until `routing_watch` hears its end
         self.register_forward_pre_hook(_let_toolkit_listen, with_kwargs=True)
         self.unused_vision_parameters = unused_vision_parameters(config)
         if self.unused_vision_parameters:
@@ -287,7 +288,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
 
     def _end_training_pass(self, outputs: MoeModelOutputWithPast) -> None:
         """Watch for losses without router losses."""
-        self.has_learned = True
+        self.has_learned = self.is_unheard = True
         if outputs.router_logits and not self.wants_router_losses():
             # TRL adds a balance loss to all that it finds; through frozen ones it would train
             # only what lies below them.

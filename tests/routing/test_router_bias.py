@@ -125,7 +125,9 @@ def test_the_bias_balances_a_skewed_router(tiny_model: Model) -> None:
         max_over_mean.append((load.max() / load.double().mean()).item())
         update_router_bias(model)
     assert max_over_mean[0] > 2
-    assert max_over_mean[-1] < 1.1
+    # Steps of one size end in turns between two states, as far apart as the rate allows: at 0.01
+    # these are 1.09 and 1.11, and with tokens of unlike lengths 1.09 and 1.20.
+    assert max(max_over_mean[-2:]) < 1.1
 
 
 def test_without_a_rate_there_is_no_bias_and_with_a_bias_of_zero_nothing_changes(

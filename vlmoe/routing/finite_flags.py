@@ -29,11 +29,6 @@ class RoutingFlags:
         self.layers = layers
         self.flags: dict[str, torch.Tensor | None] = {layer.name: None for layer in layers}
 
-    @property
-    def heard(self) -> bool:
-        """Whether there was a forward pass of training, if there are layers."""
-        return not self.layers or any(flag is not None for flag in self.flags.values())
-
     def begin(self, backbone: PreTrainedModel, inputs: Inputs) -> bool:
         """Read the forward passes of training."""
         return backbone.training and torch.is_grad_enabled()

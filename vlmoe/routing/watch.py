@@ -16,8 +16,20 @@ from torch import nn
 
 from .finite_flags import RoutingFlags
 from .record import Listener, Reader, find_backbone, has_experts
-from .routed_layers import routed_layers, selection_bias
+from .routed_layers import RoutedLayer, routed_layers, selection_bias
 from .selection_loads import SelectionLoads
+
+
+class _HeardFlags(RoutingFlags):
+    """Tells the backbone that a forward pass of training was heard."""
+
+    def __init__(self, backbone: nn.Module, layers: list[RoutedLayer]) -> None:
+        super().__init__(layers)
+        self._backbone: Any = backbone
+
+    def end(self, output: object) -> None:
+        """See the class."""
+        self._backbone.is_unheard = False
 
 
 class TrainingWatch:
@@ -34,7 +46,7 @@ class TrainingWatch:
     def __init__(self, backbone: nn.Module) -> None:
         layers = routed_layers(backbone) if has_experts(backbone) else []
         has_bias = any(selection_bias(layer) is not None for layer in layers)
-        self.flags = RoutingFlags(layers)
+        self.flags = _HeardFlags(backbone, layers)
         self.loads = SelectionLoads(backbone, listen=False) if has_bias else None
         readers: list[Reader] = [self.flags]
         if self.loads is not None:
@@ -69,11 +81,11 @@ def watch_of(model: nn.Module) -> TrainingWatch:
     """Return the watch of a VLMoE, which begins now if there was none.
 
     Raises:
-        ValueError: the model was trained, and no forward pass was seen.
+        ValueError: the last forward pass of training was not seen.
     """
     backbone: Any = find_backbone(model)
     watch = getattr(backbone, "routing_watch", None) or watch_routing(model)
-    if getattr(backbone, "has_learned", False) and not watch.flags.heard:
+    if backbone.is_unheard and watch.flags.layers:
         raise ValueError(
             "The routing of the forward passes of training was not seen, since the model was "
             "compiled before, or its code was loaded from the Hub. Call "
@@ -92,4 +104,5 @@ def unwatch_routing(model: nn.Module) -> None:
 
 def has_been_read(model: nn.Module) -> None:
     """Note that what a VLMoE has learned since the last call is accounted for."""
-    find_backbone(model).has_learned = False
+    backbone: Any = find_backbone(model)
+    backbone.has_learned = backbone.is_unheard = False
