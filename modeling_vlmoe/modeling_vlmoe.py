@@ -35,7 +35,8 @@ from .connector import VLMoEConnector
 from .from_dense import FromDenseMixin
 from .image_generation import ImageGenerationMixin
 from .image_tokens import ImageTokensMixin
-from .input_checks import check_labels, check_pixels, check_rows_of_images, check_token_inputs
+from .input_checks import check_pixels, check_rows_of_images, check_token_inputs
+from .label_loss import label_loss, require_labels
 from .model_outputs import (
     VLMoECausalLMOutputWithPast,
     VLMoEImageFeatures,
@@ -361,6 +362,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         mm_encoder_outputs: dict[str, VLMoEImageFeatures] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_router_logits: bool | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VLMoECausalLMOutputWithPast:
         """Image and text to logits and, with `labels`, the loss.
@@ -370,6 +372,8 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             logits_to_keep: positions that get logits: the last so many (0: all), or indices.
             num_items_in_batch: label tokens of the whole optimizer step, as Trainer counts them; by
                 default those of `labels`.
+            loss_weights: (batch,), how much a label token of each row counts, by default 1; then
+                `num_items_in_batch` is the sum of these weights over label tokens (label_loss.py).
 
         For the other arguments see `VLMoEModel`. A batch without any label token has loss 0.
         """
@@ -378,6 +382,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         with_router_losses = labels is not None and self.model.wants_router_losses()
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a loss needs no cache
+        require_labels(labels, loss_weights)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -392,7 +397,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             output_router_logits=output_router_logits or with_router_losses,
             **kwargs,
         )
-        batch = labels, attention_mask, num_items_in_batch
+        batch = labels, attention_mask, num_items_in_batch, loss_weights
         return self._predict(
             outputs, logits_to_keep, *batch, with_router_losses, output_router_logits, **kwargs
         )
@@ -404,6 +409,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         labels: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
+        loss_weights: torch.Tensor | None,
         with_router_losses: bool,
         output_router_logits: bool,
         **kwargs: Unpack[TransformersKwargs],
@@ -413,20 +419,16 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if text_config.logits_scaling != 1:
             logits = logits / text_config.logits_scaling
-        loss, losses = None, RouterLosses()
+        loss, row_losses, losses = None, None, RouterLosses()
         if labels is not None:
-            check_labels(labels, logits)
-            labels_per_row = (labels[..., 1:] != -100).sum(-1)  # (batch,)
-            if num_items_in_batch is None:
-                num_items_in_batch = labels_per_row.sum()
-            num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-            kwargs |= {"vocab_size": text_config.vocab_size, "num_items_in_batch": num_items}
-            loss = self.loss_function(logits, labels, **kwargs)
+            items = num_items_in_batch, loss_weights
+            of_labels = label_loss(self.loss_function, logits, labels, *items, **kwargs)
+            loss, row_losses = of_labels.loss, of_labels.row_losses
             if with_router_losses:
                 losses = self.router_losses(
                     outputs.router_logits,
                     real_tokens(attention_mask, labels),
-                    row_weights=labels_per_row.to(num_items.device) / num_items,
+                    row_weights=of_labels.row_shares,
                     mm_token_type_ids=outputs.mm_token_type_ids,
                     vision_router_logits=outputs.vision_router_logits,
                     shown_tiles=outputs.shown_tiles,
@@ -437,6 +439,7 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             aux_loss=losses.aux_loss,
             z_loss=losses.z_loss,
             entropy_loss=losses.entropy_loss,
+            row_losses=row_losses,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

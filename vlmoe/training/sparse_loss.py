@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..modeling_vlmoe.input_checks import check_labels
+from ..modeling_vlmoe.label_loss import label_loss
 from ..modeling_vlmoe.model_outputs import VLMoEModelOutputWithPast
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
 from ..modeling_vlmoe.modeling_vlmoe_text import real_tokens
@@ -38,8 +38,6 @@ from .router_outputs import NOT_SEEN, RouterOutputs
 
 NEEDS_LABELS = ("paligemma",)
 """Model types that build their attention mask from labels in their forward pass."""
-
-_IGNORED = -100
 
 
 class SparseLoss:
@@ -62,6 +60,8 @@ class SparseLoss:
 
     Attributes:
         last: the router losses of the last call, before coefficients, for logging.
+        row_losses: (batch,), the cross-entropy of each row of the last call, summed, without
+            gradient; None where that had no `loss_weights`.
 
     Raises:
         ValueError: the model has no experts, needs labels in its forward pass, or its routers'
@@ -85,41 +85,38 @@ class SparseLoss:
             else _OfNative(self._head, routed_layers(model), balance, z)
         )
         self.last = RouterLosses()
+        self.row_losses: torch.Tensor | None = None
 
     def __call__(
         self,
         outputs: ModelOutput,
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the loss of one micro-batch, a scalar.
 
         Args:
             outputs: of the model, with `logits` (batch, length, vocabulary).
             labels: (batch, length) token ids; -100 where there is no loss.
-            num_items_in_batch: label tokens of the whole optimizer step, on all ranks.
+            num_items_in_batch: label tokens of the whole optimizer step, on all ranks, each counted
+                with its row's weight.
+            loss_weights: (batch,), how much a label token of each row counts; by default 1.
 
         Raises:
-            ValueError: there are no labels, or not one for each position.
+            ValueError: there are no labels, or not one for each position; or not one weight for
+                each row.
             RuntimeError: the routers of this pass were not seen, or their logits have no graph.
         """
         if labels is None:
             raise ValueError("The batch has no `labels`: SparseLoss needs them.")
         logits = outputs["logits"]
-        check_labels(labels, logits)
-        labels_per_row = (labels[..., 1:] != _IGNORED).sum(-1)  # (batch,)
-        if num_items_in_batch is None:
-            num_items_in_batch = labels_per_row.sum()
-        num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-        loss = self._head.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=logits.shape[-1],
-            num_items_in_batch=num_items,
-        )
-        losses = self._router_losses(labels, labels_per_row.to(num_items.device) / num_items)
+        items = num_items_in_batch, loss_weights
+        of_labels = label_loss(self._head.loss_function, logits, labels, *items)
+        self.row_losses = of_labels.row_losses
+        losses = self._router_losses(labels, of_labels.row_shares)
         self.last = RouterLosses(*(_detached(each) for each in vars(losses).values()))
-        return losses.added_to(loss)
+        return losses.added_to(of_labels.loss)
 
     def remove(self) -> None:
         """Stop listening to the model."""
