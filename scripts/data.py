@@ -19,7 +19,9 @@ from .shared_options import (
     ImageSide,
     ImageUrls,
     OutsideImages,
+    Prompt,
     Rows,
+    TaskName,
     place,
 )
 
@@ -33,6 +35,8 @@ def main(
         typer.Argument(parser=place, help="A file, a folder, a Hub id, or easy_vqa."),
     ],
     split: Annotated[str | None, typer.Option(help="Split to check (default: all).")] = None,
+    task: TaskName = None,
+    prompt: Prompt = None,
     max_rows: Rows = None,
     model: Annotated[
         str,
@@ -84,10 +88,11 @@ def main(
       vlmoe data my_data.json --model outputs/tiny --output data.png
       vlmoe data user/dataset --split train --max_rows 1000
     """
+    from vlmoe import load_rows
     from vlmoe.data.check import check_rows, plot_data, report_text
     from vlmoe.data.collator import VLMoECollator
     from vlmoe.data.images import limit_images
-    from vlmoe.data.loading import load_rows, split_names
+    from vlmoe.data.loading import split_names
     from vlmoe.data.long_rows import length_limit
     from vlmoe.data.native_check import check_native_rows
     from vlmoe.data.native_collator import NativeCollator
@@ -102,6 +107,8 @@ def main(
         splits[name] = load_rows(
             dataset,
             name,
+            task=task,
+            prompt=prompt,
             limit=max_rows,
             allow_outside_images=allow_outside_images,
             allow_image_urls=allow_image_urls,

@@ -23,8 +23,10 @@ from .shared_options import (
     ImageSide,
     ImageUrls,
     OutsideImages,
+    Prompt,
     Rows,
     SavedModel,
+    TaskName,
     place,
 )
 
@@ -37,6 +39,8 @@ def main(
     model: SavedModel,
     dataset: Dataset,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
+    task: TaskName = None,
+    prompt: Prompt = None,
     max_rows: Rows = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     max_new_tokens: AnswerTokens = 32,
@@ -102,6 +106,8 @@ def main(
         rows = load_rows(
             dataset,
             split,
+            task=task,
+            prompt=prompt,
             limit=max_rows,
             with_images=not without_images,
             allow_outside_images=allow_outside_images,
@@ -125,6 +131,7 @@ def main(
             progress=True,
         )
         settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
+        settings |= {"task": task, "prompt": prompt}
         settings |= asdict(runtime)  # no paths: the file may be published
         about = {"dataset": dataset_name(dataset)[0], "options": settings}
         write_json(results, evaluation.as_dict() | about)

@@ -89,6 +89,18 @@ Dataset = Annotated[
         help="Data: a Hub id, a file (parquet, JSON, CSV), a folder, or easy_vqa.",
     ),
 ]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK",
+        help="Whose columns the data has: image-captioning, image-classification, translation, ... "
+        "(default: conversations, or questions and answers).",
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(parser=text, help="The task's instruction (default: its own)."),
+]
 Rows = Annotated[int | None, typer.Option(min=1, help="Read only the first N rows.")]
 AnswerTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Pictures = Annotated[

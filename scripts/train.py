@@ -22,6 +22,8 @@ from .shared_options import (
     ImageSide,
     ImageUrls,
     OutsideImages,
+    Prompt,
+    TaskName,
     dropout,
     place,
     refuse_unread,
@@ -91,6 +93,8 @@ def main(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    task: TaskName = None,
+    prompt: Prompt = None,
     train_split: Annotated[
         str, typer.Option(help="Split to train on.", rich_help_panel=DATA)
     ] = "train",
@@ -140,13 +144,14 @@ def main(
         ),
     ] = None,
     on_long_rows: Annotated[
-        Literal["error", "drop", "shorten-prompt"],
+        Literal["error", "drop", "shorten-prompt"] | None,
         typer.Option(
             help="Rows with more tokens are an error, are dropped, or lose text at the start of "
-            "their oldest questions, never of images and answers.",
+            "their oldest questions (of documents and texts to translate: at the end), never of "
+            "images and answers (default: error; for those two tasks shorten-prompt).",
             rich_help_panel=DATA,
         ),
-    ] = "error",
+    ] = None,
     allow_outside_images: OutsideImages = False,
     allow_image_urls: ImageUrls = False,
     max_image_pixels: ImagePixels = None,
@@ -249,6 +254,8 @@ def main(
         max_eval_rows=max_eval_rows,
         altered_copies=altered_copies,
         without_images=without_images,
+        task=task,
+        prompt=prompt,
         allow_outside_images=allow_outside_images,
         allow_image_urls=allow_image_urls,
         max_image_pixels=max_image_pixels,

@@ -17,7 +17,7 @@ from vlmoe.hub.model_code import flat_code
 ROOT = Path(__file__).parents[1]
 # what is saved beside a model's weights, lowest first, and the toolkit's rooms above it
 MODEL = ("configuration", "modeling_vlmoe", "processing")
-TOOLKIT = ("hub", "figures", "data", "routing", "lora", "upcycling", "training")
+TOOLKIT = ("hub", "figures", "data", "routing", "lora", "upcycling", "tasks", "training")
 # room: the rooms that it may import from, besides itself
 BELOW = {
     "configuration": set(),
@@ -29,7 +29,8 @@ BELOW = {
     "routing": {*MODEL, "hub", "figures", "data"},
     "lora": {*MODEL, "hub", "figures", "data"},
     "upcycling": {*MODEL, "hub", "figures", "data"},
-    "training": {*MODEL, "hub", "figures", "data", "routing", "lora", "upcycling"},
+    "tasks": {*MODEL, "hub", "figures", "data"},
+    "training": {*MODEL, "hub", "figures", "data", "routing", "lora", "upcycling", "tasks"},
 }
 TRAVELS_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
 HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa", "emoji")

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .data.collator import VLMoECollator as VLMoECollator
     from .data.collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
     from .data.collator import VLMoEPromptCollator as VLMoEPromptCollator
-    from .data.loading import load_rows as load_rows
     from .hub.export import export as export
     from .hub.push_to_hub import push as push
     from .lora.add import add_expert_lora as add_expert_lora
@@ -45,6 +44,10 @@ if TYPE_CHECKING:
     from .routing.balancing import update_router_bias as update_router_bias
     from .routing.inspection.inspect import inspect_routing as inspect_routing
     from .routing.trace import record_routing as record_routing
+    from .tasks.loading import load_rows as load_rows
+    from .tasks.table import TASKS as TASKS
+    from .tasks.table import get_task as get_task
+    from .tasks.task import Task as Task
     from .training.evaluation import evaluate as evaluate
     from .training.sparse_loss import SparseLoss as SparseLoss
     from .training.trainer import VLMoETrainer as VLMoETrainer
@@ -67,6 +70,8 @@ AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 _MODULES = {
     "RouterBiasCallback": "routing.balancing",
     "SparseLoss": "training.sparse_loss",
+    "TASKS": "tasks.table",
+    "Task": "tasks.task",
     "VLMoECollator": "data.collator",
     "VLMoEDPOTrainer": "training.trl_trainers",
     "VLMoEPreferenceCollator": "data.collator",
@@ -81,9 +86,10 @@ _MODULES = {
     "expert_int8_config": "lora.int8",
     "expert_lora_config": "lora.config",
     "export": "hub.export",
+    "get_task": "tasks.table",
     "hotswap_expert_lora": "lora.wrappers",
     "inspect_routing": "routing.inspection.inspect",
-    "load_rows": "data.loading",
+    "load_rows": "tasks.loading",
     "merge_expert_lora": "lora.merge",
     "push": "hub.push_to_hub",
     "record_routing": "routing.trace",

@@ -111,6 +111,28 @@ def test_questions_are_shortened_from_the_oldest_on_and_nothing_else(
         assert usable.rows == [each] and usable.shortened == (limit < tokens)
 
 
+def test_the_longest_text_loses_its_end_and_nothing_else_does(
+    processor: VLMoEProcessor, make_image: Any
+) -> None:
+    each = row(user("be short: ", images=1), assistant("a cat"), images=[make_image()], id="r3")
+    each["messages"][0]["content"].append({"type": "text", "text": LONG})
+    whole = VLMoECollator(processor)([each])
+    tokens = whole["input_ids"].shape[1]
+    for limit in (tokens, tokens - 1, tokens - 10):
+        collator = VLMoECollator(processor, limit, shorten_prompts="longest")
+        assert usable_rows([each], collator, "shorten-prompt", progress=False).longest
+        batch = collator([each])
+        text = processor.tokenizer.decode(batch["input_ids"][0])
+        kept = text.partition("be short: ")[2].partition("<|end|>")[0]
+        assert LONG.startswith(kept) and len(kept) > len(LONG) - 8 * (tokens - limit) - 8
+        assert (kept == LONG) == (limit == tokens) and limit - 2 <= batch["input_ids"].shape[1]
+        assert learned(processor, batch) == learned(processor, whole)
+        assert batch["mm_token_type_ids"].sum() == whole["mm_token_type_ids"].sum()
+    collator = VLMoECollator(processor, 12, shorten_prompts="longest")
+    with pytest.raises(ValueError, match=r"row 'r3'.*without its user's longest text .*=12\."):
+        usable_rows([each], collator, "shorten-prompt", progress=False)
+
+
 def test_an_answer_that_does_not_fit_is_refused_by_name(processor: VLMoEProcessor) -> None:
     each = row(user("why?"), assistant(LONG), id="r7")
     collator = VLMoECollator(processor, 12, shorten_prompts=True)

@@ -192,3 +192,21 @@ def test_what_happens_to_long_rows_is_chosen(
         assert "max_position_embeddings=128" in capsys.readouterr().err
     finally:
         data.unlink()
+
+
+def test_a_task_reads_its_columns_and_shortens_long_documents(
+    tmp_path: Path, saved_model: Path, capsys: Any, caplog: Any
+) -> None:
+    rows = [{"document": "red " * length, "summary": "blue"} for length in (2, 99)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    base = ["train", "--model", str(saved_model), "--dataset", str(data), *FAST]
+    base += ["--task", "summarization", "--prompt", "what?", "--max_length", "40"]
+    assert main.main([*base, "--output_dir", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().err + caplog.text
+    assert "tokens: 1; the end of their longest text is cut off" in said
+    refused = [*base, "--output_dir", str(tmp_path / "b"), "--on_long_rows", "error"]
+    assert main.main(refused) == 2
+    assert "row 'train[1]' ('what?" in capsys.readouterr().err
+    assert main.main([*base, "--output_dir", str(tmp_path / "c"), "--task", "summarisation"]) == 2
+    assert "did you mean 'summarization'" in capsys.readouterr().err

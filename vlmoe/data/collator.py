@@ -21,7 +21,7 @@ must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.DataParallel`)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -176,8 +176,8 @@ class VLMoECollator(RowCollator):
     Args:
         processor: as in `RowCollator`.
         max_length: as in `RowCollator`.
-        shorten_prompts: cut text from the oldest questions of a conversation that is too long, see
-            `shortening.py`.
+        shorten_prompts: cut text from the oldest questions of a conversation that is too long, or
+            with "longest" the end of its longest one, see `shortening.py`.
         options: the other arguments of `RowCollator`.
     """
 
@@ -186,7 +186,7 @@ class VLMoECollator(RowCollator):
         processor: VLMoEProcessor,
         max_length: int | None = None,
         *,
-        shorten_prompts: bool = False,
+        shorten_prompts: bool | Literal["longest"] = False,
         **options: Any,
     ) -> None:
         super().__init__(processor, max_length, **options)
@@ -201,12 +201,17 @@ class VLMoECollator(RowCollator):
             for conversation in parsed.conversations:
                 if self.shorten_prompts and self.max_length is not None:
                     room = self.max_length - sum(len(image.token_ids) for image in images)
-                    conversation = shortened(conversation, room, self.text_length)
+                    conversation = self.shortened(conversation, room)
                 encoded = self.encode_conversation(conversation, parsed.name)
                 token_rows.append(self._token_row(encoded, images, parsed.name))
         batch, mask = self._pad(token_rows, side="right")
         labels = batch["input_ids"].masked_fill(~mask, IGNORE_INDEX)
         return {**batch, "labels": labels, **self._pixels(token_rows)}
+
+    def shortened(self, conversation: Conversation, room: int) -> Conversation:
+        """Shorten a conversation to `room` tokens, as `shorten_prompts` says."""
+        longest = self.shorten_prompts == "longest"
+        return shortened(conversation, room, self.text_length, longest)
 
     def text_length(self, conversation: Conversation) -> int:
         """Count the tokens of a conversation, those of its images left out."""

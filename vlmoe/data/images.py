@@ -25,6 +25,7 @@ from ..processing.image_sources import (
     DEFAULT_LIMITS,
     ImageLimits,
     decode_text,
+    encoded_image,
     is_url,
     open_encoded,
     require_web_url,
@@ -34,6 +35,9 @@ from .row_fields import IMAGE_COLUMNS, RowImage, StoredImage
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, Features
+
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 
 
 def limit_images(processor: Processor, max_pixels: int | None, max_side: int | None) -> ImageLimits:
@@ -55,6 +59,22 @@ def open_image(
 ) -> Image.Image:
     """Open an image as RGB; raise `ValueError` that starts with `name` if it cannot be used."""
     return cast(Image.Image, load_rgb_image(value, name, limits=limits, allow_urls=allow_urls))
+
+
+def image_size(
+    image: RowImage, *, limits: ImageLimits = DEFAULT_LIMITS, allow_urls: bool = False
+) -> tuple[int, int] | None:
+    """Read (width, height) of an image as it is shown from its header; None if that fails."""
+    try:
+        encoded = encoded_image(image, "", limits=limits, allow_urls=allow_urls)
+        opened = image if encoded is None else open_encoded(encoded.content)
+        if not isinstance(opened, Image.Image):  # an array or tensor
+            return None
+        width, height = opened.size
+        turned = opened.getexif().get(0x0112) in TURNED
+    except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (height, width) if turned else (width, height)
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,32 @@ The result is a `datasets.Dataset` with the columns
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..hub.input_errors import reading
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .augmentation import with_altered_copies
-from .images import ImageSources, with_image_column
+from .images import ImageSources
 from .local_files import FORMATS, ImageRules, local_splits, read_local
 from .packaged import PACKAGED, packaged_rows, packaged_splits
 from .row_datasets import as_conversations, standard_columns
-from .row_formats import without_image_parts
+from .row_formats import RowReader, format_of, without_image_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `load_rows` beside the data's names; see there."""
+
+    limit: int | None
+    altered_copies: int
+    with_images: bool
+    config_name: str | None
+    allow_outside_images: bool
+    allow_image_urls: bool
+    image_limits: ImageLimits
+    faults: list[str] | None
 
 
 def load_rows(
@@ -42,14 +55,15 @@ def load_rows(
     allow_image_urls: bool = False,
     image_limits: ImageLimits = DEFAULT_LIMITS,
     faults: list[str] | None = None,
+    reader: RowReader = format_of,
 ) -> "Dataset":
     """Load a split as conversational rows.
 
     Args:
         source: one of `PACKAGED`, a parquet, json(l), csv or tsv file, a folder of
-            them, an image folder with `metadata.jsonl` or `metadata.csv` or with a caption in a
-            text file beside each picture, a folder written by `save_to_disk`, or the id of a
-            dataset on the Hub.
+            them, an image folder with `metadata.jsonl` or `metadata.csv`, with a caption in a
+            text file beside each picture or with a sub-folder for each class, a folder written by
+            `save_to_disk`, or the id of a dataset on the Hub.
         split: its name; on the Hub also a slice such as `train[:10%]`.
         limit: keep only the first rows.
         altered_copies: append this many copies of every row with shifted images. Every other copy,
@@ -63,6 +77,7 @@ def load_rows(
             them if it has `allow_image_urls`, too.
         image_limits: the largest image that is opened for altered copies.
         faults: if given, collects the errors about single rows and images (see `is_faulty`).
+        reader: the forms of rows that are known; that of a task is `vlmoe.tasks.task_reader`'s.
 
     Raises:
         FileNotFoundError: the source or an image file does not exist.
@@ -77,7 +92,7 @@ def load_rows(
         allow_outside_images=allow_outside_images, allow_image_urls=allow_image_urls, faults=faults
     )
     with reading(source, keep=(ValueError, OSError, ImportError)):
-        rows = standard_columns(_read(source, split, config_name, rules), source, split)
+        rows = standard_columns(_read(source, split, config_name, rules, reader), source, split)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not with_images:
@@ -111,7 +126,9 @@ def split_names(source: str) -> list[str]:
         raise FileNotFoundError(_not_found(source, error)) from error
 
 
-def _read(source: str, split: str, config_name: str | None, rules: ImageRules) -> "Dataset":
+def _read(
+    source: str, split: str, config_name: str | None, rules: ImageRules, reader: RowReader
+) -> "Dataset":
     """Read the rows of a source, with their images in one column."""
     try:
         import datasets  # noqa: F401
@@ -123,10 +140,10 @@ def _read(source: str, split: str, config_name: str | None, rules: ImageRules) -
         return packaged_rows(source, split)
     path = Path(source).expanduser()
     if path.exists():
-        return read_local(path, split, **rules)
+        return read_local(path, split, reader, **rules)
     _require_hub_id(source)
-    rows = as_conversations(_read_hub(source, split, config_name), source, rules["faults"])
-    return with_image_column(rows, _hub_image_sources(source, rules), source)
+    rows = _read_hub(source, split, config_name)
+    return as_conversations(rows, _hub_image_sources(source, rules), source, reader)
 
 
 def _require_hub_id(source: str) -> None:

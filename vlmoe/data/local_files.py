@@ -9,6 +9,8 @@
   folders of those files, and its rows name images in `file_name` (one) or `images` (a list).
 - A folder of pictures, each with its caption in a text file of the same name (`a.png`, `a.txt`),
   has the splits that its sub-folders are named after.
+- A folder of pictures without captions, in sub-folders named after two classes or more
+  (`train/cat/a.png`), gives the column `label`.
 - Image paths are relative to the file that names them, and stay below the folder that is read
   (`images.py`).
 - Prepared data are found again in the cache of `datasets` by the content of their files.
@@ -28,10 +30,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from ..hub.input_errors import reading
-from .images import ImageSources, with_image_column
+from .images import ImageSources
 from .json_rows import require_shallow, require_utf8
 from .row_datasets import as_conversations
 from .row_fields import IMAGE_COLUMNS
+from .row_formats import RowReader, format_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -67,7 +70,9 @@ class ImageRules(TypedDict):
 Split = TypeVar("Split")
 
 
-def read_local(path: Path, split: str, **rules: Unpack[ImageRules]) -> "Dataset":
+def read_local(
+    path: Path, split: str, reader: RowReader = format_of, **rules: Unpack[ImageRules]
+) -> "Dataset":
     """Read the rows of a file or folder, images as undecoded `datasets.Image` lists in `images`.
 
     Images must lie in the folder, or in that of the file, unless `rules` allow others.
@@ -79,19 +84,21 @@ def read_local(path: Path, split: str, **rules: Unpack[ImageRules]) -> "Dataset"
     roots = _image_roots(path if path.is_dir() else path.parent)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         rows = _read_saved(path, split)
-        return _conversational(rows, str(path), ImageSources(path, roots, **rules))
+        return as_conversations(rows, ImageSources(path, roots, **rules), str(path), reader)
     files = _pick_split(path, files_by_split(path), split)
     if files[0].suffix not in FORMATS:
         sources = ImageSources(path, roots, **rules)
-        return _conversational(_caption_rows(files, sources), str(path), sources)
+        read = _caption_rows if files[0].with_suffix(".txt").is_file() else _class_rows
+        return as_conversations(read(files, sources), sources, str(path), reader)
     groups: dict[tuple[str, Path], list[Path]] = defaultdict(list)
     for file in files:
         groups[FORMATS[file.suffix], file.parent].append(file)
     parts = [
-        _conversational(
+        as_conversations(
             _read_files(kind, group),
-            ", ".join(map(str, group)),
             ImageSources(folder, roots, **rules),
+            ", ".join(map(str, group)),
+            reader,
         )
         for (kind, folder), group in groups.items()
     ]
@@ -105,11 +112,6 @@ def read_local(path: Path, split: str, **rules: Unpack[ImageRules]) -> "Dataset"
         raise ValueError(
             f"the files of split {split!r} of {path} differ in columns or types: {error}"
         ) from error
-
-
-def _conversational(rows: "Dataset", name: str, sources: ImageSources) -> "Dataset":
-    """Convert rows of any form to conversations, with their images in one column."""
-    return with_image_column(as_conversations(rows, name, sources.faults), sources, name)
 
 
 def local_splits(path: Path) -> list[str]:
@@ -147,12 +149,16 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
     files = [file for file in files if FORMATS[file.suffix] not in SEPARATORS] or files
     if not files:
         pictures = _captioned_pictures(path)
+        if pictures:
+            return _group((file, _split_of_folder(file.parent, path)) for file in pictures)
+        pictures = _classified_pictures(path)
         if not pictures:
             raise ValueError(
-                f"{path} is a folder without any {', '.join(FORMATS)} file, and without pictures "
-                "that have their caption in a text file beside them."
+                f"{path} is a folder without any {', '.join(FORMATS)} file, without pictures that "
+                "have their caption in a text file beside them, and without pictures in folders "
+                "named after their classes."
             )
-        return _group((file, _split_of_folder(file.parent, path)) for file in pictures)
+        return _group((file, _split_of_folder(file.parent.parent, path)) for file in pictures)
     named_files = [
         (file, _split_name(file.stem) or _split_of_folder(file.parent, path)) for file in files
     ]
@@ -315,6 +321,28 @@ def _caption_rows(files: list[Path], sources: ImageSources) -> "Dataset":
             raise ValueError(f"{caption} is not UTF-8: {error}. Save it as UTF-8.") from error
     names = [str(file.relative_to(sources.folder)) for file in files]
     return Dataset.from_dict({"id": names, "image": names, "text": texts})
+
+
+def _classified_pictures(folder: Path) -> list[Path]:
+    """List the pictures below a folder, in order, if their folders are named after classes.
+
+    They are if each picture lies in a sub-folder, and these have two names or more that are not all
+    those of splits.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    names = {file.parent.name for file in files}
+    if len(names) < 2 or all(map(_split_name, names)):
+        return []
+    return [] if any(file.parent == folder for file in files) else files
+
+
+def _class_rows(files: list[Path], sources: ImageSources) -> "Dataset":
+    """Read pictures with their folders' names: `id` and `image`, the path, and `label`."""
+    from datasets import Dataset
+
+    names = [str(file.relative_to(sources.folder)) for file in files]
+    labels = [file.parent.name for file in files]
+    return Dataset.from_dict({"id": names, "image": names, "label": labels})
 
 
 def content_digest(files: Iterable[Path | str], *parts: str) -> str:

@@ -12,41 +12,41 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..processing.image_layout import tiles_on
-from ..processing.image_sources import encoded_image, open_encoded
 from .collator import VLMoECollator
 from .conversations import Conversation, Turn, count_images, parse_messages, parse_row, row_name
-from .encoding import ImageEncoder
+from .images import image_size
 from .row_fields import AnyRow, RowImage, Rows
-from .shortening import shortened
 
 logger = logging.getLogger(__name__)
 
 ON_LONG_ROWS = ("error", "drop", "shorten-prompt")
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height."""
 SHORTEST = (Turn("user", ("a",)), Turn("assistant", ("a",)))
 
 
 @dataclass(frozen=True)
 class UsableRows:
-    """The rows to use, and the number of those dropped, or shortened when collated."""
+    """The rows to use, and the number of those dropped, or shortened when collated.
+
+    With `longest` the end of the longest text is cut, else the start of the oldest questions.
+    """
 
     rows: Rows
     dropped: int = 0
     shortened: int = 0
+    longest: bool = False
 
     def log(self, what: str, limit: int | None) -> None:
         """Log once how many rows were too long, and what happens to them."""
         count = self.dropped or self.shortened
         if count:
-            done = (
-                "they are left out" if self.dropped else "the start of their questions is cut off"
+            cut = (
+                "the end of their longest text" if self.longest else "the start of their questions"
             )
+            done = "they are left out" if self.dropped else f"{cut} is cut off"
             logger.warning("%s rows with more than %s tokens: %s; %s.", what, limit, count, done)
 
 
@@ -140,7 +140,8 @@ def usable_rows(
         )
     collator([rows[kept[0]]])
     if on_long_rows != "drop":
-        return UsableRows(rows, shortened=long)
+        longest = collator.shorten_prompts == "longest"
+        return UsableRows(rows, shortened=long, longest=longest)
     return UsableRows(selected(rows, kept) if long else rows, dropped=long)
 
 
@@ -212,33 +213,22 @@ class RowMeasure:
         if self.limit is None or length <= self.limit:
             return None
         if shorten:
-            short = shortened(conversation, self.limit - images, self.collator.text_length)
+            short = self.collator.shortened(conversation, self.limit - images)
             least = images + self.collator.text_length(short)
             if least > self.limit:
+                is_longest = self.collator.shorten_prompts == "longest"
+                text = "its user's longest text" if is_longest else "any text of its questions"
                 raise ValueError(
-                    f"{name}: without any text of its questions a conversation has {least} tokens, "
+                    f"{name}: without {text} a conversation has {least} tokens, "
                     f"more than max_length={self.limit}. Leave the row out, or raise max_length."
                 )
         return f"{name}: a conversation has {length} tokens, more than max_length={self.limit}."
 
     def _image_length(self, image: RowImage, name: str) -> int:
         """Count an image's tokens; it is decoded only if its header cannot be read."""
-        size = _size(image, self.collator.encode_image)
+        encoder = self.collator.encode_image
+        limits, allow_urls = encoder.processor.image_limits, encoder.allow_urls
+        size = image_size(image, limits=limits, allow_urls=allow_urls)
         if size is None:
-            return len(self.collator.encode_image(image, f"{name}, an image").token_ids)
-        return self.image_lengths([size])[0]
-
-
-def _size(image: RowImage, encoder: ImageEncoder) -> tuple[int, int] | None:
-    """Read (height, width) of an image as it is shown from its header; None if that fails."""
-    limits = encoder.processor.image_limits
-    try:
-        encoded = encoded_image(image, "", limits=limits, allow_urls=encoder.allow_urls)
-        opened = image if encoded is None else open_encoded(encoded.content)
-        if not isinstance(opened, Image.Image):  # an array or tensor
-            return None
-        width, height = opened.size
-        turned = opened.getexif().get(0x0112) in TURNED
-    except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return (width, height) if turned else (height, width)
+            return len(encoder(image, f"{name}, an image").token_ids)
+        return self.image_lengths([(size[1], size[0])])[0]

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .images import ImageSources, with_features, with_image_column
+from .images import ImageSources, image_size, with_features, with_image_column
 from .row_fields import COLUMNS, IMAGE_COLUMNS, NEEDED, AnyRow, StoredImage, require_known_columns
 from .row_formats import (
     INSIDE,
@@ -18,6 +18,7 @@ from .row_formats import (
     PICTURE_KEYS,
     Picture,
     RowFormat,
+    RowReader,
     format_of,
     has_image_parts,
     two_places,
@@ -35,36 +36,55 @@ PICTURE = r'"(image|path|url|image_url|base64)"\s*:\s*[^n\s]'
 NO_PARTS = r'^\s*([^\["\s]|\[\s*[^{\s])'
 """Matches the JSON of a content that is neither a string nor a list of objects."""
 ROWS_CHECKED_FOR_IMAGES = 100
-TEXT_FIELDS = ("content", "value", "question", "answer", "prompt", "completion", "text", "caption")
+TEXT_FIELDS = (
+    *("content", "value", "question", "answer", "prompt", "completion", "text", "caption"),
+    *("captions", "label", "labels", "document", "article", "dialogue", "summary", "highlights"),
+)
 """Fields that hold a text, or a list of parts or messages."""
 
 FAULTY: list[Any] = [[{"role": "faulty", "content": []}]]
 """The messages of a row whose error was collected, not raised."""
 
 
-def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = None) -> "Dataset":
-    """Replace the columns of another form by `messages`; return conversations as they are.
+def as_conversations(
+    rows: "Dataset", sources: ImageSources, source: str, reader: RowReader = format_of
+) -> "Dataset":
+    """Convert rows of any form to conversations in `messages`, with their images in `images`.
 
-    Pictures found inside the content go to `images`, as `{"bytes", "path"}`.
+    Images become undecoded entries that `sources` allow. Conversations stay as they are. Pictures
+    found inside the content go to `images`, too.
 
     Raises:
-        ValueError: a message has an unknown key, which names the row (if `faults` is given, the
+        ValueError: a row cannot be converted, which names it (if `sources.faults` is given, the
             error is added to it instead), or there are pictures both inside the content and in a
             column.
     """
     rows = with_features(rows, _undecoded_features(rows, json=False))
-    form = _format_of(rows)
+    form = _format_of(rows, source, reader)
     if form is None:
-        return rows
+        return with_image_column(rows, sources, source)
+    if form.measures:
+        rows = with_image_column(rows, sources, source)
+    return with_image_column(_with_messages(rows, form, source, sources.faults), sources, source)
+
+
+def _with_messages(
+    rows: "Dataset", form: RowFormat, source: str, faults: list[str] | None
+) -> "Dataset":
+    """Replace the columns of a form by `messages`, and `images` if pictures are in the content."""
     from datasets import concatenate_datasets
 
     texts = rows.select_columns(list(form.columns))
     texts = with_features(texts, _undecoded_features(texts, json=True))
-    converted = texts.add_column("image_count", _image_counts(rows)).map(
+    features = texts.features
+    texts = texts.add_column("image_count", _image_counts(rows))
+    if form.measures:
+        texts = texts.add_column("image_sizes", _image_sizes(rows))
+    converted = texts.map(
         _converted,
         with_indices=True,
-        fn_kwargs={"form": form, "features": texts.features, "source": source},
-        remove_columns=[*form.columns, "image_count"],
+        fn_kwargs={"form": form, "features": features, "source": source},
+        remove_columns=texts.column_names,
         features=_features(),
         desc=f"reading {form.name}",
     )
@@ -87,7 +107,9 @@ def as_conversations(rows: "Dataset", source: str, faults: list[str] | None = No
     return concatenate_datasets([others, converted], axis=1) if others.column_names else converted
 
 
-def standard_dataset(rows: "Dataset", sources: ImageSources, name: str) -> "Dataset":
+def standard_dataset(
+    rows: "Dataset", sources: ImageSources, name: str, reader: RowReader = format_of
+) -> "Dataset":
     """Convert a dataset of any form to one with the columns of `load_rows`.
 
     A dataset that has them already, or that has a format or transform, comes back as it is.
@@ -102,8 +124,7 @@ def standard_dataset(rows: "Dataset", sources: ImageSources, name: str) -> "Data
     )
     if is_standard or rows.format["type"] is not None:
         return rows
-    rows = with_image_column(as_conversations(rows, name, sources.faults), sources, name)
-    return standard_columns(rows, name, name)
+    return standard_columns(as_conversations(rows, sources, name, reader), name, name)
 
 
 def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
@@ -148,6 +169,8 @@ def _converted(
 ) -> dict[str, Any]:
     """Convert one row of `as_conversations`."""
     decoded = {each: _decoded(row[each], features[each], each) for each in features}
+    if form.measures:
+        decoded["image_sizes"] = [size and tuple(size) for size in row["image_sizes"]]
     name = f"{source}, row {position}"
     try:
         messages, pictures = form.convert(decoded, row["image_count"], name)
@@ -169,10 +192,10 @@ def is_faulty(given: object) -> bool:
     return given.get("bytes") is None and given.get("path") is None
 
 
-def _format_of(rows: "Dataset") -> RowFormat | None:
+def _format_of(rows: "Dataset", source: str, reader: RowReader) -> RowFormat | None:
     """Return the form of rows, or None for conversations with `images` and for unknown rows."""
     if "messages" not in rows.column_names:
-        return format_of(rows.column_names)
+        return reader(rows.column_names, source)
     feature, stored = rows.features["messages"], _stored(rows, "messages")
     if _hold_pictures(feature, stored):
         return INSIDE
@@ -266,6 +289,13 @@ def _image_counts(rows: "Dataset") -> list[int]:
     return values.is_valid().cast(pyarrow.int64()).to_pylist()
 
 
+def _image_sizes(rows: "Dataset") -> list[list[tuple[int, int] | None]]:
+    """Read (width, height) of the images in `images` of each row."""
+    if "images" not in rows.column_names:
+        return [[] for _ in range(len(rows))]
+    return [[image_size(image) for image in images] for images in rows["images"]]
+
+
 def _undecoded_features(rows: "Dataset", json: bool) -> "Features":
     """Return features that decode no media and, if `json`, no untyped JSON.
 
@@ -290,15 +320,18 @@ def _undecoded(feature: "FeatureType", json: bool) -> "FeatureType":
 
 
 def _decoded(value: Any, feature: "FeatureType", name: str = "") -> Any:
-    """Read the untyped JSON of a stored value.
+    """Read the untyped JSON and the class names of a stored value.
 
     `datasets` stores a text that happens to be JSON, such as "3.50" or the JSON object that a model
-    shall answer with, as it is. Such a value of a text field (`name`) stays a text.
+    shall answer with, as it is. Such a value of a text field (`name`) stays a text. A class becomes
+    its name.
     """
-    from datasets import Json
+    from datasets import ClassLabel, Json
 
     if value is None:
         return None
+    if isinstance(feature, ClassLabel):
+        return feature.names[value] if 0 <= value < len(feature.names) else value
     if isinstance(feature, Json):
         try:
             read = json.loads(value)

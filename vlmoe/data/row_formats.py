@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .images import image_size
 from .row_fields import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -51,15 +52,23 @@ class RowFormat:
     """A form of rows: its name, the columns it is read from, and its converter.
 
     `convert(row, images, name)` takes the number of images in the row's columns, and returns the
-    row's messages and the pictures found inside their content.
+    row's messages and the pictures found inside their content. With `measures` the row that it
+    takes has `image_sizes`, too: (width, height) in pixels of each image as it is shown, None where
+    it cannot be read.
     """
 
     name: str
     columns: tuple[str, ...]
     convert: Callable[[AnyRow, int, str], Converted]
+    measures: bool = False
 
 
-def format_of(columns: Collection[str]) -> RowFormat | None:
+RowReader = Callable[[Collection[str], str], RowFormat | None]
+"""Takes the columns of rows and what errors call the rows, and returns the form to read them in:
+None for rows with `messages` and for unknown ones. `format_of` knows the forms of this file."""
+
+
+def format_of(columns: Collection[str], source: str = "") -> RowFormat | None:
     """Return the form of rows with these columns, or None for conversations and unknown rows."""
     if "messages" in columns:
         return None
@@ -75,8 +84,8 @@ def format_of(columns: Collection[str]) -> RowFormat | None:
     return None
 
 
-def conversational(row: AnyRow, name: str) -> AnyRow:
-    """Convert a row of any form to one with `messages` and `images`.
+def conversational(row: AnyRow, name: str, reader: RowReader = format_of) -> AnyRow:
+    """Convert a row of any form that `reader` knows to one with `messages` and `images`.
 
     Conversations, and rows of no known form, are returned unchanged.
 
@@ -85,7 +94,7 @@ def conversational(row: AnyRow, name: str) -> AnyRow:
             in a column; the message starts with `name`.
     """
     column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
-    form = format_of(row.keys())
+    form = reader(row.keys(), name)
     if form is None and has_pictures(row.get("messages")):
         form = INSIDE
     if form is None and column and are_plain(row.get("messages")):
@@ -96,7 +105,10 @@ def conversational(row: AnyRow, name: str) -> AnyRow:
     images = list(images) if is_list(images) else [images]
     if form is None:
         return {**{each: row[each] for each in row if each != column}, "images": images}
-    messages, pictures = form.convert({each: row[each] for each in form.columns}, len(images), name)
+    given = {each: row[each] for each in form.columns}
+    if form.measures:
+        given["image_sizes"] = [image_size(image) for image in images]
+    messages, pictures = form.convert(given, len(images), name)
     if pictures and images:
         raise ValueError(f"{name}: {two_places(column)}")
     kept = {each: row[each] for each in row if each not in (*form.columns, *IMAGE_COLUMNS)}
@@ -185,7 +197,7 @@ def _turns(row: AnyRow, count: int, name: str) -> Converted:
         require_known_keys(turn, ("from", "value"), f"{name}: a turn")
         role = _string(turn.get("from"))
         role = SPEAKERS.get(role or "", role)
-        content = _text_parts(turn.get("value"), marked=role != "assistant")
+        content = text_parts(turn.get("value"), marked=role != "assistant")
         messages.append({"role": role, "content": content})
     return [_with_images(messages, count)], []
 
@@ -199,22 +211,22 @@ def _completion(row: AnyRow, count: int, name: str) -> Converted:
             more, own = _messages(row[column], name)
             messages, pictures = messages + more, pictures + own
         else:
-            messages.append({"role": role, "content": _text_parts(row[column])})
+            messages.append({"role": role, "content": text_parts(row[column])})
     return [messages if pictures else _with_images(messages, count)], pictures
 
 
 def _question(row: AnyRow, count: int, name: str) -> Converted:
     """Convert a question about the row's images and its answer."""
-    return [_dialogue(_text_parts(row["question"]), _text_parts(row["answer"]), count)], []
+    return [dialogue(text_parts(row["question"]), text_parts(row["answer"]), count)], []
 
 
 def _caption(row: AnyRow, count: int, name: str) -> Converted:
     """Convert the row's images and their caption."""
     (caption,) = row.values()
-    return [_dialogue([], _text_parts(caption), count)], []
+    return [dialogue([], text_parts(caption), count)], []
 
 
-def _dialogue(asked: Parts | None, answer: Parts | None, count: int) -> Messages:
+def dialogue(asked: Parts | None, answer: Parts | None, count: int) -> Messages:
     """Return a user turn with `count` images, and the answer."""
     messages: Messages = [
         {"role": "user", "content": asked},
@@ -254,7 +266,7 @@ def _messages(given: object, name: str) -> tuple[Messages, list[Picture]]:
             content, own = _parts(content, name)
             pictures += own
         else:
-            content = _text_parts(content)
+            content = text_parts(content)
         messages.append({"role": _string(message.get("role")), "content": content})
     return messages, pictures
 
@@ -297,7 +309,7 @@ def _marked_parts(text: str) -> Parts:
     return parts
 
 
-def _text_parts(value: object, marked: bool = False) -> Parts | None:
+def text_parts(value: object, marked: bool = False) -> Parts | None:
     """Return a text as parts, cut at image markers if `marked`; None, an error later, without."""
     text = _string(value)
     if text is None:

@@ -17,7 +17,7 @@ from .conversations import row_name, split_conversations
 from .images import ImageSources
 from .row_datasets import standard_dataset
 from .row_fields import COLUMNS, AnyRow, Rows, require_messages
-from .row_formats import conversational
+from .row_formats import RowReader, conversational, format_of
 
 if TYPE_CHECKING:
     import datasets
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def as_rows(rows: "Rows | datasets.Dataset", name: str = "rows") -> Rows:
+def as_rows(
+    rows: "Rows | datasets.Dataset", name: str = "rows", reader: RowReader = format_of
+) -> Rows:
     """Convert rows of any form to rows with `messages` and `images`, each with an `id`.
 
     Relative image paths start at the working directory. Every image file must exist; URLs are left
@@ -36,6 +38,7 @@ def as_rows(rows: "Rows | datasets.Dataset", name: str = "rows") -> Rows:
         rows: a list of rows or a dataset. A row is `{"messages": [...], "images": [...]}`, or
             `{"image": ..., "question": ..., "answer": ...}`, or of another form.
         name: what errors call the rows; a row without an `id` is called `name[number]`.
+        reader: the forms of rows that are known; that of a task is `vlmoe.tasks.task_reader`'s.
 
     Raises:
         ValueError: what was given is no list of rows, or a row has neither `messages` nor another
@@ -56,23 +59,25 @@ def as_rows(rows: "Rows | datasets.Dataset", name: str = "rows") -> Rows:
         )
     sources = ImageSources(Path.cwd(), (), allow_outside_images=True, allow_image_urls=True)
     if getattr(rows, "column_names", None):
-        return standard_dataset(cast("datasets.Dataset", rows), sources, name)
+        return standard_dataset(cast("datasets.Dataset", rows), sources, name, reader)
     if not isinstance(rows, list | tuple):
         return rows
-    converted = [_converted(row, position, sources, name) for position, row in enumerate(rows)]
+    converted = [_converted(row, i, sources, name, reader) for i, row in enumerate(rows)]
     unread = {str(key): None for row in converted for key in row if key not in ("id", *COLUMNS)}
     if unread:
         logger.warning("%s: these columns are not read: %s.", name, ", ".join(unread))
     return converted
 
 
-def _converted(row: Any, position: int, sources: ImageSources, name: str) -> dict[str, Any]:
+def _converted(
+    row: Any, position: int, sources: ImageSources, name: str, reader: RowReader
+) -> dict[str, Any]:
     """One row of a list, with an `id`, `messages` and `images` whose files exist."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{name}[{position}] is a {type(row).__name__}, not a row (a dict).")
     given = {**row, "id": f"{name}[{position}]" if row.get("id") is None else row["id"]}
     where = row_name(given, position)
-    given = dict(conversational(given, where))
+    given = dict(conversational(given, where, reader))
     require_messages(given, where)
     images = given.get("images")
     if isinstance(images, list | tuple):
@@ -98,9 +103,11 @@ class ConversationRows(Dataset):
         (2, True)
     """
 
-    def __init__(self, rows: "Rows | datasets.Dataset") -> None:
+    def __init__(
+        self, rows: "Rows | datasets.Dataset", name: str = "rows", reader: RowReader = format_of
+    ) -> None:
         """Take rows as `as_rows` does."""
-        self.rows = as_rows(rows)
+        self.rows = as_rows(rows, name, reader)
         columns = getattr(self.rows, "column_names", None)
         messages: Sequence[Any] = (
             self.rows["messages"]  # type: ignore[call-overload]

@@ -7,18 +7,23 @@ from .conversations import IMAGE, Conversation
 
 
 def shortened(
-    conversation: Conversation, room: int, length: Callable[[Conversation], int]
+    conversation: Conversation,
+    room: int,
+    length: Callable[[Conversation], int],
+    longest: bool = False,
 ) -> Conversation:
     """Shorten a conversation to `room` tokens, or as far as its questions' text allows.
 
     Characters are cut from the beginning of the first question, then of the next; if all questions
-    are gone, of the system message. Images, answers and the chat template's text stay. The same
-    conversation and room give the same result.
+    are gone, of the system message. With `longest` the end of the longest text of the user is cut,
+    such as a document's beside its instruction, and no other text. Images, answers and the chat
+    template's text stay. The same conversation and room give the same result.
 
     Args:
         conversation: one that is too long; one that fits is returned as it is.
         room: the largest number of tokens.
         length: counts the tokens of a conversation.
+        longest: cut the longest text, at its end.
     """
     if length(conversation) <= room:
         return conversation
@@ -30,8 +35,11 @@ def shortened(
         for part, text in enumerate(each.parts)
         if text is not IMAGE
     ]
+    if longest:
+        places = [place for place in places if conversation[place[0]].role == "user"]
+        places = sorted(places, key=lambda each: -len(_text(conversation, each)))[:1]
     for place in places:
-        text = conversation[place[0]].parts[place[1]] or ""
+        text = _text(conversation, place)
         shorter = _with_text(conversation, place, "")
         if length(shorter) > room:
             conversation = shorter
@@ -39,12 +47,21 @@ def shortened(
         too_long, fits = 0, len(text)  # characters cut
         while fits - too_long > 1:
             middle = (too_long + fits) // 2
-            if length(_with_text(conversation, place, text[middle:])) <= room:
+            if length(_with_text(conversation, place, _cut(text, middle, longest))) <= room:
                 fits = middle
             else:
                 too_long = middle
-        return _with_text(conversation, place, text[fits:])
+        return _with_text(conversation, place, _cut(text, fits, longest))
     return conversation
+
+
+def _text(conversation: Conversation, place: tuple[int, int]) -> str:
+    return conversation[place[0]].parts[place[1]] or ""
+
+
+def _cut(text: str, characters: int, at_end: bool) -> str:
+    """Cut characters off the end or the beginning of a text."""
+    return text[: len(text) - characters] if at_end else text[characters:]
 
 
 def _with_text(conversation: Conversation, place: tuple[int, int], text: str) -> Conversation:

@@ -4,10 +4,10 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..data.loading import load_rows
 from ..data.rows import Rows
 from ..hub.provenance import RunOrigin, dataset_name
 from ..processing.image_sources import ImageLimits
+from ..tasks.loading import load_rows
 
 
 class TrainingRows(NamedTuple):
@@ -31,6 +31,8 @@ class TrainingData:
         max_eval_rows: evaluate on the first so many rows only.
         altered_copies: of every training row, with images that are shifted and mirrored a little.
         without_images: leave the images out.
+        task: whose columns the rows have, see `vlmoe.TASKS`.
+        prompt: its instruction, by default the task's own.
         allow_outside_images: open image files outside the data's own folder.
         allow_image_urls: download images that rows name by http(s) URL.
         max_image_pixels: refuse larger images; by default the processor's limit.
@@ -45,6 +47,8 @@ class TrainingData:
     max_eval_rows: int | None = None
     altered_copies: int = 0
     without_images: bool = False
+    task: str | None = None
+    prompt: str | None = None
     allow_outside_images: bool = False
     allow_image_urls: bool = False
     max_image_pixels: int | None = None
@@ -87,6 +91,8 @@ class TrainingData:
             split,
             limit=limit,
             with_images=not self.without_images,
+            task=self.task,
+            prompt=self.prompt,
             altered_copies=altered_copies,
             allow_outside_images=self.allow_outside_images,
             allow_image_urls=self.allow_image_urls,

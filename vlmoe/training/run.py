@@ -46,7 +46,7 @@ from .build import (
 from .callbacks import REMEDY, Logs
 from .checkpoints import STATE_FILE, find_checkpoint, read_state, set_aside_newer
 from .data import TrainingData, TrainingRows
-from .trainer import VLMoETrainer, row_collator
+from .trainer import VLMoETrainer, default_on_long_rows, row_collator
 
 
 class LoraOptions(TypedDict):
@@ -101,7 +101,7 @@ def train(
     *,
     lora: LoraOptions | None = None,
     max_length: int | None = None,
-    on_long_rows: str = "error",
+    on_long_rows: str | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> TrainResult:
     """Train in a folder that nobody else writes into; evaluate, save, and return the result.
@@ -137,8 +137,9 @@ def train(
                 require_same_model(built.model.config, checkpoint)
         limits = limit_images(built.processor, data.max_image_pixels, data.max_image_side)
         urls = data.allow_image_urls
+        on_long_rows = on_long_rows or default_on_long_rows(data.task, built.processor)
         collator = row_collator(
-            *built, max_length, on_long_rows, limits=limits, allow_image_urls=urls
+            *built, max_length, on_long_rows, data.task, limits=limits, allow_image_urls=urls
         )
         trainer = VLMoETrainer(
             built.model,

@@ -8,7 +8,7 @@ answer(trainer.model, trainer.processing_class, "red.png", "what color?")
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +26,7 @@ from ..data.collator import VLMoECollator
 from ..data.long_rows import length_limit, usable_rows
 from ..data.native_collator import NativeCollator
 from ..data.native_rows import usable_native_rows
+from ..data.row_formats import RowReader
 from ..data.rows import ConversationRows, Rows, as_rows
 from ..hub.experts_implementation import keep_suited
 from ..hub.export import publish_layout
@@ -35,6 +36,8 @@ from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from ..routing.balancing import RouterBiasCallback
 from ..routing.finite_checks import StopOnNonFiniteRouting
 from ..routing.record import has_experts
+from ..tasks.table import get_task, task_reader
+from ..tasks.task import Task
 from .answer_accuracy import answer_accuracy, most_likely_tokens
 from .arguments import prepared_arguments
 from .build import ModelOptions, build_model, is_preset, row_texts
@@ -78,9 +81,11 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         tokenizer: folder or Hub id of a tokenizer for a preset.
         tiling: whether a preset cuts large images into tiles.
         model_overrides: fields of the config to replace, nested configs as dicts.
+        task: whose columns the rows have, see `TASKS`; by default any common form is read.
+        prompt: the task's instruction, by default its own.
         max_length: the longest row in tokens; by default as many as the model has positions.
         on_long_rows: "error", "drop", or, for VLMoE's own processor, "shorten-prompt"; see
-            `usable_rows`.
+            `usable_rows`. By default the task's, without one "error".
         origin: facts for the model card that the rows do not tell.
         **trainer_kwargs: further arguments of `Trainer`.
 
@@ -107,15 +112,18 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         tokenizer: str | None = None,
         tiling: bool = False,
         model_overrides: Fields | None = None,
+        task: str | Task | None = None,
+        prompt: str | None = None,
         max_length: int | None = None,
-        on_long_rows: str = "error",
+        on_long_rows: str | None = None,
         origin: RunOrigin | None = None,
         **trainer_kwargs: object,
     ):
         name = str(model) if isinstance(model, str | PathLike) else None
         preset = name if name is not None and is_preset(name) else None
-        train_dataset = as_rows(train_dataset, "train_dataset")
-        evaluated = _evaluated_rows(eval_dataset)
+        reader = task_reader(task, prompt)
+        train_dataset = as_rows(train_dataset, "train_dataset", reader)
+        evaluated = _evaluated_rows(eval_dataset, reader)
         arguments = prepared_arguments(args, preset, bool(evaluated))
         options = ModelOptions(tokenizer=tokenizer, tiling=tiling, model_overrides=model_overrides)
         if isinstance(model, str | PathLike):
@@ -124,8 +132,9 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             model, processing_class = build_model(str(model), texts, processing_class, **options)
         else:
             processing_class = _processor_of(model, processing_class, options)
+        on_long_rows = on_long_rows or default_on_long_rows(task, processing_class)
         if data_collator is None:
-            data_collator = row_collator(model, processing_class, max_length, on_long_rows)
+            data_collator = row_collator(model, processing_class, max_length, on_long_rows, task)
         if isinstance(data_collator, RowCollator):
             check = (data_collator, on_long_rows, arguments.process_index == 0)
             train_dataset = checked_rows(train_dataset, "training", *check)
@@ -174,13 +183,15 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             self.add_callback(own)
 
 
-def _evaluated_rows(given: Rows | Mapping[str, Rows] | None) -> dict[str, Rows]:
+def _evaluated_rows(given: Rows | Mapping[str, Rows] | None, reader: RowReader) -> dict[str, Rows]:
     """Return the sets of rows to evaluate on by name; a single one is called ""."""
     if given is None:
         return {}
     if isinstance(given, Mapping):
-        return {name: as_rows(rows, f"eval_dataset[{name!r}]") for name, rows in given.items()}
-    return {"": as_rows(given, "eval_dataset")}
+        return {
+            name: as_rows(rows, f"eval_dataset[{name!r}]", reader) for name, rows in given.items()
+        }
+    return {"": as_rows(given, "eval_dataset", reader)}
 
 
 def _processor_of(
@@ -212,11 +223,27 @@ def own_callbacks(
 RowCollator = VLMoECollator | NativeCollator
 
 
+def default_on_long_rows(task: str | Task | None, processor: Processor) -> str:
+    """Return what happens to long rows of a task; processors of transformers shorten none."""
+    chosen = "error" if task is None else get_task(task).on_long_rows
+    return chosen if is_own_processor(processor) else "error"
+
+
+def shortening(task: str | Task | None) -> bool | Literal["longest"]:
+    """Return how prompts are shortened: those of a task whose rows are long at their longest text.
+
+    The other questions may ask something at their end.
+    """
+    is_long = task is not None and get_task(task).on_long_rows == "shorten-prompt"
+    return "longest" if is_long else True
+
+
 def row_collator(
     model: PreTrainedModel,
     processor: Processor,
     max_length: int | None = None,
     on_long_rows: str = "error",
+    task: str | Task | None = None,
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
@@ -228,6 +255,7 @@ def row_collator(
         processor: of the model; a `VLMoEProcessor` has limits on images of its own.
         max_length: the longest row in tokens.
         on_long_rows: as for `VLMoETrainer`.
+        task: of the rows; it decides which text is shortened.
         limits: on images, for a processor of transformers.
         allow_image_urls: download images that rows name by http(s) URL.
     """
@@ -237,7 +265,7 @@ def row_collator(
     return VLMoECollator(
         processor,
         limit,
-        shorten_prompts=on_long_rows == "shorten-prompt",
+        shorten_prompts=on_long_rows == "shorten-prompt" and shortening(task),
         allow_image_urls=allow_image_urls,
     )
 

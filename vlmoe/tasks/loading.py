@@ -1,0 +1,37 @@
+# Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
+"""`load_rows` with a task: the rows of a dataset, in the columns that datasets of the task have."""
+
+from typing import TYPE_CHECKING, Unpack
+
+from ..data.loading import LoadOptions
+from ..data.loading import load_rows as load_conversations
+from .table import task_reader
+from .task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_rows(
+    source: str,
+    split: str = "train",
+    *,
+    task: str | Task | None = None,
+    prompt: str | None = None,
+    **options: Unpack[LoadOptions],
+) -> "Dataset":
+    """Load a split as conversational rows.
+
+    Args:
+        source: as for `vlmoe.data.load_rows`: a dataset's name, a file, a folder, or a Hub id.
+        split: its name; on the Hub also a slice such as `train[:10%]`.
+        task: whose columns the rows have, see `TASKS`; by default rows of any common form are read.
+            Rows with `messages` are taken as they are.
+        prompt: the task's instruction, by default its own.
+        **options: see `LoadOptions`.
+
+    Raises:
+        FileNotFoundError: as `vlmoe.data.load_rows`.
+        ValueError: the task is unknown or the columns do not fit it; as `vlmoe.data.load_rows`.
+    """
+    return load_conversations(source, split, reader=task_reader(task, prompt), **options)
