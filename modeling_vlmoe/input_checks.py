@@ -25,8 +25,7 @@ def check_token_inputs(
 ) -> int:
     """Check the inputs that have an entry for each token, and return the batch size.
 
-    Raises:
-        ValueError: naming both inputs and their shapes, or none or both of ids and embeddings.
+    Raise `ValueError` naming both inputs and their shapes, or none or both of ids and embeddings.
     """
     named = (("input_ids", input_ids), ("inputs_embeds", inputs_embeds))
     tokens = [(name, given) for name, given in named if given is not None]
@@ -77,11 +76,7 @@ def _follow_virtual_tokens(
 
 
 def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
-    """Check that there is a label for each position whose logits were computed.
-
-    Raises:
-        ValueError: naming both shapes.
-    """
+    """Raise `ValueError` unless there is a label for each position whose logits were computed."""
     if not _shapes_are_symbols() and labels.shape != logits.shape[:2]:
         raise ValueError(
             f"`labels` is {tuple(labels.shape)}; expected: {tuple(logits.shape[:2])}, a label for "
@@ -98,12 +93,8 @@ def check_pixels(
 ) -> None:
     """Check the image inputs of `get_image_features`.
 
-    Args:
-        pixel_values, pixel_attention_mask, image_index: as there.
-        expected: channels, height, width of a tile; None for an open size.
-
-    Raises:
-        ValueError: naming both inputs and their shapes, or the index that is out of range.
+    `expected` is (channels, height, width) of a tile; None for an open size. Raise `ValueError`
+    naming both inputs and their shapes, or the index that is out of range.
     """
     if _shapes_are_symbols():
         return
@@ -115,17 +106,16 @@ def check_pixels(
     if padded:
         mask_shape = (*shape[:2], *shape[3:])
         _require("pixel_attention_mask", pixel_attention_mask, mask_shape, beside=beside)
-    elif pixel_attention_mask is not None:
-        given = f"`pixel_attention_mask` is {tuple(pixel_attention_mask.shape)}; {beside}"
-        raise ValueError(f"{given}expected: None for `pixel_values` without a batch dimension.")
-    if image_index is None:
+        flat = "`pixel_values` (tiles, channels, height, width)"
+        _require("image_index", image_index, beside=beside, expected=flat)
         return
-    if padded:
-        given = f"`image_index` is {tuple(image_index.shape)}; {beside}"
-        raise ValueError(f"{given}expected: `pixel_values` (tiles, channels, height, width).")
+    none = "None for `pixel_values` without a batch dimension"
+    _require("pixel_attention_mask", pixel_attention_mask, beside=beside, expected=none)
     _require("image_index", image_index, ("batch", "tiles of a row"), beside=beside)
     # On another device a look at the values would wait for it; there the indexing itself stops.
-    if image_index.device.type == "cpu" and (image_index >= len(pixel_values)).any():
+    if image_index is None or image_index.device.type != "cpu":
+        return
+    if (image_index >= len(pixel_values)).any():
         raise ValueError(
             f"`image_index` {tuple(image_index.shape)} holds {int(image_index.max())}; "
             f"`pixel_values` is {shape}: allowed: -1 (none) to {len(pixel_values) - 1}."
@@ -135,11 +125,7 @@ def check_pixels(
 def check_rows_of_images(
     pixel_values: torch.Tensor | None, image_index: torch.Tensor | None, batch: int
 ) -> None:
-    """Check that the images have as many rows as the tokens.
-
-    Raises:
-        ValueError: naming both shapes.
-    """
+    """Raise `ValueError` unless the images have as many rows as the tokens."""
     if _shapes_are_symbols():
         return
     for name, given, ranks in (("pixel_values", pixel_values, 5), ("image_index", image_index, 2)):
@@ -148,10 +134,12 @@ def check_rows_of_images(
             raise ValueError(f"`{name}` is {shape}, with {shape[0]} rows; the tokens have {batch}.")
 
 
-def _require(name: str, given: torch.Tensor | None, *patterns: Pattern, beside: str = "") -> None:
+def _require(
+    name: str, given: torch.Tensor | None, *patterns: Pattern, beside: str = "", expected: str = ""
+) -> None:
     """Refuse a tensor whose shape is that of no pattern; `beside` names what it has to fit."""
     if given is not None and not any(_fits(tuple(given.shape), pattern) for pattern in patterns):
-        allowed = " or ".join(map(_text, patterns))
+        allowed = expected or " or ".join(map(_text, patterns))
         raise ValueError(f"`{name}` is {tuple(given.shape)}; {beside}expected: {allowed}.")
 
 

@@ -50,9 +50,8 @@ class ControlStrings:
             and not token.content.isspace()
         }
         self.ids = control
-        self.pattern = _any_of(control)
-        self.prefixes = tuple({name[:n] for name in control for n in range(1, len(name))})
-        self.found_or_begun = _whole_or_begun(control, self.prefixes)
+        prefixes = {name[:n] for name in control for n in range(1, len(name))}
+        self.found_or_begun = _whole_or_begun(control, prefixes)
         signs = {sign for name in control for sign in name if not sign.isalnum()} - set(" _-.")
         self.signs = re.compile(f"[{re.escape(''.join(sorted(signs)))}]" if signs else "(?!)")
         # each begins with a character of its own: no two can overlap
@@ -61,12 +60,10 @@ class ControlStrings:
         self._tokenizer: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self.normalizer = normalizer = getattr(self._tokenizer, "normalizer", None)
         if normalizer is not None:
-            self.names_stay = all(normalizer.normalize_str(name) == name for name in control)
-            whole, begun = (
-                {*names, *map(normalizer.normalize_str, names)}
-                for names in (control, self.prefixes)
-            )
-            self.normalized = _whole_or_begun(whole, begun)
+            normalize = normalizer.normalize_str
+            self.names_stay = all(normalize(name) == name for name in control)
+            whole = {*control, *map(normalize, control)}
+            self.normalized = _whole_or_begun(whole, {*prefixes, *map(normalize, prefixes)})
 
     def marked(self, text: str, key: str | None, stand_ins: Mapping[int, str]) -> str:
         """Put stand-ins for all that is, begins or could become part of a control string."""
@@ -77,8 +74,7 @@ class ControlStrings:
     def holds(self, text: str, key: str | None) -> bool:
         """Return whether a string of a chat, under `key` of a message, needs stand-ins."""
         # joined to what comes after it, a beginning could become a whole control string
-        begins = self.pattern.search(text) is not None or text.endswith(self.prefixes)
-        return begins or self._needs_all(text, key)
+        return self.found_or_begun.search(text) is not None or self._needs_all(text, key)
 
     def _needs_all(self, text: str, key: str | None) -> bool:
         """Return whether single control strings cannot be located in a text.
@@ -241,20 +237,18 @@ def guarded_tokenizer(
         ValueError: the tokenizer is no fast one.
     """
     control = _control_strings(tokenizer, markers)
-    texts: list[str] = []
-    found = False
+    strings: list[tuple[str, str | None]] = []
 
     def look(text: str, key: str | None) -> str:
-        nonlocal found
         require_characters(text, "the chat")
-        found = found or control.holds(text, key)
-        texts.append(text)
+        strings.append((text, key))
         return text
 
     _each_string(values, look)
-    if not found:
+    if not any(control.holds(text, key) for text, key in strings):
         return None
-    return GuardedTokenizer(tokenizer, control, set("".join((*texts, template))))
+    characters = set(template).union(*(text for text, _ in strings))
+    return GuardedTokenizer(tokenizer, control, characters)
 
 
 def chat_markers(processor: ProcessorMixin) -> tuple[str, ...]:
@@ -274,9 +268,7 @@ def _control_strings(
     return known[1]
 
 
-_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, ControlStrings]] = (
-    WeakKeyDictionary()
-)
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()  # key and strings
 
 
 def _each_string(
@@ -305,10 +297,10 @@ def _each_string(
 
 def _whole_or_begun(names: Iterable[str], beginnings: Iterable[str]) -> re.Pattern[str]:
     """Compile a pattern of any of the names, and of any beginning at the end of a text."""
-    return re.compile(rf"{_any_of(names).pattern}|(?:{_any_of(beginnings).pattern})\Z")
+    return re.compile(rf"{_any_of(names)}|(?:{_any_of(beginnings)})\Z")
 
 
-def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Compile a pattern of any of the strings, the longest first, as tokenizers match them."""
+def _any_of(strings: Iterable[str]) -> str:
+    """Return a pattern of any of the strings, the longest first, as tokenizers match them."""
     longest_first = sorted(filter(None, strings), key=lambda string: (-len(string), string))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return "|".join(map(re.escape, longest_first)) or "(?!)"

@@ -268,7 +268,7 @@ def test_which_way_is_chosen_on_cuda(case: str, monkeypatch: pytest.MonkeyPatch)
     bank = make_bank(
         given.get("layout", "gated"), given.get("sizes", EVEN), given.get("dtype", torch.bfloat16)
     )
-    projections = experts_dispatch._projections(bank)
+    projections = experts_dispatch.projections_of(bank)
     arguments = (given.get("tokens", 7), given.get("needs_grad", False))
     assert experts_dispatch._choose_on_cuda(bank, projections, *arguments) == expected
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.configuration_vlmoe_text import MODEL_TYPE, TEXT_MODEL_TYPE
-from ..modeling_vlmoe.experts_auto import sizes_of, suit_grouped_mm
+from ..modeling_vlmoe.experts_auto import ROW_OF_GROUPED_MM, projections_of
 from .atomic_files import write_json
 from .json_files import read_json
 
@@ -37,8 +37,9 @@ def parts_with_experts(model: PreTrainedModel) -> list[PreTrainedModel]:
 def refused_sizes(model: nn.Module) -> list[int]:
     """Return the sizes of rows of the model's experts that grouped_mm refuses, in some dtype."""
     banks = [each for each in model.modules() if "_is_expert_parallel" in vars(each)]
-    sizes = {size for bank in banks for size in sizes_of(bank)}
-    return sorted(size for size in sizes if not suit_grouped_mm(size))
+    weights = [each.weight for bank in banks for each in projections_of(bank)]
+    sizes = {size for weight in weights for size in weight.shape[1:]}
+    return sorted(size for size in sizes if size % ROW_OF_GROUPED_MM)
 
 
 def require_taken(model: PreTrainedModel) -> None:
