@@ -71,9 +71,7 @@ class ImageTokensMixin:
     ) -> torch.Tensor:
         """(batch, length, 1): True where an image token goes.
 
-        Raises:
-            ValueError: there are more or fewer placeholders than `image_features`, (image tokens,
-                hidden).
+        Raise `ValueError` unless there are as many as `image_features`, (image tokens, hidden).
         """
         mask = self.is_image_token(input_ids, inputs_embeds, mm_token_type_ids)
         # While compiling, padding tiles are still among the features.
@@ -98,16 +96,10 @@ class ImageTokensMixin:
 def check_image_tokens(
     is_image: torch.Tensor, features: int, cache: Cache | None = None, by_embedding: bool = False
 ) -> None:
-    """Check that there are as many image features as image tokens.
+    """Raise `ValueError` unless there are `features` image tokens.
 
-    Args:
-        is_image: (batch, length): True for the image tokens of this call.
-        features: number of image features given.
-        cache: the cache that earlier calls left.
-        by_embedding: whether image tokens were found by comparing embeddings.
-
-    Raises:
-        ValueError: naming both counts.
+    `is_image` (batch, length) is True for those of this call, `cache` is what earlier calls left;
+    `by_embedding`: they were found by comparing embeddings.
     """
     tokens = is_image.sum()
     torch_compilable_check(

@@ -104,9 +104,9 @@ class VLMoERouter(nn.Module):
             self.modality_bias = nn.Parameter(torch.zeros(len(Modality), num_experts))
         bias = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        self.masked_by = copy.deepcopy(routing.modality_experts)
-        allowed = None if self.masked_by is None else self.modality_mask()
-        self.register_buffer("allowed_experts", allowed, persistent=False)
+        self.masked_by = None
+        self.register_buffer("allowed_experts", None, persistent=False)
+        self._follow_modality_experts()
 
     @classmethod
     def from_config(cls, config: VLMoETextConfig) -> Self:
@@ -118,16 +118,6 @@ class VLMoERouter(nn.Module):
             has_selection_bias=config.router_bias_update_rate != 0,
             has_modality_bias=config.router_modality_bias,
         )
-
-    @property
-    def top_k(self) -> int:
-        """Experts that each token is sent to."""
-        return self.routing.num_experts_per_tok
-
-    @property
-    def scoring_func(self) -> str:
-        """`"softmax"` or `"sigmoid"`."""
-        return self.routing.scoring_func
 
     def modality_mask(self) -> torch.Tensor:
         """(modalities, experts): True where tokens of the modality may use the expert."""

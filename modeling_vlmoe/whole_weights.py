@@ -57,14 +57,9 @@ def caller_judges(is_asked: bool) -> Iterator[None]:
 def require_whole_weights(
     model: PreTrainedModel, load_config: LoadStateDictConfig, loading_info: LoadStateDictInfo
 ) -> None:
-    """Check that the tensors read are those of the model.
+    """Raise `NotWholeError` naming missing, unexpected and mismatched tensors, if there are any.
 
-    Args:
-        model: the model that is being loaded.
-        load_config, loading_info: as transformers passes them to `_finalize_model_loading`.
-
-    Raises:
-        NotWholeError: naming the first missing, unexpected and mismatched tensors.
+    The arguments are those of `_finalize_model_loading`.
     """
     source = load_config.pretrained_model_name_or_path
     if _caller_judges.get() or source is None:
@@ -91,9 +86,7 @@ def weight_problems(
 ) -> str:
     """Return the first names of each kind with counts, or an empty text where there is none.
 
-    Args:
-        missing, unexpected: names of tensors.
-        mismatched: name, shape in the file, shape in the model.
+    `mismatched` holds names with the shape in the file and the shape in the model.
     """
     shapes = [
         f"{name} is {tuple(read)} there and {tuple(own)} in the model"
