@@ -89,6 +89,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
     """Vision tower, connector and decoder, without the language modeling head."""
 
     routing_watch: Any = None  # a `TrainingWatch`; its hooks keep all notes about the routing
+    router_loss_ride: Any = None  # a `RouterLossRide`, while a trainer asks for it
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - of the whole model
 
     def __init__(self, config: VLMoEConfig):
@@ -231,6 +232,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         before; if it is given, even empty, tokens without images are not searched for image tokens.
         Raise `ValueError` if shapes do not fit, or images and image tokens do not match.
         """
+        if self.router_loss_ride is not None:
+            kwargs["output_router_logits"] = True
         tokens = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
         batch = check_token_inputs(*tokens, mm_token_type_ids, self.config.text_config.hidden_size)
         check_rows_of_images(pixel_values, image_index, batch)
@@ -263,13 +266,16 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         shown = self._shown_tiles(images, is_image, image_index if are_real else None, batch)
         if self.learns:
             self._end_training_pass(outputs)
-        return VLMoEModelOutputWithPast(
+        output = VLMoEModelOutputWithPast(
             **outputs,
             image_hidden_states=features,
             vision_router_logits=None if shown is None else getattr(images, "router_logits", None),
             shown_tiles=shown,
             mm_token_type_ids=token_types,
         )
+        if self.router_loss_ride is not None:
+            self.router_loss_ride.board(output, real_tokens(attention_mask, inputs_embeds))
+        return output
 
     def _shown_tiles(
         self,
@@ -311,6 +317,33 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         routers = [block.router for block in blocks if hasattr(block, "router")]
         trains = [weight.requires_grad for router in routers for weight in router.parameters()]
         return any(trains) or not trains  # FSDP may have taken all parameters into one
+
+    def router_losses(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        token_mask: torch.Tensor,
+        row_weights: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
+        vision_router_logits: tuple[torch.Tensor, ...] | None = None,
+        shown_tiles: torch.Tensor | None = None,
+    ) -> RouterLosses:
+        """Add up the router losses of decoder, tower and connector that the config asks for.
+
+        For the arguments see router_losses.py, and vision_router_losses.py for the last two.
+        """
+        config = self.config
+        if not is_torchdynamo_compiling():
+            self.awaits_router_losses = False
+        places = []
+        if router_logits:
+            tokens = token_mask, row_weights, mm_token_type_ids
+            places.append(
+                decoder_router_losses(config.text_config, router_logits, *tokens, self.learns)
+            )
+        if vision_router_logits and shown_tiles is not None:
+            vision = config, vision_router_logits, shown_tiles, row_weights, self.learns
+            places += vision_router_losses(*vision)
+        return sum_of_losses(places)
 
     def _warn_of_missing_router_losses(self, grad: torch.Tensor) -> None:
         """Warn once if the gradient that arrives comes from a loss without router losses."""
@@ -449,32 +482,14 @@ class VLMoEForConditionalGeneration(FromDenseMixin, VLMoEPreTrainedModel, ImageG
             vision_router_logits=outputs.vision_router_logits if output_router_logits else None,
         )
 
-    def router_losses(
-        self,
-        router_logits: tuple[torch.Tensor, ...],
-        token_mask: torch.Tensor,
-        row_weights: torch.Tensor,
-        mm_token_type_ids: torch.Tensor | None = None,
-        vision_router_logits: tuple[torch.Tensor, ...] | None = None,
-        shown_tiles: torch.Tensor | None = None,
-    ) -> RouterLosses:
-        """Add up the router losses of decoder, tower and connector that the config asks for.
-
-        For the arguments see router_losses.py, and vision_router_losses.py for the last two.
-        """
-        config = self.config
-        if not is_torchdynamo_compiling():
-            self.model.awaits_router_losses = False
-        places = []
-        if router_logits:
-            tokens = token_mask, row_weights, mm_token_type_ids
-            places.append(
-                decoder_router_losses(config.text_config, router_logits, *tokens, self.learns)
+    def router_losses(self, *args: Any, **kwargs: Any) -> RouterLosses:
+        """See `VLMoEModel.router_losses`; raise `RuntimeError` while they ride."""
+        if self.model.router_loss_ride is not None:
+            raise RuntimeError(
+                "The router losses ride on the hidden states and would count twice: call the "
+                "model without `labels`."
             )
-        if vision_router_logits and shown_tiles is not None:
-            vision = config, vision_router_logits, shown_tiles, row_weights, self.learns
-            places += vision_router_losses(*vision)
-        return sum_of_losses(places)
+        return self.model.router_losses(*args, **kwargs)
 
     def active_parameters(self) -> dict[str, int]:
         """Count parameters: `total`, and those that an `image_token`, a `text_token` passes."""

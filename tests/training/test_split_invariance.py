@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from builders import assistant, row, user
 from PIL import Image
 from ranks import WORLD_SIZE, on_ranks
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from vlmoe.data.collator import VLMoECollator
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.training.riding_losses import RouterLossRide
 
 KINDS: dict[str, dict[str, Any]] = {  # fields of the configuration
     "experts in the decoder": {},
@@ -69,12 +71,32 @@ def collator(model_folder: Path) -> VLMoECollator:
     return FirstTokenLabelled(VLMoEProcessor.from_pretrained(model_folder))
 
 
+class RidingTrainer(Trainer):
+    """Its loss is computed outside of the model, and the router losses ride."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """Cross-entropy, summed over label tokens, over those of the step, of all ranks."""
+        labels = inputs.pop("labels")[:, 1:]
+        share = self.args.world_size / num_items_in_batch  # gradients are averaged over ranks
+        with RouterLossRide(model, (labels != -100).sum(-1) * share) as ride:
+            logits = model(**inputs).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") * share
+        return ride.carried_by(loss)
+
+
 def trained(
     model_folder: Path,
     rows: Rows,
     accumulate: int,
     checkpointing: bool,
     scope: str = "sequence",
+    rides: bool = False,
 ) -> Gradients:
     """The gradients of one step of Trainer, in as many processes as it finds."""
     arguments = TrainingArguments(
@@ -98,7 +120,7 @@ def trained(
     arguments.per_device_train_batch_size = len(rows) // splits
     model, recorder = VLMoEForConditionalGeneration.from_pretrained(model_folder), Recorder()
     model.config.text_config.router_aux_loss_scope = scope
-    trainer = Trainer(
+    trainer = (RidingTrainer if rides else Trainer)(
         model, arguments, collator(model_folder), train_dataset=rows, callbacks=[recorder]
     )
     trainer.train()
@@ -111,6 +133,7 @@ def trained_on_a_rank(model_folder: Path, rows: Rows) -> dict[tuple[Any, ...], G
     """`trained` for each way to split the rows over two ranks, and for scope `"global"`."""
     ways: list[tuple[Any, ...]] = [(n, again) for n in (1, 2, 4) for again in (False, True)]
     ways += [(1, again, "global") for again in (False, True)]
+    ways += [(n, again, "sequence", True) for n, again in ((1, False), (4, True))]
     return {way: trained(model_folder, rows, *way) for way in ways}
 
 
@@ -187,6 +210,15 @@ def test_the_gradient_does_not_depend_on_accumulation_or_checkpointing(
     assert max(far.values()) <= TOLERANCE, max(far.items(), key=lambda item: item[1])
 
 
+@pytest.mark.parametrize(("accumulate", "checkpointing"), [(1, False), (4, True)])
+def test_riding_router_losses_give_the_same_gradient(
+    accumulate: int, checkpointing: bool, model_folder: Path, rows: Rows, reference: Gradients
+) -> None:
+    way = accumulate, checkpointing, "sequence", True
+    far = distances(trained(model_folder, rows, *way), reference)
+    assert max(far.values()) <= TOLERANCE, max(far.items(), key=lambda item: item[1])
+
+
 @pytest.mark.slow
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(
     model_folder: Path, rows: Rows, reference: Gradients, tmp_path: Path
@@ -194,7 +226,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(
     pooled = trained(model_folder, rows, 1, False, "batch")
     assert max(distances(pooled, reference).values()) > 1000 * TOLERANCE
     ranks = on_ranks(trained_on_a_rank, model_folder, rows, folder=tmp_path)
-    assert len(ranks) == WORLD_SIZE and len(ranks[0]) == 8
+    assert len(ranks) == WORLD_SIZE and len(ranks[0]) == 10
     for of_rank in ranks:
         for way, gradients in of_rank.items():
             far = distances(gradients, pooled if "global" in way else reference)

@@ -6,7 +6,7 @@
 - callbacks.py, telemetry.py: what guards a run and shows the routing;
 - run.py, data.py, recipes.py: a whole run in a folder of its own; checkpoints.py: how it resumes;
 - evaluation.py, metrics.py: questions asked and answers compared;
-- trl_trainers.py: TRL's trainers with the router losses.
+- riding_losses.py: router losses under a foreign loss; trl_trainers.py: under those of TRL.
 """
 
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
     from .metrics import exact_match as exact_match
+    from .riding_losses import RouterLossRide as RouterLossRide
     from .run import TrainResult as TrainResult
     from .run import train as train
     from .sparse_loss import SparseLoss as SparseLoss
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "Evaluation": "evaluation",
+        "RouterLossRide": "riding_losses",
         "RouterTelemetry": "telemetry",
         "SparseLoss": "sparse_loss",
         "StopOnBadLoss": "callbacks",

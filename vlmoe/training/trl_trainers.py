@@ -11,10 +11,9 @@
   balance loss instead, which is pooled over layers and over the rows of a micro-batch and knows no
   z-loss.
 - Here the fused head stays, since it saves the (batch, length, vocab) logits and feeds TRL's
-  metrics. `compute_loss` takes the router logits of the very same backbone call from a reader that
-  listens as long as the call (backbone_outputs.py), and adds our losses with the coefficients of
-  the model's config (for the balance loss `args.router_aux_loss_coef`, where it is given). TRL's
-  pooled loss is off.
+  metrics. Our losses ride on the hidden states of the very same backbone call (riding_losses.py),
+  with the coefficients of the model's config (for the balance loss `args.router_aux_loss_coef`,
+  where it is given), and are in the loss that is logged. TRL's pooled loss is off.
 - Subclasses, as TRL advises: a `compute_loss_func` is deprecated there, costs a second forward
   pass, sees neither router logits nor attention mask, and does not exist in DPOTrainer.
 - Batches come from our own collators: the labels of every other way of training, an image that
@@ -33,8 +32,8 @@ from ..data.collator import IGNORE_INDEX, VLMoECollator, VLMoEPreferenceCollator
 from ..data.long_rows import length_limit
 from ..hub.provenance import RunOrigin
 from ..modeling_vlmoe.modeling_vlmoe import VLMoEForConditionalGeneration
-from .backbone_outputs import BackboneOutputs
 from .card import ModelCardMixin
+from .riding_losses import RouterLossRide
 from .strict_resume import StrictResumeMixin
 
 try:
@@ -90,26 +89,19 @@ class RouterLossTrainer(StrictResumeMixin, ModelCardMixin, ABC):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> LossAndOutputs:
         """TRL's loss plus the router losses times their coefficients."""
-        vlmoe = self._vlmoe()
-        if not vlmoe.model.wants_router_losses():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        recorded = BackboneOutputs(vlmoe.model)
-        try:
+        with RouterLossRide(self._vlmoe(), self.row_weights(inputs, num_items_in_batch)) as ride:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            recorded.remove()
         loss, *outputs = result if return_outputs else (result,)
-        routed = recorded.outputs[0]  # later calls: the reference, or logits for metrics
-        losses = vlmoe.router_losses(
-            routed.router_logits,
-            inputs["attention_mask"].bool(),
-            self.row_weights(inputs, num_items_in_batch),
-            routed.mm_token_type_ids,
-            routed.vision_router_logits,
-            routed.shown_tiles,
-        )
-        loss = losses.added_to(loss)
+        if ride.total is not None:
+            loss = ride.carried_by(loss) + ride.total.to(loss.device)
+        self._ride = ride
         return (loss, *outputs) if return_outputs else loss
+
+    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """Do TRL's, and check that the router losses were trained."""
+        loss = super().training_step(*args, **kwargs)
+        self._ride.require_arrival()
+        return loss
 
     @abstractmethod
     def row_weights(
