@@ -42,6 +42,7 @@ from .image_layout import (
 )
 from .image_sources import DEFAULT_LIMITS, ImageLimits, ImageSource
 from .text_checks import check_text_options, require_characters
+from .video_frames import Frame, VideoReader, without_sampling
 
 Texts = str | Sequence[str]
 TILE_LAYOUTS = ("vlmoe", "idefics3", "internvl")
@@ -105,6 +106,7 @@ class VLMoEProcessor(HubProcessorMixin):
         image_start_token, image_end_token: text around each image.
         global_image_token: the marker before a thumbnail.
         tile_layout: `"vlmoe"`, `"idefics3"` or `"internvl"`.
+        frame_text: the text before each frame of a video; see `VideoReader`.
         max_image_pixels, max_image_side: an image with more pixels, or a longer side, is refused
             before it is decoded. They are saved in processor_config.json.
 
@@ -134,6 +136,7 @@ class VLMoEProcessor(HubProcessorMixin):
         image_end_token: str = "",
         global_image_token: str = "<global-img>",
         tile_layout: str = "vlmoe",
+        frame_text: str = "{time}: ",
         max_image_pixels: int = DEFAULT_LIMITS.max_pixels,
         max_image_side: int = DEFAULT_LIMITS.max_side,
     ) -> None:
@@ -158,6 +161,7 @@ class VLMoEProcessor(HubProcessorMixin):
         self.image_end_token = image_end_token
         self.global_image_token = global_image_token
         self.tile_layout = tile_layout
+        self.frame_text = frame_text
         self.max_image_pixels = ImageLimits(max_image_pixels, max_image_side).max_pixels
         self.max_image_side = max_image_side
         default = DEFAULT_CHAT_TEMPLATE.replace("<image>", image_token)
@@ -206,6 +210,11 @@ class VLMoEProcessor(HubProcessorMixin):
         return ImageLimits(self.max_image_pixels, self.max_image_side)
 
     @property
+    def video_reader(self) -> VideoReader:
+        """What makes frames of a chat's videos."""
+        return VideoReader(self.frame_text, self.image_limits, self.opens_urls)
+
+    @property
     def unused_input_names(self) -> list[str]:
         """Names of outputs that the model does not take."""
         return ["rows", "cols", "token_type_ids"]
@@ -234,7 +243,12 @@ class VLMoEProcessor(HubProcessorMixin):
         becomes an image, and decoding returns it. Control strings are special tokens and the
         markers of the default chat template, of images and of tiles. With `tokenize=False` they
         stay in the string, and a later tokenization makes control tokens of them.
+
+        A part `{"type": "video", "video": path or frames}`, with `num_frames` or `fps` of its own
+        or of the call, becomes its frames, each an image after a text such as "0.5 s: ".
         """
+        kwargs, sampling = without_sampling(kwargs)
+        conversation = self.video_reader.in_chats(conversation, sampling)
         values = {"conversation": conversation, "tools": tools, "documents": documents}
         guard = None
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
@@ -271,7 +285,8 @@ class VLMoEProcessor(HubProcessorMixin):
         """Distribute the unopened images: `(images of each row, texts, None, None)`."""
         if videos is not None or audio is not None:
             raise ValueError(
-                f"{type(self).__name__} takes images and text; pass a video's frames as images."
+                f"{type(self).__name__} takes images and text; give a video as a part of a chat to "
+                "apply_chat_template, or its frames as images."
             )
         if isinstance(text, str | tuple):
             text = [text] if isinstance(text, str) else list(text)
@@ -356,8 +371,11 @@ class VLMoEProcessor(HubProcessorMixin):
             for position, source in enumerate(row):
                 if _key(source) not in encoded:
                     where = f"sample {sample}, image {position}"
-                    opened = [load_rgb_image(source, where, **options)]
-                    (encoded[_key(source)],) = encode_images(self.image_processor, opened, kwargs)
+                    image, own = source, kwargs
+                    if isinstance(source, Frame):
+                        image, own = source.image, {**kwargs, "do_image_splitting": False}
+                    opened = [load_rgb_image(image, where, **options)]
+                    (encoded[_key(source)],) = encode_images(self.image_processor, opened, own)
                     opened.clear()  # before the next one is decoded
         batch = [[encoded[_key(source)] for source in row] for row in images]
         grids = {

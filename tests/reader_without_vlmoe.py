@@ -124,6 +124,16 @@ def ask(folder: str, image: str, question: str, new_tokens: int) -> dict[str, An
     return {"logits": logits, "answer": answer[0]["generated_text"]}
 
 
+def watch(folder: str, video: str, question: str, new_tokens: int) -> str:
+    """A pipeline about a video file."""
+    from transformers import pipeline
+
+    pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    parts = [{"type": "video", "video": video}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": parts}]
+    return pipe(text=chat, max_new_tokens=new_tokens, return_full_text=False)[0]["generated_text"]
+
+
 def write(folder: str, text: str, new_tokens: int) -> dict[str, Any]:
     """Text alone: a text-generation pipeline, on a text and on a chat."""
     from transformers import pipeline

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
+from video_files import gray_levels, video
 
 import vlmoe
 from vlmoe import VLMoEForConditionalGeneration
@@ -87,6 +88,7 @@ def world(
     shutil.copytree(data_folder, folder / "my_data")
     picture(3, (32, 32)).save(folder / "picture.png")
     picture(3, (32, 32)).save(folder / "my_data" / "picture.png")
+    (folder / "clip.mp4").write_bytes(video(gray_levels(16)))
     return folder
 
 

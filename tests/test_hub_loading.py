@@ -18,10 +18,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from reader_without_vlmoe import ask, read, read_text_model, write
+from reader_without_vlmoe import ask, read, read_text_model, watch, write
 from safetensors.torch import load_file
 from tampering import TAMPERED, tamper
 from transformers import Trainer, TrainingArguments, default_data_collator
+from video_files import gray_levels, video
 
 from vlmoe import (
     VLMoEConfig,
@@ -151,6 +152,8 @@ def second(
     """What the second person gets, in one process, by job."""
     question = {"image": image, "question": QUESTION, "new_tokens": NEW_TOKENS}
     checkpoint = str(trained / "checkpoint-2")
+    mp4, about = str(folder / "gray.mp4"), {"question": QUESTION, "new_tokens": NEW_TOKENS}
+    Path(mp4).write_bytes(video(gray_levels(8, 30)))
     jobs: dict[str, tuple[str, dict[str, Any]]] = {
         "refused": ("refusals", {"folder": str(saved_model)}),
         "saved": ("read", {"folder": str(saved_model), "image": image, "text": TEXT}),
@@ -163,6 +166,7 @@ def second(
         "asked checkpoint": ("ask", {"folder": checkpoint, **question}),
         "control text": ("chat_tokens", {"folder": str(saved_model), "text": CONTROL_TEXT}),
         "text": ("read_text_model", {"folder": str(text_model)}),
+        "watched": ("watch", {"folder": str(saved_model), "video": mp4, **about}),
         "written": (
             "write",
             {"folder": str(saved_model), "text": QUESTION, "new_tokens": NEW_TOKENS},
@@ -228,6 +232,13 @@ def test_a_pipeline_answers_as_with_the_package(
     got = second[f"asked {source}"]
     assert torch.equal(got["logits"], reference["logits"])
     assert got["answer"] == reference["answer"]
+
+
+def test_a_pipeline_watches_a_video_file_there_too(
+    second: dict[str, Any], saved_model: Path, folder: Path
+) -> None:
+    mp4 = str(folder / "gray.mp4")
+    assert second["watched"] == watch(str(saved_model), mp4, QUESTION, NEW_TOKENS) != ""
 
 
 def test_a_text_pipeline_writes_as_with_the_package(

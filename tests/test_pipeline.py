@@ -16,6 +16,7 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
+from video_files import gray_levels, video
 
 NEW_TOKENS = 6
 
@@ -172,6 +173,16 @@ def test_image_as_picture_path_and_base64(
         for form in (images[0], str(file), f"data:image/png;base64,{text}")
     }
     assert len(answers) == 1
+
+
+def test_a_chat_about_a_video_file(pipe: ImageTextToTextPipeline, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(video(gray_levels(8, 30)))
+    part = {"type": "video", "video": str(tmp_path / "a.mp4"), "num_frames": 3}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "is it red?"}]}]
+    (result,) = ask(pipe, text=messages)
+    assert result["generated_text"] == answer(pipe, messages)
+    fewer = [{"role": "user", "content": [part | {"num_frames": 1}, messages[0]["content"][1]]}]
+    assert result["generated_text"] != ask(pipe, text=fewer)[0]["generated_text"]
 
 
 def test_bfloat16(saved_model: Path, images: list[Image.Image]) -> None:

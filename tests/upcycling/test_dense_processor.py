@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from transformers import (
     SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
 )
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.smolvlm.processing_smolvlm import _prompt_single_image
 
 from vlmoe.processing.processing_vlmoe import DEFAULT_CHAT_TEMPLATE, VLMoEProcessor
 
@@ -230,6 +233,37 @@ def test_internvl_gives_the_documented_text_and_its_image_processors_pixels(
     assert counts.num_image_patches == reference["num_patches"]
     assert ours.chat_template == TEMPLATE
     check_reloads(ours, tmp_path / "ours", call)
+
+
+def test_frames_of_videos_have_the_sources_words(internvl_source, smolvlm_source, make_image):
+    """Of SmolVLM each frame's; the introduction is another part of its prompt."""
+    frames = [make_image(seed, (40, 20)) for seed in range(3)]
+    video = {"type": "video", "video": frames, "fps": 0.02}
+    chat, template = [{"role": "user", "content": [video]}], "{%- for message in messages -%}"
+    template += "{%- for part in message.content -%}{%- if part.type == 'text' -%}{{- part.text -}}"
+    template += "{%- else -%}{{- 'X' -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+    ours = VLMoEProcessor.from_dense(*internvl_source())
+    fields = {"start_image_token": "<img>", "end_image_token": "</img>", "image_seq_length": 4}
+    theirs = SimpleNamespace(image_token="<IMG_CONTEXT>", **fields)
+    pixels = {"pixel_values_videos": [torch.zeros(3, 3, 16, 16)]}
+    wanted = InternVLProcessor.replace_video_token(theirs, pixels, 0)
+    own = template.replace("'X'", "'<IMG_CONTEXT>\n'")  # as the family's template writes images
+    output = ours.apply_chat_template(chat, chat_template=own, **options)
+    assert output["input_ids"].tolist() == [text_ids(ours, f"{wanted}\n")]
+    assert output["pixel_values"].shape[:2] == (1, 3)
+
+    ours = VLMoEProcessor.from_dense(*smolvlm_source())
+    text = ours.apply_chat_template(chat, chat_template=template.replace("'X'", "'<image>'"))
+    times = ["00:00", "00:50", "01:40"]
+    assert text == "".join(f"\nFrame from {time}:<image>" for time in times)
+    output = ours.apply_chat_template(
+        chat, chat_template=template.replace("'X'", "'<image>'"), **options
+    )
+    single = _prompt_single_image(4, FAKE, "<image>", "<global-img>")
+    wanted = "".join(f"\nFrame from {time}:{single}" for time in times)
+    assert output["input_ids"].tolist() == [text_ids(ours, wanted)]
 
 
 def test_internvl_puts_the_crops_in_reading_order_and_the_thumbnail_last(internvl_source):

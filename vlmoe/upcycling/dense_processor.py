@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.models.smolvlm.processing_smolvlm import FRAME_TIMESTAMP_MESSAGE
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.tower_facts import tower_image_size
@@ -181,9 +182,12 @@ def layout_of(dense: DenseProcessor) -> dict[str, str]:
             "image_start_token": start,
             "image_end_token": end,
             "tile_layout": "internvl",
+            "frame_text": "Frame{number}: ",
         }
     fake, token, whole = "<fake_token_around_image>", "<image>", "<global-img>"
+    of_video = {}
     if dense.name == "SmolVLMProcessor":
+        of_video = {"frame_text": FRAME_TIMESTAMP_MESSAGE.format(timestamp="{clock}")}
         fake = getattr(tokenizer, "fake_image_token", fake)
         token = getattr(tokenizer, "image_token", token)
         whole = getattr(tokenizer, "global_image_token", whole)
@@ -193,6 +197,7 @@ def layout_of(dense: DenseProcessor) -> dict[str, str]:
         "image_end_token": fake,
         "global_image_token": whole,
         "tile_layout": "idefics3",
+        **of_video,
     }
 
 
