@@ -13,6 +13,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+_STANDARD = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 _IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
@@ -29,10 +30,7 @@ class TowerFacts:
     """
 
     prefix_tokens: int = 0
-    pixel_statistics: tuple[list[float], list[float]] = (
-        IMAGENET_STANDARD_MEAN,
-        IMAGENET_STANDARD_STD,
-    )
+    pixel_statistics: tuple[list[float], list[float]] = _STANDARD
     has_fixed_size: bool = False
     takes_patch_mask: bool = False
     may_have_experts: bool = False

@@ -48,11 +48,16 @@ def flat_code(modules: Iterable[str]) -> dict[str, str]:
     return flat
 
 
-def write_code(folder: str | os.PathLike[str], modules: Iterable[str]) -> None:
-    """Write the files of `flat_code`, each whole or not at all."""
+def save_code(owner: hub_code.HubCodeMixin, folder: str | os.PathLike[str]) -> None:
+    """Write the code of a config or processor, each file whole or not at all.
+
+    Set the `auto_map` that is saved with it, too.
+    """
+    classes = owner.hub_classes
+    owner.auto_map = {auto_class: path.partition(".")[2] for auto_class, path in classes.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in flat_code(modules).items():
+    for name, text in flat_code([*classes.values(), *owner.hub_modules]).items():
         temporary = folder / f".{name}.{os.getpid()}"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / name)
