@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, set_seed
 
 from ..hub.finite_outputs import finite_logits
 from ..hub.input_errors import reading
@@ -149,12 +149,23 @@ def greedy_answers(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, torch.Tensor],
     max_new_tokens: int,
+    certainty: "TokenCertainty | None" = None,
 ) -> torch.Tensor:
     """Generate (batch, new tokens) greedily: the answers with their end and padding tokens.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        inputs: the prompts, padded on the left.
+        max_new_tokens: the longest answer.
+        certainty: records how likely each token was.
 
     Raises:
         ValueError: the logits are NaN or infinite; the message names the layer.
     """
+    processors = finite_logits(model, inputs)
+    if certainty is not None:
+        processors.append(certainty)
     sequences = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -162,9 +173,29 @@ def greedy_answers(
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_tokens(model, tokenizer),
-        logits_processor=finite_logits(model, inputs),
+        logits_processor=processors,
     )
     return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+class TokenCertainty(LogitsProcessor):
+    """Record the log-probability of each token that greedy decoding takes, the likeliest one.
+
+    `generate(output_scores=True)` would keep (batch, vocabulary) numbers for each new token.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores as they are."""
+        scores32 = scores.float()
+        self._steps.append(scores32.amax(-1) - scores32.logsumexp(-1))
+        return scores
+
+    def log_probabilities(self) -> torch.Tensor:
+        """Return (batch, new tokens); numbers after the end of an answer mean nothing."""
+        return torch.stack(self._steps, dim=1)
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -167,14 +167,19 @@ def draw(emoji: Emoji, rng: np.random.Generator, picture: Image.Image | None = N
             picture = file.convert("RGBA")
     width = round(SIDE * rng.uniform(0.6, 0.95))
     picture = picture.convert("RGBA").resize((width, width), Image.Resampling.BILINEAR)
+    picture = recolored(picture, rng)
+    ground = Image.new("RGB", (SIDE, SIDE), tuple(int(each) for each in rng.integers(170, 256, 3)))
+    left, top = (int(each) for each in rng.integers(0, SIDE - width + 1, size=2))
+    ground.paste(picture, (left, top), picture)
+    return ground
+
+
+def recolored(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Vary brightness and contrast of an RGBA picture, each channel by itself."""
     levels = np.asarray(picture, float)
     gain, shift = rng.uniform(0.8, 1.15, size=3), rng.uniform(-15, 15)
     levels[..., :3] = (levels[..., :3] * gain + shift).clip(0, 255)
-    recolored = Image.fromarray(levels.round().astype(np.uint8), "RGBA")
-    ground = Image.new("RGB", (SIDE, SIDE), tuple(int(each) for each in rng.integers(170, 256, 3)))
-    left, top = (int(each) for each in rng.integers(0, SIDE - width + 1, size=2))
-    ground.paste(recolored, (left, top), recolored)
-    return ground
+    return Image.fromarray(levels.round().astype(np.uint8), "RGBA")
 
 
 def _png(picture: Image.Image) -> bytes:
