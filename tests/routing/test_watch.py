@@ -34,8 +34,22 @@ def test_evaluation_places_no_hooks_and_training_places_them_once(tiny_model: Mo
         model(**batch(text_rows())).loss.backward()
         after = hooks(model)
     assert after == before + 2 + 2 * 2  # the backbone, and router and bank of two layers
+    watch_routing(model)
+    assert hooks(model) == after
     unwatch_routing(model)
     assert hooks(model) == before
+
+
+def test_evaluation_after_training_is_neither_counted_nor_checked(tiny_model: Model) -> None:
+    model = tiny_model(text=TEXT).train()
+    model(**batch(text_rows()))
+    counted = loads(model)
+    model.model.language_model.layers[0].mlp.router.weight.data.fill_(torch.nan)
+    model.eval()(**batch(text_rows()))
+    with torch.no_grad():
+        model.train()(**batch(text_rows()))
+    assert loads(model) == counted
+    check_routing(model)
 
 
 def test_a_copy_counts_for_itself(tiny_model: Model) -> None:

@@ -15,7 +15,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from ..hub.finite_weights import require_finite
 from ..hub.meta_loading import meta_device_map, quietly
@@ -43,7 +46,7 @@ def load_dense(source: Dense, kind: str = "image-text") -> tuple[PreTrainedModel
 
     Raises:
         ValueError: the model is quantized, an adapter sits on it, its weights are not those that
-            its config describes, or not finite.
+            its config describes, or not finite; or a language model is not asked for as "text".
         OSError: a file is missing or damaged.
     """
     if isinstance(source, str | os.PathLike):
@@ -71,7 +74,14 @@ def load_dense(source: Dense, kind: str = "image-text") -> tuple[PreTrainedModel
 
 def _loaded(source: str | os.PathLike[str], kind: str) -> tuple[PreTrainedModel, set[str]]:
     """Load the model, and name what a vision encoder lacks; its folder may hold a whole model."""
-    _refuse_quantized(AutoConfig.from_pretrained(source), str(source))
+    config = AutoConfig.from_pretrained(source)
+    _refuse_quantized(config, str(source))
+    is_text = kind_of(config) == "text" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if kind == "image-text" and is_text:
+        raise ValueError(
+            f"{source} is a language model ({config.model_type}), which sees no images. To make a "
+            "VLMoE, join a vision encoder to it: give `vision`."
+        )
     load = MODEL_CLASSES[kind].from_pretrained
     judged = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:

@@ -3,7 +3,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,47 @@ class UpcyclingResult:
     report: UpcyclingReport
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Arguments of one upcycling, after they were checked."""
+
+    sources: list[str]  # the dense model, or a language model and a vision encoder
+    options: Upcycling
+    target: str
+    not_native: str | None
+    connector: dict[str, Any]
+    chat_template: str | None
+
+    @property
+    def is_native(self) -> bool:
+        return self.target == NativeTarget.name
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a killed run and the one that continues it have in common."""
+        return asdict(self.options) | {
+            "target": self.target,
+            "sources": self.sources,
+            "connector": self.connector,
+            "chat_template": self.chat_template,
+            "files": [source_fingerprint(each) for each in self.sources],
+        }
+
+    def begin(self) -> Conversion:
+        source, template = self.sources[0], self.chat_template
+        with _reading(self.sources):
+            if len(self.sources) > 1:
+                vision = self.sources[1]
+                return _begin_vision_text(source, vision, self.options, self.connector, template)
+            make = _native_processor if self.is_native else _processor_of_dense
+            with _naming(self.not_native):
+                return Conversion.begin(
+                    source,
+                    self.options,
+                    target=self.target,
+                    processor_for=partial(make, source, template),
+                )
+
+
 def upcycle(
     source: Source,
     output_dir: Source,
@@ -67,30 +108,25 @@ def upcycle(
 ) -> UpcyclingResult:
     """Turn a dense model into a sparse one that computes the same function.
 
-    The sparse model is of the sparse class of the dense model's own family (`native`), which plain
-    transformers loads, or a VLMoE. Both models run on the same images and texts. The two are never
-    in memory together, and a run that was killed continues when it is started again. In memory,
-    `VLMoEForConditionalGeneration.from_dense` makes a VLMoE of a model.
+    Both models run on the same images and texts, but are never in memory together. A run that was
+    killed continues when it is started again. See also `VLMoEForConditionalGeneration.from_dense`.
 
     Args:
-        source: a dense vision-language or language model, or a language model if `vision` is
-            given; a folder or a Hub id.
+        source: folder or Hub id of a dense vision-language or language model.
         output_dir: the folder to make; it must be empty or absent.
-        target: "native" or "vlmoe"; by default native where the family has an exact sparse version
-            that takes the options, else VLMoE. The report's `not_native` says why.
-        vision: a vision encoder for the language model `source`; the connector is then new, and the
-            sparse model a VLMoE.
-        num_experts, num_experts_per_tok: copies of the dense MLP in each sparse layer, and those
-            that each token is routed to.
-        connector: with `vision`, fields of `VLMoEConfig` for features and connector.
+        target: "native", the sparse class of the family, which plain transformers loads, or
+            "vlmoe"; by default native where it is exact and takes the options. The report's
+            `not_native` says why not.
+        vision: a vision encoder to join to the language model `source`; the result is a VLMoE.
+        num_experts, num_experts_per_tok: in each sparse layer, and those that a token is routed to.
+        connector: with `vision`, fields of `VLMoEConfig` for features and connector, which is new.
         chat_template: the text of a Jinja template that replaces the source's.
         max_shard_size: of a weights file.
         options: `expert_split`, `expert_init`, `sparse_layers` and the other options of
             vlmoe/upcycling/options.py, and fields of the config such as `router_aux_loss_coef`.
 
     Raises:
-        ValueError: the model does not fit exactly, an option has a wrong value, or another process
-            makes that folder.
+        ValueError: the model does not fit exactly, an option is wrong, or the folder is in use.
         UpcyclingError: the logits differ by more than 1e-5 of their largest, in fp32.
         OSError: a file is missing or damaged, or the disk is full; finished shards are kept.
     """
@@ -98,41 +134,25 @@ def upcycle(
     if connector and vision is None:
         raise ValueError("`connector` is for `vision`: a whole model keeps its connector.")
     sources = [_place(each) for each in (source, vision) if each is not None]
+    with _reading(sources):
+        chosen = _chosen_target(sources, asked, target)
     folder = Path(output_dir).expanduser()
-    with reading(" and ".join(sources), keep=(ValueError, OSError, ImportError)):
-        made, not_native = _chosen_target(sources, asked, target)
-    native = made == NativeTarget.name
-    request = asdict(asked) | {
-        "target": made,
-        "sources": sources,
-        "connector": dict(connector or {}),
-        "chat_template": chat_template,
-        "files": [source_fingerprint(each) for each in sources],
-    }
-
-    def begin() -> Conversion:
-        with reading(" and ".join(sources), keep=(ValueError, OSError, ImportError)):
-            if native:
-                make_native = partial(_native_processor, sources[0], chat_template)
-                return Conversion.begin(sources[0], asked, target=made, processor_for=make_native)
-            if vision is None:
-                make = partial(_processor_of_dense, sources[0], chat_template)
-                with _naming(not_native):
-                    return Conversion.begin(sources[0], asked, processor_for=make)
-            return _begin_vision_text(sources[0], sources[1], asked, connector, chat_template)
-
-    bases = [saved_model(each) for each in sources]
-    files = partial(companion_files, sources[0], chat_template) if native else None
+    request = _Request(sources, asked, *chosen, dict(connector or {}), chat_template)
     report = upcycle_folder(
-        begin,
+        request.begin,
         folder,
-        request,
-        bases=bases,
-        files=files,
-        not_native=not_native,
+        request.as_json(),
+        bases=[saved_model(each) for each in sources],
+        files=partial(companion_files, sources[0], chat_template) if request.is_native else None,
+        not_native=request.not_native,
         max_shard_size=max_shard_size,
     )
     return UpcyclingResult(folder, report)
+
+
+def _reading(sources: Sequence[str]) -> AbstractContextManager[None]:
+    """Name the sources in errors that do not say what is wrong with them."""
+    return reading(" and ".join(sources), keep=(ValueError, OSError, ImportError))
 
 
 def _place(source: Source) -> str:
@@ -157,10 +177,7 @@ def _chosen_target(
                 "`target` is 'native' with `vision`: a vision encoder joined to a language model "
                 "has no class of its own in transformers; allowed: vlmoe."
             )
-        return (
-            VLMoETarget.name,
-            None if target else "a vision encoder and a language model are joined",
-        )
+        return VLMoETarget.name, None if target else JOINED
     if target is not None:
         return target, None
     problem = native_problem(dense_config(sources[0]), asked)

@@ -28,6 +28,7 @@ from ..hub.folder_lock import folder_lock, refuse_dangling
 from ..hub.model_card import write_model_card
 from ..hub.published_layout import PublishedView, published_views
 from ..hub.tensor_files import StreamedTensor, write_tensors
+from .companion_files import absent_parts
 from .conversion import Conversion
 from .native_target import NativeTarget
 from .origins import Origin
@@ -105,7 +106,8 @@ def upcycle_folder(
         conversion.weights = {}  # release the dense model before the sparse one is loaded
         model = _saved_model(conversion, staging, written.views)
         checked = conversion.check(model, written.plan)
-        report = replace(checked, bases=list(bases), not_native=not_native)
+        absent = [] if files is None else absent_parts(staging, conversion.config)
+        report = replace(checked, bases=list(bases), not_native=not_native, absent=absent)
         report.save(staging)
         keep_suited(staging, model)
         write_model_card(staging, metadata={"model_name": target.name})
@@ -187,8 +189,10 @@ def _write_weights(conversion: Conversion, folder: Path, max_shard_size: str) ->
     with logging.tqdm(total=needed, desc="Writing experts", unit="B", unit_scale=True) as bar:
         for file, names in missing.items():
             tensors = {name: made.streamed(views[name]) for name in names}
-            _write_shard(tensors, folder / file, needed - bar.n)
-            bar.update(sum(sized[name].nbytes for name in names))
+            _write_shard(tensors, folder / file, needed)
+            written = sum(sized[name].nbytes for name in names)
+            needed -= written
+            bar.update(written)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

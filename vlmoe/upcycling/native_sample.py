@@ -16,11 +16,13 @@ from transformers import (
     BatchFeature,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import logging
 
+from ..data.native_chat import tokenizer_of
 from ..hub.without_video import load_processor
 from .sample import TEXTS, drawn_picture
 from .target import Processor, Sample
@@ -43,13 +45,23 @@ def source_processor(source: str) -> Processor | None:
     installed: pixels and words are then drawn.
     """
     try:
-        return load_processor(source)
+        processor = load_processor(source)
+        if knows_words(tokenizer_of(processor)):
+            return processor
+        problem = f"The tokenizer of {source} knows no words, as if made without its files."
     except (ImportError, OSError, ValueError) as error:
-        logger.warning(
-            f"The processor of {source} cannot be loaded ({error}). The two models are compared on "
-            "random pixels and words instead."
-        )
-        return None
+        problem = f"The processor of {source} cannot be loaded ({error})."
+    logger.warning(f"{problem} The two models are compared on random pixels and words instead.")
+    return None
+
+
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer has a vocabulary.
+
+    transformers makes one without for some families whose folder has no tokenizer.
+    """
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    return not set(ids) <= set(tokenizer.all_special_ids)
 
 
 @torch.no_grad()

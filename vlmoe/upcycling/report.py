@@ -49,6 +49,8 @@ class UpcyclingReport:
         refused_sizes: sizes of rows of the experts that grouped_mm, transformers' default, refuses
             in some dtype. VLMoE and the toolkit compute such experts by "auto"; the config.json of
             a native model names "eager", which plain transformers has.
+        absent: "tokenizer" or "processor", which a native model's folder lacks as the dense one's
+            does; the models were then compared on random words and pixels.
         bases: facts from the dense models' cards, if they were read: `name`, `license`, ...
     """
 
@@ -71,6 +73,7 @@ class UpcyclingReport:
     target: str = "vlmoe"
     lost_fields: dict[str, Any] = field(default_factory=dict)
     refused_sizes: list[int] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the report into a folder and return its path."""
@@ -114,6 +117,8 @@ class UpcyclingReport:
             sizes, others = ", ".join(map(str, self.refused_sizes)), "auto"
             others += ", in plain transformers eager" if self.target == "native" else ""
             rows.append(("experts' rows", f"{sizes}: not for grouped_mm; computed by {others}"))
+        if self.absent:
+            rows.append(("absent", f"{', '.join(self.absent)}, as in the source"))
         if self.lost_fields:
             rows.append(("lost fields", ", ".join(map(str, self.lost_fields))))
         rows += [
