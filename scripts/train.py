@@ -25,6 +25,7 @@ from .shared_options import (
     Prompt,
     TaskName,
     dropout,
+    finite,
     place,
     refuse_unread,
 )
@@ -90,6 +91,17 @@ def main(
             metavar="JSON",
             help="Config fields to replace; sizes only in a preset. Single fields: "
             "--model.text_config.num_experts 4.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    group_lasso: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="X",
+            help="Shrink the neurons of experts, by X of their median norm over the run, so that "
+            "those that the task does not need become zero (about 1 or more; default: off). "
+            "`vlmoe prune` then cuts them off.",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -227,6 +239,8 @@ def main(
             lora_attention=lora_attention,
             lora_dropout=lora_dropout is not None,
         )
+    else:
+        refuse_unread("leave out --lora", group_lasso=bool(group_lasso))
     if not (eval_dataset or eval_split):
         remedy = "give --eval_split or --eval_dataset"
         refuse_unread(remedy, max_eval_rows=max_eval_rows is not None)
@@ -272,6 +286,7 @@ def main(
             data,
             training,
             lora=adapter if lora else None,
+            group_lasso=group_lasso,
             max_length=max_length,
             on_long_rows=on_long_rows,
             tokenizer=tokenizer,

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .tasks.table import get_task as get_task
     from .tasks.task import Task as Task
     from .training.evaluation import evaluate as evaluate
+    from .training.group_lasso import GroupLasso as GroupLasso
     from .training.sparse_loss import SparseLoss as SparseLoss
     from .training.trainer import VLMoETrainer as VLMoETrainer
     from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
@@ -68,6 +69,7 @@ AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
 
 # Where each name that is imported on first use is defined; the imports above are for editors.
 _MODULES = {
+    "GroupLasso": "training.group_lasso",
     "RouterBiasCallback": "routing.balancing",
     "SparseLoss": "training.sparse_loss",
     "TASKS": "tasks.table",

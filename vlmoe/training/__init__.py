@@ -3,6 +3,7 @@
 
 - trainer.py: `VLMoETrainer`; build.py makes its model and processor, arguments.py its arguments;
 - native.py, sparse_loss.py, router_outputs.py, strict_resume.py: models of transformers;
+- group_lasso.py: neurons of experts that become zero;
 - callbacks.py, telemetry.py: what guards a run and shows the routing;
 - run.py, data.py, recipes.py: a whole run in a folder of its own; checkpoints.py: how it resumes;
 - evaluation.py, metrics.py: questions asked and answers compared;
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .data import TrainingData as TrainingData
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
+    from .group_lasso import GroupLasso as GroupLasso
     from .metrics import exact_match as exact_match
     from .riding_losses import RouterLossRide as RouterLossRide
     from .run import TrainResult as TrainResult
@@ -34,6 +36,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "Evaluation": "evaluation",
+        "GroupLasso": "group_lasso",
         "RouterLossRide": "riding_losses",
         "RouterTelemetry": "telemetry",
         "SparseLoss": "sparse_loss",

@@ -46,6 +46,7 @@ from .build import (
 from .callbacks import REMEDY, Logs
 from .checkpoints import STATE_FILE, find_checkpoint, read_state, set_aside_newer
 from .data import TrainingData, TrainingRows
+from .group_lasso import GroupLasso
 from .trainer import VLMoETrainer, default_on_long_rows, row_collator
 
 
@@ -100,6 +101,7 @@ def train(
     args: TrainingArguments | Mapping[str, object] | None = None,
     *,
     lora: LoraOptions | None = None,
+    group_lasso: float | None = None,
     max_length: int | None = None,
     on_long_rows: str | None = None,
     **model_options: Unpack[ModelOptions],
@@ -111,6 +113,7 @@ def train(
         data: what to train and evaluate on.
         args: as for `VLMoETrainer`; `resume_from_checkpoint` may also be "last".
         lora: options of `add_expert_lora`, to train an adapter of a saved model in its place.
+        group_lasso: the `share` of `GroupLasso`, which makes neurons of experts zero.
         max_length: as for `VLMoETrainer`.
         on_long_rows: as for `VLMoETrainer`.
         **model_options: see `ModelOptions`.
@@ -149,6 +152,7 @@ def train(
             processing_class=built.processor,
             data_collator=collator,
             on_long_rows=on_long_rows,
+            callbacks=[GroupLasso(share=group_lasso)] if group_lasso else [],
             origin=RunOrigin(preset=preset),
         )
         used = trainer.train_dataset, getattr(trainer.eval_dataset, "rows", None)
