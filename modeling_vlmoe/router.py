@@ -104,7 +104,7 @@ class VLMoERouter(nn.Module):
             self.modality_bias = nn.Parameter(torch.zeros(len(Modality), num_experts))
         bias = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        self.masked_by = None
+        self.masked_by: Mapping[str, Sequence[int]] | None = None
         self.register_buffer("allowed_experts", None, persistent=False)
         self._follow_modality_experts()
 

@@ -26,6 +26,7 @@ from ..data.tokenizer import CHAT_TOKENS, END, IMAGE, PAD, tile_markers, train_t
 from ..hub.experts_implementation import DEFAULT, parts_with_experts, require_taken
 from ..hub.input_errors import reading
 from ..hub.json_files import read_json
+from ..hub.presets import preset_names
 from ..hub.saved_model import (
     Processor,
     load_model,
@@ -175,11 +176,6 @@ def model_for_answers(source: str, runtime: Runtime = Runtime()) -> ModelAndProc
 def is_preset(name: str) -> bool:
     """Return whether there is a preset of that name."""
     return name in preset_names()
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets, sorted."""
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def check_model_source(source: str) -> None:
