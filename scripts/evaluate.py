@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .commands import run
 from .config_file import ConfigFile
 from .shared_options import (
-    AnswerTokens,
     Attention,
     Dataset,
     Device,
@@ -27,6 +26,7 @@ from .shared_options import (
     Rows,
     SavedModel,
     TaskName,
+    comma_list,
     place,
 )
 
@@ -43,13 +43,32 @@ def main(
     prompt: Prompt = None,
     max_rows: Rows = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
-    max_new_tokens: AnswerTokens = 32,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=comma_list,
+            metavar="A,B",
+            help="All answers that are possible, with commas between them or one an option; their "
+            "likelihood is compared, too.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The longest answer, in tokens (default: the task's, or 32)."),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="The longest prompt, in tokens; a longer one is an error (default: the model's "
-            "max_position_embeddings less the answer).",
+            help="The longest prompt, in tokens (default: the model's max_position_embeddings less "
+            "the answer).",
+        ),
+    ] = None,
+    on_long_rows: Annotated[
+        Literal["error", "shorten-prompt"] | None,
+        typer.Option(
+            help="Longer prompts are an error or are shortened, as in training (default: error; "
+            "for documents and texts to translate shorten-prompt)."
         ),
     ] = None,
     without_images: Annotated[
@@ -83,11 +102,13 @@ def main(
     """Measure how many questions of a dataset a model answers correctly.
 
     Answers are generated greedily, in batches. The command prints the exact match per question type
-    and writes it, with the load of the experts, to a JSON file. In a local model folder the model
-    card is updated too.
+    and the metrics of the task, and writes them, with the load of the experts, to a JSON file. In a
+    local model folder the model card is updated too.
 
     examples:
       vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
+      vlmoe evaluate --model outputs/tiny --dataset pets --task image-classification \\
+        --labels cat,dog
       vlmoe evaluate --model outputs/tiny --dataset my_data.parquet --split train \\
         --output results.json --save_predictions predictions.json
     """
@@ -117,9 +138,12 @@ def main(
         network, processor = model_for_answers(model, runtime)
         limits = limit_images(processor, max_image_pixels, max_image_side)
         asking: AskingOptions = {
+            "task": task,
+            "labels": [name for names in labels for name in names] if labels else None,
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
+            "on_long_rows": on_long_rows,
         }
         evaluation = evaluate(
             network,
@@ -131,7 +155,7 @@ def main(
             progress=True,
         )
         settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
-        settings |= {"task": task, "prompt": prompt}
+        settings |= {"prompt": prompt}
         settings |= asdict(runtime)  # no paths: the file may be published
         about = {"dataset": dataset_name(dataset)[0], "options": settings}
         write_json(results, evaluation.as_dict() | about)

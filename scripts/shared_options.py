@@ -32,6 +32,11 @@ def text(given: str) -> str:
     return readable(given, "It")
 
 
+def comma_list(given: str) -> list[str]:
+    """Return the texts between commas; raise `ValueError` if one is empty or no UTF-8."""
+    return [text(each.strip()) for each in given.split(",")]
+
+
 def share(number: str) -> float:
     """Return a number above 0 and at most 1; raise `ValueError` for another."""
     value = float(number)

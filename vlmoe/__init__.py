@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .tasks.task import Task as Task
     from .training.evaluation import evaluate as evaluate
     from .training.group_lasso import GroupLasso as GroupLasso
+    from .training.label_scores import score_labels as score_labels
     from .training.sparse_loss import SparseLoss as SparseLoss
     from .training.trainer import VLMoETrainer as VLMoETrainer
     from .training.trl_trainers import VLMoEDPOTrainer as VLMoEDPOTrainer
@@ -96,6 +97,7 @@ _MODULES = {
     "push": "hub.push_to_hub",
     "record_routing": "routing.trace",
     "upcycle": "upcycling.dense_to_sparse",
+    "score_labels": "training.label_scores",
     "update_router_bias": "routing.balancing",
 }
 # What a module needs beyond the package's own dependencies, as it is imported.

@@ -1,9 +1,12 @@
 """`vlmoe evaluate`: a table, a JSON file, one-line errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
 
 from vlmoe_cli import main
 
@@ -67,3 +70,42 @@ def test_wrong_options_are_named_and_nothing_is_written(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vlmoe evaluate: error: ") and message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_is_measured_by_its_metrics_and_its_labels(
+    tmp_path: Path, saved_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(saved_model, model)
+    for label in ("red", "blue"):
+        for number in range(2):
+            (data / "test" / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), label).save(data / "test" / label / f"{number}.png")
+    where = ["evaluate", "--model", str(model), "--dataset", str(data), "--device", "cpu"]
+    where += ["--task", "image-classification", "--prompt", "what?"]
+    answers = tmp_path / "answers.json"
+    more = ["--labels", "red,blue", "--labels", "a circle", "--save_predictions", str(answers)]
+    assert main.main([*where, *more]) == 0
+    results = json.loads((model / "evaluate_results.json").read_text())
+    records = json.loads(answers.read_text())
+    named = ["accuracy", "macro_f1", "likelihood_accuracy", "likelihood_macro_f1"]
+    assert list(results["metrics"]) == named
+    likely = [each["label"] == each["reference"] for each in records]
+    assert results["metrics"]["likelihood_accuracy"] == sum(likely) / 4
+    assert results["metrics"]["accuracy"] == results["exact_match"]
+    assert {each["label"] for each in records} <= {"red", "blue", "a circle"}
+    assert (results["task"], results["options"]["prompt"]) == ("image-classification", "what?")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in named)
+    card = ModelCard.load(model / "README.md")
+    assert "| likelihood\\_macro\\_f1 |" in card.text or "| likelihood_macro_f1 |" in card.text
+    values = {each.metric_name: each.metric_value for each in card.data.eval_results}
+    assert values["likelihood_accuracy"] == results["metrics"]["likelihood_accuracy"]
+    assert card.data.eval_results[-1].task_type == "image-classification"
+    assert set(card.data.metrics) == {"exact_match", *named}
+
+    assert main.main([*where, "--labels", "blue,rot"]) == 2
+    error = capsys.readouterr().err
+    assert "row 'test/red/0.png'" in error and "'red' is none of the labels blue, rot" in error
+    assert main.main([*where[:-1], "what?", "--labels", "blue,"]) == 2
+    assert "the text is empty" in capsys.readouterr().err

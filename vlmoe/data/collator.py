@@ -21,7 +21,7 @@ must not be cut by rows afterwards (`dispatch_batches`, `torch.nn.DataParallel`)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -70,6 +70,8 @@ class RowCollator:
         max_length: longest token row allowed, None for any; a longer one is an error that names the
             row, since cutting it would cut an answer or a question. `long_rows.length_limit`
             returns that of a model.
+        shorten_prompts: cut text from the oldest questions of a conversation that is too long, or
+            with "longest" the end of its longest one, see `shortening.py`.
         share_images: encode an image that several token rows use once (module docstring).
         pad_to_multiple_of: round the padded length up, for kernels that like round numbers.
         image_cache_mb: bound in MiB on the processed tiles that are kept; 0 for none.
@@ -83,12 +85,14 @@ class RowCollator:
     """
 
     what = "conversation"
+    generation_prompt = False
 
     def __init__(
         self,
         processor: VLMoEProcessor,
         max_length: int | None = None,
         *,
+        shorten_prompts: bool | Literal["longest"] = False,
         share_images: bool = True,
         pad_to_multiple_of: int | None = None,
         image_cache_mb: int = 1024,
@@ -103,11 +107,34 @@ class RowCollator:
                 raise ValueError(f"{field} must be at least 1 or None, got {value}.")
         self.processor = processor
         self.max_length = max_length
+        self.shorten_prompts = shorten_prompts
         self.share_images = share_images
         self.pad_to_multiple_of = pad_to_multiple_of
         self.pad_token_id = _padding_id(processor.tokenizer)
         self.encode_conversation = ConversationEncoder(processor, text_cache_mb * MEGABYTE)
         self.encode_image = ImageEncoder(processor, image_cache_mb * MEGABYTE, allow_image_urls)
+
+    def shortened(self, conversation: Conversation, room: int) -> Conversation:
+        """Shorten a conversation to `room` tokens, as `shorten_prompts` says."""
+        longest = self.shorten_prompts == "longest"
+        return shortened(conversation, room, self.text_length, longest)
+
+    def text_length(self, conversation: Conversation) -> int:
+        """Count the tokens of a conversation, those of its images left out."""
+        return sum(map(len, self._encoded(conversation, "a row").segments))
+
+    def _encoded(self, conversation: Conversation, name: str) -> EncodedConversation:
+        opens_answer = self.generation_prompt
+        return self.encode_conversation(conversation, name, generation_prompt=opens_answer)
+
+    def _fitting_row(
+        self, conversation: Conversation, images: list[EncodedImage], name: str
+    ) -> TokenRow:
+        """Encode a conversation, shortened where that is asked for."""
+        if self.shorten_prompts and self.max_length is not None:
+            room = self.max_length - sum(len(image.token_ids) for image in images)
+            conversation = self.shortened(conversation, room)
+        return self._token_row(self._encoded(conversation, name), images, name)
 
     def _images(self, images: Sequence[RowImage], name: str) -> list[EncodedImage]:
         """Encode the images of a row."""
@@ -173,24 +200,8 @@ class RowCollator:
 class VLMoECollator(RowCollator):
     """Rows -> training batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, images.
 
-    Args:
-        processor: as in `RowCollator`.
-        max_length: as in `RowCollator`.
-        shorten_prompts: cut text from the oldest questions of a conversation that is too long, or
-            with "longest" the end of its longest one, see `shortening.py`.
-        options: the other arguments of `RowCollator`.
+    Arguments as in `RowCollator`.
     """
-
-    def __init__(
-        self,
-        processor: VLMoEProcessor,
-        max_length: int | None = None,
-        *,
-        shorten_prompts: bool | Literal["longest"] = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(processor, max_length, **options)
-        self.shorten_prompts = shorten_prompts
 
     def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
@@ -199,23 +210,10 @@ class VLMoECollator(RowCollator):
             parsed = parse_row(row, position)
             images = self._images(parsed.images, parsed.name)
             for conversation in parsed.conversations:
-                if self.shorten_prompts and self.max_length is not None:
-                    room = self.max_length - sum(len(image.token_ids) for image in images)
-                    conversation = self.shortened(conversation, room)
-                encoded = self.encode_conversation(conversation, parsed.name)
-                token_rows.append(self._token_row(encoded, images, parsed.name))
+                token_rows.append(self._fitting_row(conversation, images, parsed.name))
         batch, mask = self._pad(token_rows, side="right")
         labels = batch["input_ids"].masked_fill(~mask, IGNORE_INDEX)
         return {**batch, "labels": labels, **self._pixels(token_rows)}
-
-    def shortened(self, conversation: Conversation, room: int) -> Conversation:
-        """Shorten a conversation to `room` tokens, as `shorten_prompts` says."""
-        longest = self.shorten_prompts == "longest"
-        return shortened(conversation, room, self.text_length, longest)
-
-    def text_length(self, conversation: Conversation) -> int:
-        """Count the tokens of a conversation, those of its images left out."""
-        return sum(map(len, self.encode_conversation(conversation, "a row").segments))
 
 
 class VLMoEPromptCollator(RowCollator):
@@ -225,6 +223,7 @@ class VLMoEPromptCollator(RowCollator):
     """
 
     what = "prompt"
+    generation_prompt = True
 
     def __call__(self, rows: Sequence[AnyRow]) -> PromptBatch:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
@@ -234,8 +233,7 @@ class VLMoEPromptCollator(RowCollator):
             images = self._images(parsed.images, parsed.name)
             for conversation in parsed.conversations:
                 prompt, reference = split_reference(conversation, parsed.name)
-                encoded = self.encode_conversation(prompt, parsed.name, generation_prompt=True)
-                token_rows.append(self._token_row(encoded, images, parsed.name))
+                token_rows.append(self._fitting_row(prompt, images, parsed.name))
                 references.append(reference)
                 names.append(parsed.name)
             types += parsed.question_types

@@ -6,6 +6,7 @@ grids, token types and tiles are the processor's. Images are processed anew in e
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from transformers import BatchFeature
@@ -104,10 +105,22 @@ def prompt_collator(
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
+    shorten_prompts: bool | Literal["longest"] = False,
 ) -> "VLMoEPromptCollator | NativePromptCollator":
-    """Return the collator of prompts for a processor; a `VLMoEProcessor` has limits of its own."""
+    """Return the collator of prompts for a processor; a `VLMoEProcessor` has limits of its own.
+
+    Raises:
+        ValueError: `shorten_prompts` is set for a processor of transformers.
+    """
     if is_own_processor(processor):
-        return VLMoEPromptCollator(processor, max_length, allow_image_urls=allow_image_urls)
+        return VLMoEPromptCollator(
+            processor,
+            max_length,
+            shorten_prompts=shorten_prompts,
+            allow_image_urls=allow_image_urls,
+        )
+    if shorten_prompts:
+        raise ValueError(f"{type(processor).__name__} of transformers cannot shorten prompts.")
     return NativePromptCollator(
         processor, max_length, limits=limits, allow_image_urls=allow_image_urls
     )

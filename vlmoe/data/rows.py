@@ -5,6 +5,7 @@
 `row_formats.py`. Every function of the package that takes rows calls it.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,18 @@ class ConversationRows(Dataset):
             for each in range(len(split_conversations(entry)) if entry else 1)
         ]
         self._last: tuple[int, AnyRow] | None = None
+
+    def texts(self) -> "ConversationRows":
+        """Return the same conversations without reading images, where a dataset holds them."""
+        texts = copy.copy(self)
+        if "images" in getattr(self.rows, "column_names", ()):
+            texts.rows = cast("datasets.Dataset", self.rows).remove_columns("images")
+        texts._last = None
+        return texts
+
+    def row_number(self, position: int) -> int:
+        """Return the number of the row that holds a conversation."""
+        return self._positions[position][0]
 
     def __len__(self) -> int:
         """Return the number of conversations."""

@@ -14,6 +14,7 @@ from .provenance import saved_json
 METRICS_FILE = "metrics.json"  # of `vlmoe demo`
 EVALUATION_FILE = "evaluate_results.json"  # of `vlmoe evaluate`
 PIPELINE_TAG = "image-text-to-text"
+HUB_TASKS = {"image-captioning": "image-to-text"}  # the Hub has another name
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class CardResult:
         counts: the questions of each type.
         baselines: name, share, and share by type, of each.
         expert_load: as `ExpertLoad.as_dict` gives it, if it was recorded.
+        task: the name of the task, if any.
+        metrics: further figures by name.
     """
 
     dataset: str
@@ -41,22 +44,26 @@ class CardResult:
     counts: dict[str, int]
     baselines: list[tuple[str, float, dict[str, float]]] = field(default_factory=list)
     expert_load: JsonObject | None = None
+    task: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def results(self) -> list[EvalResult]:
         """Return the entries of the card's model-index."""
         shares = {"exact match": self.exact_match}
         shares |= {f"exact match ({kind})": share for kind, share in self.by_type.items()}
+        figures = [("exact_match", name, share) for name, share in shares.items()]
+        figures += [(name, name, value) for name, value in self.metrics.items()]
         return [
             EvalResult(
-                task_type=PIPELINE_TAG,
+                task_type=HUB_TASKS.get(self.task or PIPELINE_TAG, self.task or PIPELINE_TAG),
                 dataset_type=self.dataset,
                 dataset_name=self.dataset,
                 dataset_split=self.split,
-                metric_type="exact_match",
+                metric_type=kind,
                 metric_name=name,
-                metric_value=share,
+                metric_value=value,
             )
-            for name, share in shares.items()
+            for kind, name, value in figures
         ]
 
 
@@ -112,6 +119,8 @@ def _command_result(results: JsonObject) -> CardResult:
         by_type=results["exact_match_by_type"],
         counts=results["count_by_type"],
         expert_load=results["expert_load"],
+        task=results.get("task"),  # files of earlier versions have no tasks
+        metrics=results.get("metrics", {}),
     )
 
 

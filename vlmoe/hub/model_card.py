@@ -220,7 +220,7 @@ def _metadata(
         "library_name": "transformers",
         "pipeline_tag": PIPELINE_TAG if hasattr(config, "vision_config") else "text-generation",
         "datasets": [*dict.fromkeys(filter(None, named))] or None,
-        "metrics": ["exact_match"] if results else None,
+        "metrics": list(dict.fromkeys(each.metric_type for each in results)) or None,
         "eval_results": results or None,
     }
     return ModelCardData(**{**fields, **given, "tags": [*tags, *(given.get("tags") or ())] or None})

@@ -9,7 +9,9 @@ from functools import partial
 from ..data.row_fields import CAPTION_COLUMNS, IMAGE_COLUMNS, did_you_mean
 from ..data.row_formats import RowFormat, RowReader, format_of
 from . import rows
+from .class_metrics import accuracy_and_f1
 from .task import VIDEO_COLUMNS, Task
+from .text_metrics import bleu, chrf, cider, rouge_l
 
 CAPTIONS = (*CAPTION_COLUMNS, "captions")
 LABELS = ("label", "labels")
@@ -22,6 +24,7 @@ TASKS = {
             (IMAGE_COLUMNS, CAPTIONS),
             rows.captions,
             "Describe the image.",
+            (cider, bleu, rouge_l, chrf),
             max_new_tokens=64,
         ),
         Task(
@@ -29,6 +32,7 @@ TASKS = {
             (IMAGE_COLUMNS, LABELS),
             rows.classes,
             "What is in the image? Answer with the name of the class.",
+            (accuracy_and_f1,),
         ),
         Task("visual-question-answering", (("question",), ("answer",)), rows.questions, ""),
         Task(
@@ -36,6 +40,7 @@ TASKS = {
             (VIDEO_COLUMNS, (*CAPTION_COLUMNS, "answer", "summary")),
             rows.videos,
             "Describe the video.",
+            (cider, bleu, rouge_l, chrf),
             max_new_tokens=128,
             optional=("question",),
         ),
@@ -44,6 +49,7 @@ TASKS = {
             (("translation",),),
             rows.translations,
             "Translate from {source} to {target}:",
+            (bleu, chrf),
             max_new_tokens=128,
             on_long_rows="shorten-prompt",
         ),
@@ -52,6 +58,7 @@ TASKS = {
             (("document", "article", "dialogue"), ("summary", "highlights")),
             rows.documents,
             "Summarize the text:",
+            (rouge_l,),
             max_new_tokens=128,
             on_long_rows="shorten-prompt",
         ),

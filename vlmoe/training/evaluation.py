@@ -2,13 +2,12 @@
 """Evaluation on a dataset: every question is answered by batched greedy `generate` and scored."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypedDict
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
-from transformers.utils import logging
 
 from ..data.answers import evaluation_mode, greedy_answers
 from ..data.collator import PromptBatch, VLMoEPromptCollator
@@ -23,24 +22,33 @@ from ..hub.saved_model import Processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from ..routing.load import record_expert_load
 from ..routing.record import has_experts
+from ..tasks.class_metrics import accuracy_and_f1
+from ..tasks.long_texts import default_on_long_rows, shortening
+from ..tasks.table import get_task, task_reader
+from ..tasks.task import Metric, Task
+from .label_scores import require_labels, score_labels
 from .metrics import ExactMatch, exact_match
+from .questions import Questions
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel
 
+LONGEST_ANSWER = 32  # tokens, without a task
 PromptCollator = VLMoEPromptCollator | NativePromptCollator
 
 
 class Prediction(TypedDict):
-    """One answered question."""
+    """One answered question; `label` is the most likely of the labels, if any were given."""
 
     id: str
     question: str
     question_type: str
     prediction: str
     reference: str
+    references: list[str]
     correct: bool
+    label: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ class Evaluation:
         seconds, questions_per_second: wall-clock time of all batches.
         predictions: one record per conversation, in the order of the rows.
         expert_load: as `ExpertLoad.as_dict` gives it; None for a model without experts.
+        task: its name, None for none.
+        metrics: the figures of the task's metrics by name, and those by likelihood if labels were
+            given.
     """
 
     exact_match: float
@@ -65,6 +76,8 @@ class Evaluation:
     questions_per_second: float
     predictions: list[Prediction]
     expert_load: JsonObject | None
+    task: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> JsonObject:
         """Return every attribute but the predictions, for a JSON file."""
@@ -72,7 +85,7 @@ class Evaluation:
         return {name: getattr(self, name) for name in names}
 
     def table(self) -> str:
-        """Return the scores as text: one line per question type, then all questions."""
+        """Return the scores as text: by question type, of all questions, and other metrics."""
         rows = [
             (kind, self.count_by_type[kind], share)
             for kind, share in self.exact_match_by_type.items()
@@ -81,15 +94,24 @@ class Evaluation:
         width = max(len("question type"), *(len(kind) for kind, _, _ in rows))
         lines = [f"{'question type':<{width}}  {'questions':>9}  {'exact match':>11}"]
         lines += [f"{kind:<{width}}  {count:>9,}  {share:>11.2%}" for kind, count, share in rows]
+        if self.metrics:
+            width = max(map(len, self.metrics))
+            lines += [
+                "",
+                *(f"{name:<{width}}  {value:.4f}" for name, value in self.metrics.items()),
+            ]
         return "\n".join(lines)
 
 
 class AskingOptions(TypedDict, total=False):
     """The options of `evaluate` that change its figures; see there."""
 
+    task: str | None
+    labels: list[str] | None
     batch_size: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     max_length: int | None
+    on_long_rows: str | None
 
 
 def evaluate(
@@ -97,50 +119,87 @@ def evaluate(
     processor: Processor,
     rows: "Rows | datasets.Dataset",
     *,
+    task: str | Task | None = None,
+    prompt: str | None = None,
+    labels: Sequence[str] | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     max_length: int | None = None,
+    on_long_rows: str | None = None,
     image_limits: ImageLimits = DEFAULT_LIMITS,
     allow_image_urls: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Ask a model every question of the rows, and compare its answers with the references.
 
-    The last assistant turn of each conversation is the reference. Decoding is greedy; an answer
-    ends at the tokenizer's end token.
+    The last assistant turn of each conversation is the reference. With a task, conversations of a
+    row that ask the same are one question with several references: the captions of an image.
+    Decoding is greedy; an answer ends at the tokenizer's end token.
 
     Args:
         model: a generating model, on any device; it keeps its mode.
         processor: the model's; of a language model its tokenizer.
         rows: as `load_rows` gives them, or a list of rows such as
             `{"image": ..., "question": ..., "answer": ...}`; a row may hold several conversations.
+        task: whose columns the rows have and whose metrics are measured, see `TASKS`.
+        prompt: the task's instruction, by default its own.
+        labels: the answers that are possible; their likelihood is compared, too: `score_labels`.
         batch_size: conversations answered at the same time; images they share are encoded once.
-        max_new_tokens: the longest answer, in tokens.
-        max_length: the longest prompt, in tokens; a longer one is an error. By default the model's
-            positions less the answer.
+        max_new_tokens: the longest answer, in tokens; by default the task's, without one 32.
+        max_length: the longest prompt, in tokens. By default the model's positions less the answer.
+        on_long_rows: a longer prompt is an "error", or for VLMoE's own processor shortened
+            ("shorten-prompt"). By default the task's choice, without one "error".
         image_limits: on the size of images, for a processor of transformers; a `VLMoEProcessor`
             has limits of its own.
         allow_image_urls: download images that rows name by http(s) URL.
         progress: show a progress bar.
 
     Raises:
-        ValueError: `batch_size` is below 1, there are no rows, a row is malformed, or the model's
-            outputs are NaN or infinite.
+        ValueError: `batch_size` is below 1, there are no rows, a row is malformed or its answer is
+            none of the labels, or the model's outputs are NaN or infinite.
+        ImportError: the library of a metric is missing.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    questions = ConversationRows(rows)
-    if len(questions) == 0:
+    asked = None if task is None else get_task(task)
+    metrics = required_metrics(asked, labels)
+    rows = ConversationRows(rows, reader=task_reader(asked, prompt))
+    if len(rows) == 0:
         raise ValueError("empty dataset: there are no rows to evaluate.")
-    limit, urls = prompt_limit(model, max_new_tokens, max_length), allow_image_urls
-    collator = prompt_collator(processor, limit, limits=image_limits, allow_image_urls=urls)
+    questions = Questions(rows, joined=asked is not None)
+    if labels is not None:
+        questions.require_among(require_labels(labels))
+    new_tokens = max_new_tokens or (LONGEST_ANSWER if asked is None else asked.max_new_tokens)
+    on_long_rows = on_long_rows or default_on_long_rows(asked, processor)
+    if on_long_rows not in ("error", "shorten-prompt"):
+        raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: error, shorten-prompt.")
+    collator = prompt_collator(
+        processor,
+        prompt_limit(model, new_tokens, max_length),
+        limits=image_limits,
+        allow_image_urls=allow_image_urls,
+        shorten_prompts=shortening(on_long_rows, asked),
+    )
     recording = record_expert_load(model) if has_experts(model) else nullcontext()
-    batches = _batches(questions, batch_size, progress)
     start = time.perf_counter()
     with recording as load:
-        predictions = _predictions(model, processor, batches, collator, max_new_tokens)
+        batches = questions.batches(batch_size, progress)
+        predictions = _predictions(model, processor, batches, collator, new_tokens)
     seconds = time.perf_counter() - start
-    scores = _scored(predictions)
+    scores = _scored(predictions, questions.references)
+    figures = measured(metrics, [each["prediction"] for each in predictions], questions.references)
+    if labels is not None:
+        scores_of_labels = score_labels(
+            model,
+            processor,
+            questions,
+            labels,
+            batch_size=batch_size,
+            image_limits=image_limits,
+            allow_image_urls=allow_image_urls,
+            progress=progress,
+        )
+        figures |= _by_likelihood(predictions, scores_of_labels.best())
     return Evaluation(
         scores.exact_match,
         scores.exact_match_by_type,
@@ -150,7 +209,39 @@ def evaluate(
         questions_per_second=len(predictions) / seconds,
         predictions=predictions,
         expert_load=None if load is None else load.as_dict(),
+        task=None if asked is None else asked.name,
+        metrics=figures,
     )
+
+
+def _by_likelihood(predictions: list[Prediction], likely: list[str]) -> dict[str, float]:
+    """Add the most likely label to each record, and measure the labels."""
+    for record, label in zip(predictions, likely, strict=True):
+        record["label"] = label
+    figures = accuracy_and_f1(likely, [each["references"] for each in predictions])
+    return {f"likelihood_{name}": value for name, value in figures.items()}
+
+
+def required_metrics(task: Task | None, labels: Sequence[str] | None) -> tuple[Metric, ...]:
+    """Return the metrics of a task, and with labels those of classes.
+
+    Raises:
+        ImportError: the library of a metric is missing.
+    """
+    metrics = () if task is None else task.metrics
+    if labels is not None and accuracy_and_f1 not in metrics:
+        metrics = (*metrics, accuracy_and_f1)
+    measured(metrics, ["a"], [["a"]])  # before the work
+    return metrics
+
+
+def measured(
+    metrics: Sequence[Metric], answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Return the figures of all metrics by name."""
+    return {
+        name: value for metric in metrics for name, value in metric(answers, references).items()
+    }
 
 
 def _predictions(
@@ -173,30 +264,16 @@ def _predictions(
     return predictions
 
 
-def _scored(predictions: list[Prediction]) -> ExactMatch:
+def _scored(predictions: list[Prediction], references: list[list[str]]) -> ExactMatch:
     """Compare answers and references, and mark each record as correct or not."""
     scores = exact_match(
         [each["prediction"] for each in predictions],
-        [each["reference"] for each in predictions],
+        references,
         [each["question_type"] for each in predictions],
     )
-    for record, hit in zip(predictions, scores.hits, strict=True):
-        record["correct"] = hit
+    for record, hit, several in zip(predictions, scores.hits, references, strict=True):
+        record["correct"], record["references"] = hit, several
     return scores
-
-
-def _batches(
-    questions: ConversationRows, batch_size: int, progress: bool
-) -> Iterator[list[AnyRow]]:
-    """Yield lists of `batch_size` conversations, the last one shorter, with a progress bar."""
-    bar = logging.tqdm(
-        total=len(questions), desc="answering", unit="question", disable=not progress
-    )
-    with bar:
-        for start in range(0, len(questions), batch_size):
-            stop = min(start + batch_size, len(questions))
-            yield [questions[i] for i in range(start, stop)]
-            bar.update(stop - start)
 
 
 def _records(batch: list[AnyRow], prompts: PromptBatch, answers: list[str]) -> list[Prediction]:
@@ -211,7 +288,8 @@ def _records(batch: list[AnyRow], prompts: PromptBatch, answers: list[str]) -> l
                 "question_type": prompts.question_types[position],
                 "prediction": answer.strip(),
                 "reference": prompts.references[position],
-                "correct": False,  # until all answers are scored
+                "references": [],
+                "correct": False,  # with the references, until all answers are scored
             }
         )
     return records

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..data.conversations import AnyRow, parse_row, split_reference
+from ..tasks.class_metrics import normalize_answer
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,16 @@ class MajorityBaseline:
 
 
 def exact_match(
-    predictions: Sequence[str], references: Sequence[str], question_types: Sequence[str]
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    question_types: Sequence[str],
 ) -> ExactMatch:
     """Compare answers with their references, one by one.
+
+    Args:
+        predictions: the answers.
+        references: of each answer one, or several of which any will do.
+        question_types: of each answer, "" for none.
 
     Raises:
         ValueError: there are no answers, or the three lists differ in length.
@@ -49,23 +57,22 @@ def exact_match(
     if not predictions:
         raise ValueError("There are no answers to compare.")
     triples = list(zip(predictions, references, question_types, strict=True))
-    hits = [normalize_answer(given) == normalize_answer(right) for given, right, _ in triples]
-    counts, right = Counter[str](), Counter[str]()
+    hits = [
+        normalize_answer(given)
+        in {normalize_answer(each) for each in ([right] if isinstance(right, str) else right)}
+        for given, right, _ in triples
+    ]
+    counts, correct = Counter[str](), Counter[str]()
     for hit, (_, _, kind) in zip(hits, triples, strict=True):
         counts[kind] += 1
-        right[kind] += hit
+        correct[kind] += hit
     types = sorted(kind for kind in counts if kind)
     return ExactMatch(
         sum(hits) / len(hits),
-        {kind: right[kind] / counts[kind] for kind in types},
+        {kind: correct[kind] / counts[kind] for kind in types},
         {kind: counts[kind] for kind in types},
         hits,
     )
-
-
-def normalize_answer(text: str) -> str:
-    """Strip surrounding white space and fold case."""
-    return text.strip().casefold()
 
 
 def majority_baseline(

@@ -34,6 +34,7 @@ from ..hub.model_card import remove_evaluations
 from ..hub.provenance import RESULTS_FILE, RunOrigin, versions
 from ..hub.saved_model import read_processor
 from ..hub.whole_model import require_finite_files
+from ..tasks.long_texts import default_on_long_rows
 from .arguments import prepared_arguments
 from .build import (
     ModelAndProcessor,
@@ -47,7 +48,7 @@ from .callbacks import REMEDY, Logs
 from .checkpoints import STATE_FILE, find_checkpoint, read_state, set_aside_newer
 from .data import TrainingData, TrainingRows
 from .group_lasso import GroupLasso
-from .trainer import VLMoETrainer, default_on_long_rows, row_collator
+from .trainer import VLMoETrainer, row_collator
 
 
 class LoraOptions(TypedDict):

@@ -8,7 +8,7 @@ answer(trainer.model, trainer.processing_class, "red.png", "what color?")
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -36,7 +36,8 @@ from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from ..routing.balancing import RouterBiasCallback
 from ..routing.finite_checks import StopOnNonFiniteRouting
 from ..routing.record import has_experts
-from ..tasks.table import get_task, task_reader
+from ..tasks.long_texts import default_on_long_rows, shortening
+from ..tasks.table import task_reader
 from ..tasks.task import Task
 from .answer_accuracy import answer_accuracy, most_likely_tokens
 from .arguments import prepared_arguments
@@ -223,21 +224,6 @@ def own_callbacks(
 RowCollator = VLMoECollator | NativeCollator
 
 
-def default_on_long_rows(task: str | Task | None, processor: Processor) -> str:
-    """Return what happens to long rows of a task; processors of transformers shorten none."""
-    chosen = "error" if task is None else get_task(task).on_long_rows
-    return chosen if is_own_processor(processor) else "error"
-
-
-def shortening(task: str | Task | None) -> bool | Literal["longest"]:
-    """Return how prompts are shortened: those of a task whose rows are long at their longest text.
-
-    The other questions may ask something at their end.
-    """
-    is_long = task is not None and get_task(task).on_long_rows == "shorten-prompt"
-    return "longest" if is_long else True
-
-
 def row_collator(
     model: PreTrainedModel,
     processor: Processor,
@@ -265,7 +251,7 @@ def row_collator(
     return VLMoECollator(
         processor,
         limit,
-        shorten_prompts=on_long_rows == "shorten-prompt" and shortening(task),
+        shorten_prompts=shortening(on_long_rows, task),
         allow_image_urls=allow_image_urls,
     )
 
