@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmoe.data.loading import split_names
 from vlmoe.data.scenes import EMOJI, SIDE, SPLITS, scene, scene_rows
+from vlmoe.tasks import load_rows
+from vlmoe.tasks.boxes import parse_boxes, pixel_corners
 
 
 def pixels(row):
@@ -64,3 +67,21 @@ def test_rows_are_those_of_detection_data():
     assert rows[2]["objects"] == scene("validation", 2)["objects"]
     with pytest.raises(ValueError, match=r"no split 'dev'.*train, validation, test"):
         scene_rows("dev")
+
+
+def test_scenes_are_a_dataset_by_name_for_detection_and_for_captions(monkeypatch):
+    monkeypatch.setitem(SPLITS, "test", 4)
+    right = [scene("test", number, emoji=True) for number in range(4)]
+    rows = load_rows("scenes_emoji", "test", task="object-detection")
+    for row, each in zip(rows, right, strict=True):
+        found = parse_boxes(row["messages"][0][1]["content"][0]["text"]).objects
+        assert [one.label for one in found] == each["objects"]["category"]
+        corners = [pixel_corners(one.corners, (SIDE, SIDE)) for one in found]
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in each["objects"]["bbox"]]
+        assert np.abs(np.array(corners) - boxes).max() <= SIDE / 1000
+        assert row["images"] == [each["image"]]
+    captions = load_rows("scenes_emoji", "test", task="image-captioning")
+    texts = [row["messages"][0][1]["content"][0]["text"] for row in captions]
+    assert texts == [each["caption"] for each in right]
+    assert load_rows("scenes", "test", task="object-detection", limit=1)[0]["id"] == "scenes/test/0"
+    assert split_names("scenes") == ["train", "validation", "test"]

@@ -137,7 +137,10 @@ def _read(
             'loading data needs the datasets library: pip install "vlmoe[train]".'
         ) from error
     if source in PACKAGED:
-        return packaged_rows(source, split)
+        rows = packaged_rows(source, split)
+        if "messages" in rows.column_names:
+            return rows
+        return as_conversations(rows, ImageSources(Path(), (), **rules), source, reader)
     path = Path(source).expanduser()
     if path.exists():
         return read_local(path, split, reader, **rules)

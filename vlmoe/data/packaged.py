@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PACKAGED = ("easy_vqa", "easy_vqa_captions", "emoji", "emoji_held_out")
+PACKAGED = ("easy_vqa", "easy_vqa_captions", "emoji", "emoji_held_out", "scenes", "scenes_emoji")
 
 
 def packaged_splits(source: str) -> tuple[str, ...]:
     """Return the splits of one of `PACKAGED`, `train` first."""
-    from . import easy_vqa, emoji
+    from . import easy_vqa, emoji, scenes
 
+    if source.startswith("scenes"):
+        return tuple(scenes.SPLITS)
     return easy_vqa.SPLITS if source.startswith("easy_vqa") else emoji.SPLITS
 
 
@@ -23,6 +25,10 @@ def packaged_rows(source: str, split: str) -> "Dataset":
         ValueError: there is no such split.
         ImportError: the package is missing; the message names the extra.
     """
+    if source.startswith("scenes"):
+        from .scenes import scene_rows
+
+        return scene_rows(split, emoji=source == "scenes_emoji")
     if source.startswith("emoji"):
         from .emoji import name_rows
 

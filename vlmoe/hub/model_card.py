@@ -78,7 +78,7 @@ DATA_LICENSES = {
 }
 """License and source of data that come as packages; the Hub's data sets have their own cards."""
 DATA_LICENSES["easy_vqa_captions"] = DATA_LICENSES["easy_vqa"]
-DATA_LICENSES["emoji_held_out"] = DATA_LICENSES["emoji"]
+DATA_LICENSES["emoji_held_out"] = DATA_LICENSES["scenes_emoji"] = DATA_LICENSES["emoji"]
 UNKNOWN_LICENSE = "unknown"
 """The Hub's word for a license that neither preset nor base model names."""
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from ..data.loading import LoadOptions
 from ..data.loading import load_rows as load_conversations
-from .table import task_reader
+from .table import get_task, task_reader
 from .task import Task
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ def load_rows(
 
     Raises:
         FileNotFoundError: as `vlmoe.data.load_rows`.
-        ValueError: the task is unknown or the columns do not fit it; as `vlmoe.data.load_rows`.
+        ValueError: the task is unknown or the columns do not fit it, or copies
+            altered by `altered_copies` would be wrong; as `vlmoe.data.load_rows`.
     """
+    copies = options.get("altered_copies", 0)
+    if copies and task is not None and get_task(task).bound_to_place:
+        raise ValueError(
+            f"altered_copies={copies} (--altered_copies) shifts and mirrors pictures, but "
+            f"answers of the task {get_task(task).name} say where things are; leave it out."
+        )
     return load_conversations(source, split, reader=task_reader(task, prompt), **options)

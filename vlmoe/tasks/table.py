@@ -10,6 +10,7 @@ from ..data.row_fields import CAPTION_COLUMNS, IMAGE_COLUMNS, did_you_mean
 from ..data.row_formats import RowFormat, RowReader, format_of
 from . import rows
 from .class_metrics import accuracy_and_f1
+from .object_rows import OBJECTS, objects
 from .task import VIDEO_COLUMNS, Task
 from .text_metrics import bleu, chrf, cider, rouge_l
 
@@ -33,6 +34,14 @@ TASKS = {
             rows.classes,
             "What is in the image? Answer with the name of the class.",
             (accuracy_and_f1,),
+        ),
+        Task(
+            "object-detection",
+            (IMAGE_COLUMNS, OBJECTS),
+            objects,
+            "Find all objects. Answer with their boxes and labels in JSON.",
+            measures=True,
+            bound_to_place=True,
         ),
         Task("visual-question-answering", (("question",), ("answer",)), rows.questions, ""),
         Task(

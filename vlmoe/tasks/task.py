@@ -40,6 +40,8 @@ class Task:
             "shorten-prompt" the longest text of the user loses its end.
         optional: columns that are read where they are.
         measures: whether `convert` takes `image_sizes`, see `RowFormat`.
+        bound_to_place: whether answers say where things are, so that copies of rows with shifted
+            and mirrored pictures would be wrong.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Task:
     on_long_rows: str = "error"
     optional: tuple[str, ...] = field(default=())
     measures: bool = False
+    bound_to_place: bool = False
 
     def fits(self, columns: Collection[str]) -> bool:
         """Return whether rows with these columns can be read as this task's."""
