@@ -86,24 +86,20 @@ class ImageGenerationMixin(GenerationMixin):
         if generation is not None and generation.suppress_tokens is None:
             generation.suppress_tokens = [self.config.image_token_id]
 
+    # transformers asks for the name `inputs_embeds`
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,  # transformers asks for this name
-        is_first_iteration: bool = False,
-        **kwargs: object,
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> Inputs:
         """Prepare as transformers does; generated tokens are not searched for image tokens.
 
         Token types are dropped where there are ids: an assistant model gets those of the prompt for
         the prompt and the tokens after it.
         """
-        prepared = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
+        kwargs["inputs_embeds"] = inputs_embeds
+        prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if prepared.get("input_ids") is not None:
             prepared.pop("mm_token_type_ids", None)
-        if not is_first_iteration:
+        if not kwargs.get("is_first_iteration"):
             prepared.setdefault("mm_encoder_outputs", {})
         return prepared
 

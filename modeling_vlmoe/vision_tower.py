@@ -69,10 +69,9 @@ def tile_size(config: VLMoEConfig) -> tuple[int, int, int]:
 
 def expected_pixels(config: VLMoEConfig, any_size: bool) -> tuple[int, int | None, int | None]:
     """Return the (channels, height, width) that the tower takes; None for an open size."""
-    channels, height, width = tile_size(config)
-    if any_size or not tower_facts(config.vision_config).has_fixed_size:
-        return channels, None, None
-    return channels, height, width
+    size = tile_size(config)
+    is_fixed = tower_facts(config.vision_config).has_fixed_size and not any_size
+    return size if is_fixed else (size[0], None, None)
 
 
 def blank_image(config: VLMoEConfig, tower: PreTrainedModel) -> torch.Tensor:

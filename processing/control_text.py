@@ -227,14 +227,9 @@ def guarded_tokenizer(
 ) -> GuardedTokenizer | None:
     """Make the tokenizer for a chat whose values hold control strings; None if they hold none.
 
-    Args:
-        tokenizer: of the processor; its special tokens are control strings.
-        values: all that a caller gives the template: messages, tools, documents, variables.
-        template: the chat template.
-        markers: added tokens that are control strings, too; see `chat_markers`.
-
-    Raises:
-        ValueError: the tokenizer is no fast one.
+    `values` are all that a caller gives the template: messages, tools, documents, variables.
+    `markers` are added tokens that are control strings, as the special ones are. Raise `ValueError`
+    for a tokenizer that is no fast one.
     """
     control = _control_strings(tokenizer, markers)
     strings: list[tuple[str, str | None]] = []

@@ -122,6 +122,7 @@ class VLMoEProcessor(HubProcessorMixin):
     hub_modules = ("modeling_vlmoe.modeling_vlmoe",)
     valid_processor_kwargs = VLMoEProcessorKwargs
     return_mm_token_type_ids = True
+    unused_input_names = ("rows", "cols", "token_type_ids")  # outputs that the model does not take
     # The caller of a processor names the images; a copy that is called with data has False.
     opens_urls = True
 
@@ -213,11 +214,6 @@ class VLMoEProcessor(HubProcessorMixin):
     def video_reader(self) -> VideoReader:
         """What makes frames of a chat's videos."""
         return VideoReader(self.frame_text, self.image_limits, self.opens_urls)
-
-    @property
-    def unused_input_names(self) -> list[str]:
-        """Names of outputs that the model does not take."""
-        return ["rows", "cols", "token_type_ids"]
 
     def __call__(
         self,
