@@ -88,6 +88,9 @@ def world(
     shutil.copytree(data_folder, folder / "my_data")
     picture(3, (32, 32)).save(folder / "picture.png")
     picture(3, (32, 32)).save(folder / "my_data" / "picture.png")
+    for number, place in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
+        (folder / "pets" / place).mkdir(parents=True)
+        picture(number, (32, 32)).save(folder / "pets" / place / "0.png")
     (folder / "clip.mp4").write_bytes(video(gray_levels(16)))
     return folder
 

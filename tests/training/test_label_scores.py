@@ -9,7 +9,7 @@ from builders import assistant, picture, row, user
 from native_processors import tiny_processor
 from sparse_families import sparse_family
 
-from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor, score_labels
+from vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor, evaluate, score_labels
 
 LABELS = ["red", "a large blue square", "blue", "what is it", "bluered"]
 
@@ -106,6 +106,9 @@ def test_models_of_transformers_are_scored_by_their_own_processors(
     sums, counts = naive(model, processor, rows[:3], "<|im_end|>")
     assert torch.equal(scores.tokens, counts)
     assert torch.allclose(scores.log_probabilities.double(), sums, atol=1e-4)
+    result = evaluate(model, processor, [rows[0], rows[2]], labels=LABELS, max_new_tokens=2)
+    likely = scores.best()
+    assert [each["label"] for each in result.predictions] == [likely[0], likely[2]]
 
 
 @pytest.mark.parametrize(
