@@ -10,11 +10,11 @@ from capacity_arms import STUDIES
 from capacity_figures import KNOWLEDGE, PERCEPTION, plot_curve, plot_rates
 from capacity_training import RATES, best_rate, grid, run_folder
 from measure import environment
-from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 
 from vlmoe.data.emblems import ATTRIBUTES, CELLS
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
+from vlmoe.training.paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 
 ROWS_OF_AN_ENTITY = {KNOWLEDGE: len(ATTRIBUTES), PERCEPTION: len(CELLS)}
 Run = dict[str, Any]

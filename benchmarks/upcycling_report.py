@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from measure import environment
-from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 from upcycling_arms import ARMS, BASELINE, PLATEAU
 
 from vlmoe.figures.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
+from vlmoe.training.paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm, seed
 COMPARED = [name for name in ARMS if name not in (PLATEAU, BASELINE, "question_only")]

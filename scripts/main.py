@@ -24,6 +24,7 @@ MODULES = {
     "inspect": "inspect_experts",
     "card": "card",
     "upcycle": "upcycle",
+    "compress": "compress",
     "export": "export",
     "merge": "merge",
     "export-lora": "export_lora",
@@ -39,6 +40,7 @@ examples:
   vlmoe generate --model outputs/tiny --image picture.png "What shape does the image contain?"
   vlmoe inspect --model outputs/tiny --dataset easy_vqa --output_dir outputs/inspect
   vlmoe upcycle user/dense --output_dir outputs/sparse
+  vlmoe compress outputs/tiny --dataset easy_vqa --keep 0.25 --output_dir outputs/small
   vlmoe push outputs/tiny --repo_id user/tiny-vlmoe
 
 `vlmoe COMMAND --help` lists the options of a command; --traceback shows an error's origin."""

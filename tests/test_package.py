@@ -17,7 +17,10 @@ from vlmoe.hub.model_code import flat_code
 ROOT = Path(__file__).parents[1]
 # what is saved beside a model's weights, lowest first, and the toolkit's rooms above it
 MODEL = ("configuration", "modeling_vlmoe", "processing")
-TOOLKIT = ("hub", "figures", "data", "routing", "lora", "upcycling", "tasks", "training")
+TOOLKIT = (
+    *("hub", "figures", "data", "routing", "lora", "upcycling", "tasks", "training"),
+    "compression",
+)
 # room: the rooms that it may import from, besides itself
 BELOW = {
     "configuration": set(),
@@ -31,6 +34,7 @@ BELOW = {
     "upcycling": {*MODEL, "hub", "figures", "data"},
     "tasks": {*MODEL, "hub", "figures", "data"},
     "training": {*MODEL, "hub", "figures", "data", "routing", "lora", "upcycling", "tasks"},
+    "compression": {*MODEL, "hub", "figures", "data", "routing", "training"},
 }
 TRAVELS_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
 HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa", "emoji")

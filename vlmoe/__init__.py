@@ -27,6 +27,7 @@ from .modeling_vlmoe.modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextM
 from .processing.processing_vlmoe import VLMoEProcessor
 
 if TYPE_CHECKING:
+    from .compression.compress_experts import compress as compress
     from .data.answers import answer as answer
     from .data.collator import VLMoECollator as VLMoECollator
     from .data.collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
@@ -83,6 +84,7 @@ _MODULES = {
     "VLMoETrainer": "training.trainer",
     "add_expert_lora": "lora.add",
     "answer": "data.answers",
+    "compress": "compression.compress_experts",
     "disable_routed_lora": "lora.wrappers",
     "enable_routed_lora": "lora.wrappers",
     "evaluate": "training.evaluation",

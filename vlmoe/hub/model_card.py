@@ -37,6 +37,7 @@ from .input_errors import reading
 from .json_files import JsonObject
 from .model_classes import model_class, saved_config
 from .provenance import (
+    COMPRESSION_REPORT,
     LICENSE_FIELDS,
     REPORT_NAME,
     RESULTS_FILE,
@@ -62,6 +63,7 @@ CARD_SOURCES = (
     PICTURE_FILE,
     EXAMPLE_FILE,
     REPORT_NAME,
+    COMPRESSION_REPORT,
 )
 """The files that a card is rendered from; each may be missing."""
 
@@ -161,6 +163,7 @@ def _rendered(
 ) -> str:
     stages = read_stages(folder)
     evaluations, upcycled = read_results(folder), saved_json(folder / REPORT_NAME)
+    compressed = saved_json(folder / COMPRESSION_REPORT)
     example = (saved_json(folder / METRICS_FILE) or {}).get("example")
     name = (repo_id or "").split("/")[-1] or _model_name(folder, stages)
     facts = model_facts(config, folder)
@@ -178,9 +181,10 @@ def _rendered(
         data_licenses=DATA_LICENSES,
         sparse_layers=facts.sparse_layers,
         has_template=has_template,
-        parameters=stages[-1]["parameters"] if stages else parameters_of(config),
+        parameters=parameters_of(config) if compressed or not stages else stages[-1]["parameters"],
         stages=stages,
         upcycled=upcycled,
+        compressed=compressed,
         evaluations=evaluations,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
         example=example if example and (folder / EXAMPLE_FILE).is_file() else None,

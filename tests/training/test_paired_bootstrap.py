@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from paired_bootstrap import paired_bootstrap
+
+from vlmoe.training.paired_bootstrap import paired_bootstrap
 
 
 def half_width(found: dict[str, float]) -> float:
