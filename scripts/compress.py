@@ -105,7 +105,7 @@ def main(
         )
     import vlmoe
 
-    def rows(name: str, limit: int | None):  # noqa: ANN202 - rows as `load_rows` gives them
+    def rows(name: str, limit: int | None):
         return vlmoe.load_rows(
             dataset,
             name,
