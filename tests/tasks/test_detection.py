@@ -28,10 +28,10 @@ def test_perfect_answers_score_one():
     assert scores.as_dict() == {
         "ap": 1.0,
         "ap50": 1.0,
-        "precision": 1.0,
-        "recall": 1.0,
-        "precision_any_class": 1.0,
-        "recall_any_class": 1.0,
+        "precision50": 1.0,
+        "recall50": 1.0,
+        "precision50_any_class": 1.0,
+        "recall50_any_class": 1.0,
         "unparsable": 0.0,
     }
 
@@ -41,7 +41,7 @@ def test_one_box_missing_costs_what_the_definition_says():
     scores = detection_scores([text(CAT, DOG), text(), text()], RIGHT)
     assert scores.ap50 == pytest.approx((51 / 101 + 1) / 2)
     assert scores.ap == pytest.approx((51 / 101 + 1) / 2)
-    assert (scores.precision, scores.recall) == (1.0, pytest.approx(2 / 3))
+    assert (scores.precision50, scores.recall50) == (1.0, pytest.approx(2 / 3))
 
 
 def test_a_shifted_box_counts_up_to_its_overlap():
@@ -49,13 +49,13 @@ def test_a_shifted_box_counts_up_to_its_overlap():
     assert iou(shifted[1:], CAT[1:]) == pytest.approx(2 / 3)
     scores = detection_scores([text(shifted)], [text(CAT)])
     assert (scores.ap50, scores.ap) == (pytest.approx(1), pytest.approx(0.4))
-    assert (scores.precision, scores.recall) == (1.0, 1.0)
+    assert (scores.precision50, scores.recall50) == (1.0, 1.0)
 
 
 def test_a_wrong_class_counts_only_without_classes():
     scores = detection_scores([text(("Cat ", *DOG[1:]))], [text(DOG)])
-    assert (scores.ap50, scores.precision, scores.recall) == (0.0, 0.0, 0.0)
-    assert (scores.precision_any_class, scores.recall_any_class) == (1.0, 1.0)
+    assert (scores.ap50, scores.precision50, scores.recall50) == (0.0, 0.0, 0.0)
+    assert (scores.precision50_any_class, scores.recall50_any_class) == (1.0, 1.0)
     assert detection_scores([text(("DOG ", *DOG[1:]))], [text(DOG)]).ap == pytest.approx(1)
 
 
@@ -68,13 +68,13 @@ def test_the_order_of_the_scores_decides_average_precision():
     first = detection_scores(answers, references, [[0.1], [0.9]])
     assert last.ap50 == pytest.approx(51 / 101)
     assert first.ap50 == pytest.approx(51 / 101 / 2)
-    assert last.precision == first.precision == 0.5
+    assert last.precision50 == first.precision50 == 0.5
 
 
 def test_a_box_is_matched_once_and_by_the_one_that_overlaps_most():
     near = ("cat", 20, 0, 220, 200)
     scores = detection_scores([text(CAT, near)], [text(CAT)])
-    assert (scores.precision, scores.recall) == (0.5, 1.0)
+    assert (scores.precision50, scores.recall50) == (0.5, 1.0)
 
 
 def test_the_share_of_unparsable_answers_is_counted_and_their_objects_too():
@@ -82,7 +82,7 @@ def test_the_share_of_unparsable_answers_is_counted_and_their_objects_too():
     assert len(parse_boxes(cut).objects) == 1
     scores = detection_scores([cut, "a cat", text(), text()], [text(CAT), text(DOG), "[]", "[]"])
     assert scores.unparsable == 0.5
-    assert (scores.precision, scores.recall) == (1.0, 0.5)
+    assert (scores.precision50, scores.recall50) == (1.0, 0.5)
 
 
 def test_a_box_with_no_area_is_a_wrong_box():
@@ -91,7 +91,7 @@ def test_a_box_with_no_area_is_a_wrong_box():
     order = [each.corners for each in parse_boxes(text(CAT, flat)).objects]
     assert order[0] == (0, 0, 0, 200)
     scores = detection_scores([text(CAT, flat)], [text(CAT)], [[0.8, 0.2]])
-    assert scores.precision == 0.5
+    assert scores.precision50 == 0.5
     assert scores.ap50 == pytest.approx(0.5)
 
 

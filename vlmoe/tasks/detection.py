@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .boxes import Corners, LabeledBox, ParsedBoxes, parse_boxes, pixel_corners
+from .task import CertainMetric
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -55,19 +56,19 @@ class DetectionScores:
         ap: COCO's average precision, the mean over IoUs from 0.5 to 0.95 and over the classes of
             the references. A label is of a class if case and surrounding blanks aside it is equal.
         ap50: the same at an IoU of 0.5.
-        precision: share of the answers' boxes that overlap a box of their class by an IoU of 0.5.
-        recall: share of the references' boxes that are overlapped so.
-        precision_any_class, recall_any_class: the same without regard to the labels.
+        precision50: share of the answers' boxes that overlap a box of their class by an IoU of 0.5.
+        recall50: share of the references' boxes that are overlapped so.
+        precision50_any_class, recall50_any_class: the same without regard to the labels.
         unparsable: share of answers that are not a list of boxes to their end. Objects that they
             do hold count as all others do.
     """
 
     ap: float
     ap50: float
-    precision: float
-    recall: float
-    precision_any_class: float
-    recall_any_class: float
+    precision50: float
+    recall50: float
+    precision50_any_class: float
+    recall50_any_class: float
     unparsable: float
 
     def as_dict(self) -> dict[str, float]:
@@ -160,16 +161,36 @@ def detection_scores(
     return DetectionScores(ap, ap50, *with_class, *any_class, unparsable)
 
 
+def _box_figures(
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    scores: Sequence[Sequence[float]],
+) -> dict[str, float]:
+    """Return the figures of `detection_scores`; raise as it does, and for several references."""
+    if any(len(several) != 1 for several in references):
+        raise ValueError("a picture has several lists of boxes; give each row one.")
+    return detection_scores(answers, [each for (each,) in references], scores).as_dict()
+
+
+def _require_pycocotools() -> None:
+    try:
+        import pycocotools  # noqa: F401
+    except ImportError as error:
+        raise ImportError('AP needs pycocotools: pip install "vlmoe[metrics]".') from error
+
+
+BOX_METRIC = CertainMetric(object_scores, _box_figures, _require_pycocotools)
+
+
 def _average_precision(
     right: Sequence[ParsedBoxes],
     found: Sequence[Sequence[LabeledBox]],
     scores: Sequence[Sequence[float] | None],
 ) -> tuple[float, float]:
     """Return COCO's AP over all IoUs, and at 0.5."""
-    try:
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError('AP needs pycocotools: pip install "vlmoe[metrics]".') from error
+    _require_pycocotools()
+    from pycocotools.cocoeval import COCOeval
+
     names = sorted({_class(each) for picture in right for each in picture.objects})
     numbers = {name: number for number, name in enumerate(names, 1)}
     truth = [

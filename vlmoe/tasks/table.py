@@ -10,6 +10,7 @@ from ..data.row_fields import CAPTION_COLUMNS, IMAGE_COLUMNS, did_you_mean
 from ..data.row_formats import RowFormat, RowReader, format_of
 from . import rows
 from .class_metrics import accuracy_and_f1
+from .detection import BOX_METRIC
 from .object_rows import OBJECTS, objects
 from .task import VIDEO_COLUMNS, Task
 from .text_metrics import bleu, chrf, cider, rouge_l
@@ -41,7 +42,9 @@ TASKS = {
             objects,
             "Find all objects. Answer with their boxes and labels in JSON.",
             measures=True,
+            max_new_tokens=None,
             bound_to_place=True,
+            certain_metric=BOX_METRIC,
         ),
         Task("visual-question-answering", (("question",), ("answer",)), rows.questions, ""),
         Task(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from transformers import PreTrainedTokenizerBase
+
 from ..data.row_fields import IMAGE_COLUMNS, AnyRow
 from ..data.row_formats import Converted, RowFormat, text_parts
 
@@ -20,6 +22,23 @@ Converter = Callable[[AnyRow, int, str, str], Converted]
 """`(row, images, name, prompt) -> (conversations, pictures)`, see `RowFormat`."""
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, float]]
 """`(answers, references of each answer) -> figures by name`."""
+
+
+@dataclass(frozen=True)
+class CertainMetric:
+    """A metric that also takes how certain the model was of the parts of its answers.
+
+    Attributes:
+        scores: `(tokens, log_probabilities, tokenizer)` of an answer -> the scores of its parts.
+        measure: `(answers, references of each answer, scores of each answer) -> figures by name`.
+        require: raises `ImportError` where a library is missing.
+    """
+
+    scores: Callable[[Sequence[int], Sequence[float], PreTrainedTokenizerBase], list[float]]
+    measure: Callable[
+        [Sequence[str], Sequence[Sequence[str]], Sequence[Sequence[float]]], Mapping[str, float]
+    ]
+    require: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -35,13 +54,15 @@ class Task:
             errors; returns a list of conversations and the pictures inside them, often none.
         prompt: the instruction by default; "" for none.
         metrics: functions of the answers and their references, beside the exact match.
-        max_new_tokens: the longest answer by default, in tokens.
+        max_new_tokens: the longest answer by default, in tokens; None for twice the longest
+            reference.
         on_long_rows: what happens to rows that are too long by default, see `VLMoETrainer`. With
             "shorten-prompt" the longest text of the user loses its end.
         optional: columns that are read where they are.
         measures: whether `convert` takes `image_sizes`, see `RowFormat`.
         bound_to_place: whether answers say where things are, so that copies of rows with shifted
             and mirrored pictures would be wrong.
+        certain_metric: one more metric, which needs the probabilities of tokens.
     """
 
     name: str
@@ -49,11 +70,12 @@ class Task:
     convert: Converter
     prompt: str
     metrics: tuple[Metric, ...] = ()
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = 32
     on_long_rows: str = "error"
     optional: tuple[str, ...] = field(default=())
     measures: bool = False
     bound_to_place: bool = False
+    certain_metric: CertainMetric | None = None
 
     def fits(self, columns: Collection[str]) -> bool:
         """Return whether rows with these columns can be read as this task's."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 
-from ..data.answers import evaluation_mode, greedy_answers
+from ..data.answers import TokenCertainty, evaluation_mode, greedy_answers
 from ..data.collator import PromptBatch, VLMoEPromptCollator
 from ..data.conversations import parse_row
 from ..data.long_rows import prompt_limit
@@ -25,7 +25,7 @@ from ..routing.record import has_experts
 from ..tasks.class_metrics import accuracy_and_f1
 from ..tasks.long_texts import default_on_long_rows, shortening
 from ..tasks.table import get_task, task_reader
-from ..tasks.task import Metric, Task
+from ..tasks.task import CertainMetric, Metric, Task
 from .label_scores import require_labels, score_labels
 from .metrics import ExactMatch, exact_match
 from .questions import Questions
@@ -39,7 +39,11 @@ PromptCollator = VLMoEPromptCollator | NativePromptCollator
 
 
 class Prediction(TypedDict):
-    """One answered question; `label` is the most likely of the labels, if any were given."""
+    """One answered question.
+
+    `label` is the most likely of the labels, if any were given; `scores` are those of the parts of
+    the answer, for a task with a `CertainMetric`.
+    """
 
     id: str
     question: str
@@ -49,6 +53,7 @@ class Prediction(TypedDict):
     references: list[str]
     correct: bool
     label: NotRequired[str]
+    scores: NotRequired[list[float]]
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,8 @@ def evaluate(
         prompt: the task's instruction, by default its own.
         labels: the answers that are possible; their likelihood is compared, too: `score_labels`.
         batch_size: conversations answered at the same time; images they share are encoded once.
-        max_new_tokens: the longest answer, in tokens; by default the task's, without one 32.
+        max_new_tokens: the longest answer, in tokens; by default the task's (for boxes twice the
+            longest reference), without one 32.
         max_length: the longest prompt, in tokens. By default the model's positions less the answer.
         on_long_rows: a longer prompt is an "error", or for VLMoE's own processor shortened
             ("shorten-prompt"). By default the task's choice, without one "error".
@@ -169,7 +175,7 @@ def evaluate(
     questions = Questions(rows, joined=asked is not None)
     if labels is not None:
         questions.require_among(require_labels(labels))
-    new_tokens = max_new_tokens or (LONGEST_ANSWER if asked is None else asked.max_new_tokens)
+    new_tokens = max_new_tokens or longest_answer(asked, questions.references, model, processor)
     on_long_rows = on_long_rows or default_on_long_rows(asked, processor)
     if on_long_rows not in ("error", "shorten-prompt"):
         raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: error, shorten-prompt.")
@@ -184,10 +190,15 @@ def evaluate(
     start = time.perf_counter()
     with recording as load:
         batches = questions.batches(batch_size, progress)
-        predictions = _predictions(model, processor, batches, collator, new_tokens)
+        certain = None if asked is None else asked.certain_metric
+        predictions = _predictions(model, processor, batches, collator, new_tokens, certain)
     seconds = time.perf_counter() - start
     scores = _scored(predictions, questions.references)
-    figures = measured(metrics, [each["prediction"] for each in predictions], questions.references)
+    answers = [each["prediction"] for each in predictions]
+    figures = measured(metrics, answers, questions.references)
+    if certain is not None:
+        of_answers = [each["scores"] for each in predictions]
+        figures |= certain.measure(answers, questions.references, of_answers)
     if labels is not None:
         scores_of_labels = score_labels(
             model,
@@ -214,6 +225,28 @@ def evaluate(
     )
 
 
+def longest_answer(
+    task: Task | None,
+    references: Sequence[Sequence[str]],
+    model: "PreTrainedModel",
+    processor: Processor,
+) -> int:
+    """Return how many tokens an answer may have: the task's, or twice the longest reference.
+
+    The latter leaves half of the model's positions to the prompt, if the reference allows it.
+    """
+    if task is None:
+        return LONGEST_ANSWER
+    if task.max_new_tokens is not None:
+        return task.max_new_tokens
+    tokenizer = tokenizer_of(processor)
+    texts = [text for several in references for text in several]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    longest = max(map(len, encoded)) + 1  # and the token that ends it
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return 2 * longest if positions is None else max(longest, min(2 * longest, positions // 2))
+
+
 def _by_likelihood(predictions: list[Prediction], likely: list[str]) -> dict[str, float]:
     """Add the most likely label to each record, and measure the labels."""
     for record, label in zip(predictions, likely, strict=True):
@@ -232,6 +265,8 @@ def required_metrics(task: Task | None, labels: Sequence[str] | None) -> tuple[M
     if labels is not None and accuracy_and_f1 not in metrics:
         metrics = (*metrics, accuracy_and_f1)
     measured(metrics, ["a"], [["a"]])  # before the work
+    if task is not None and task.certain_metric is not None:
+        task.certain_metric.require()
     return metrics
 
 
@@ -250,17 +285,24 @@ def _predictions(
     batches: Iterator[list[AnyRow]],
     collator: PromptCollator,
     max_new_tokens: int,
+    certain: CertainMetric | None,
 ) -> list[Prediction]:
-    """Answer every conversation."""
+    """Answer every conversation; score the parts of the answers if asked for."""
     predictions: list[Prediction] = []
     tokenizer = tokenizer_of(processor)
     with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
             prompts = collator(batch)
             inputs = {name: tensor.to(model.device) for name, tensor in prompts.inputs.items()}
-            tokens = greedy_answers(model, tokenizer, inputs, max_new_tokens)
+            certainty = None if certain is None else TokenCertainty()
+            tokens = greedy_answers(model, tokenizer, inputs, max_new_tokens, certainty)
             answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            predictions += _records(batch, prompts, answers)
+            records = _records(batch, prompts, answers)
+            if certain is not None and certainty is not None:
+                pairs = zip(tokens.tolist(), certainty.log_probabilities().tolist(), strict=True)
+                for record, (answer, values) in zip(records, pairs, strict=True):
+                    record["scores"] = certain.scores(answer, values, tokenizer)
+            predictions += records
     return predictions
 
 
