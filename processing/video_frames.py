@@ -164,6 +164,8 @@ class VideoReader:
         if isinstance(source, str | Path) and os.path.isfile(source):
             # not by its name, which FFmpeg could read as an address
             return open(source, "rb"), f"{where}: the file {source}"
+        if isinstance(source, bytes | bytearray | memoryview):
+            return BytesIO(source), f"{where}: the video of {len(source)} bytes"
         options: dict[str, Any] = {"limits": self.limits, "allow_urls": self.allow_urls}
         encoded = encoded_image(source, where, **options) if source is not None else None
         if encoded is None:
@@ -195,7 +197,8 @@ def _decoded(
         raise ImportError(
             'reading a video file needs PyAV: pip install av, or pip install "vlmoe[video]".'
         ) from error
-    limits.require_bytes(min(file.seek(0, os.SEEK_END), 1), name)
+    if not file.read(1):
+        raise ImageError(f"{name} is empty (0 bytes). {REMEDY}")
     file.seek(0)
     images: list[Image.Image] = []
     times: list[float | None] = []

@@ -91,7 +91,8 @@ def world(
     for number, place in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         (folder / "pets" / place).mkdir(parents=True)
         picture(number, (32, 32)).save(folder / "pets" / place / "0.png")
-    (folder / "clip.mp4").write_bytes(video(gray_levels(16)))
+    for path in (folder / "clip.mp4", folder / "my_data" / "clip.mp4"):
+        path.write_bytes(video(gray_levels(16)))
     return folder
 
 

@@ -70,8 +70,12 @@ BAD_ROWS = [
     ({"messages": [USER, {"role": "gpt", "content": "a"}]}, "unknown role 'gpt'; allowed are"),
     ({"messages": [{"role": "user", "content": None}]}, "must be a string or a list of parts"),
     (
+        {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.mp3"}]}]},
+        "unknown content part .*audio.*; allowed are",
+    ),
+    (
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
-        "unknown content part .*video.*; allowed are",
+        r"a video part .* marks its place alone, got .*a\.mp4.*; put the video in .*`videos`",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},

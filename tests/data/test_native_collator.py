@@ -80,6 +80,28 @@ def test_a_language_models_tokenizer_takes_the_place_of_a_processor() -> None:
         NativeCollator(tokenizer)(rows())
 
 
+def test_videos_are_frames_for_processors_of_transformers_too() -> None:
+    frames = [picture(seed) for seed in range(3)]
+    asked = {"role": "user", "content": [{"type": "video", "num_frames": 2}]}
+    given = {"messages": [asked, assistant("red")], "videos": [frames]}
+    parts = [{"type": "text", "text": "frame 1: "}, {"type": "image"}]
+    parts += [{"type": "text", "text": "frame 2: "}, {"type": "image"}]
+    by_hand = row({"role": "user", "content": parts}, assistant("red"), images=frames[:2])
+    processor = tiny_processor("llava")
+    for collator in (NativeCollator(processor), NativePromptCollator(processor)):
+        got, wanted = collator([given]), collator([by_hand])
+        got, wanted = (getattr(each, "inputs", each) for each in (got, wanted))
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    tiling = tiny_processor("internvl_qwen3_moe")
+    tiling.image_processor.crop_to_patches = True
+    with pytest.raises(ValueError, match=r"has videos, and GotOcr2.* cut each frame into tiles"):
+        NativeCollator(tiling)([given])
+    tiling.image_processor.crop_to_patches = False
+    text = tiling.decode(NativeCollator(tiling)([given])["input_ids"][0])
+    assert ("Frame1:" in text and "Frame2:" in text) or type(tiling).__name__ != "InternVLProcessor"
+
+
 def test_prompts_end_where_the_answer_begins() -> None:
     processor = tiny_processor("llava")
     prompts = NativePromptCollator(processor)(rows())

@@ -16,7 +16,7 @@ from ..figures.plots import BLUE, GRAY, GREEN, ORANGE, RED, new_figure, save_fig
 from ..figures.text import as_it_is, drawable
 from ..processing.image_sources import ImageLimits
 from .collator import VLMoECollator
-from .conversations import Conversation, ParsedRow, parse_row, row_name
+from .conversations import Conversation, ParsedRow, row_name
 from .encoding import EncodedConversation
 from .images import open_image
 from .long_rows import RowMeasure
@@ -81,13 +81,15 @@ def check_rows(
         if is_faulty(row):
             continue
         try:
-            parsed = parse_row(row, position)
+            parsed = collator.parsed(row, position)
         except ValueError as error:
             report.faults.append(str(error))
             continue
         limits, allow_urls = collator.processor.image_limits, collator.encode_image.allow_urls
         images = checked_images(parsed, limits, allow_urls, report)
-        lengths = None if images is None else measure.image_lengths([i.size[::-1] for i in images])
+        lengths = None
+        if images is not None:
+            lengths = measure.lengths_of(parsed.images, [each.size[::-1] for each in images])
         report.question_types.update(kind for kind in parsed.question_types if kind)
         for conversation in parsed.conversations:
             _check_conversation(conversation, row_name(row, position), lengths, collator, report)

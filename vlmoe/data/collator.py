@@ -29,10 +29,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..processing.image_layout import TiledImage, batch_tiles
 from ..processing.processing_vlmoe import VLMoEProcessor
-from .conversations import Conversation, parse_row, split_reference
+from ..processing.video_frames import Frame
+from .conversations import Conversation, ParsedRow, parse_row, split_reference
 from .encoding import ConversationEncoder, EncodedConversation, EncodedImage, ImageEncoder
 from .row_fields import REMOVED, AnyRow, RowImage
 from .shortening import shortened
+from .videos import video_reader, with_frames
 
 IGNORE_INDEX = -100
 MEGABYTE = 1024 * 1024
@@ -136,7 +138,17 @@ class RowCollator:
             conversation = self.shortened(conversation, room)
         return self._token_row(self._encoded(conversation, name), images, name)
 
-    def _images(self, images: Sequence[RowImage], name: str) -> list[EncodedImage]:
+    def parsed(self, row: AnyRow, position: int) -> ParsedRow:
+        """Take a row apart, with frames in the place of its videos."""
+        parsed = parse_row(row, position)
+        if not parsed.videos:
+            return parsed
+        allow_urls = self.encode_image.allow_urls
+        return with_frames(
+            parsed, video_reader(self.processor, self.processor.image_limits, allow_urls)
+        )
+
+    def _images(self, images: Sequence[RowImage | Frame], name: str) -> list[EncodedImage]:
         """Encode the images of a row."""
         return [self.encode_image(image, f"{name}, image {i}") for i, image in enumerate(images)]
 
@@ -207,7 +219,7 @@ class VLMoECollator(RowCollator):
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
         token_rows = []
         for position, row in enumerate(rows):
-            parsed = parse_row(row, position)
+            parsed = self.parsed(row, position)
             images = self._images(parsed.images, parsed.name)
             for conversation in parsed.conversations:
                 token_rows.append(self._fitting_row(conversation, images, parsed.name))
@@ -229,7 +241,7 @@ class VLMoEPromptCollator(RowCollator):
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
         token_rows, references, types, names = [], [], [], []
         for position, row in enumerate(rows):
-            parsed = parse_row(row, position)
+            parsed = self.parsed(row, position)
             images = self._images(parsed.images, parsed.name)
             for conversation in parsed.conversations:
                 prompt, reference = split_reference(conversation, parsed.name)
@@ -282,7 +294,7 @@ class VLMoEPreferenceCollator(VLMoECollator):
                 f"messages, got the columns {sorted(row)}, `prompt` {prompt!r:.60} and `{side}` "
                 f"{answer!r:.60}. {REMOVED}"
             )
-        parsed = parse_row({**row, "messages": [*prompt, *answer]}, position)
+        parsed = self.parsed({**row, "messages": [*prompt, *answer]}, position)
         images = self._images(parsed.images, parsed.name)
         (conversation,) = parsed.conversations
         whole = self.encode_conversation(conversation, parsed.name)

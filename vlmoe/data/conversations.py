@@ -3,9 +3,10 @@
 
 A row is `{"messages": [...], "images": [...]}`, or has one of the forms of `row_formats.py`.
 `messages` is one conversation (a list of turns `{"role": ..., "content": ...}`) or a list of
-conversations about the same images. `content` is a string or a list of parts, `{"type": "image"}`
-or `{"type": "text", "text": ...}`. Keys with the value None, which Arrow adds, count as absent; any
-other key is an error. Every conversation names every image of its row once, in order. The optional
+conversations about the same images. `content` is a string or a list of parts, `{"type": "image"}`,
+`{"type": "video"}`, maybe with `num_frames` or `fps`, or `{"type": "text", "text": ...}`. Keys with
+the value None, which Arrow adds, count as absent; any other key is an error. Every conversation
+names every image and every video (`videos`) of its row once, in order. The optional
 `question_type` is a string or one string per conversation; the optional `id` names the row in
 errors.
 
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..processing.text_checks import require_characters
+from ..processing.video_frames import VIDEO_KEYS, Frame
 from .row_fields import (
     MESSAGE_KEYS,
     AnyRow,
     Message,
     Part,
     RowImage,
+    RowVideo,
     did_you_mean,
     is_list,
     require_known_keys,
@@ -33,23 +36,33 @@ from .row_formats import conversational, has_image_parts
 ROLES = ("system", "user", "assistant")
 IMAGE = None
 """Stands for an image among the parts of a `Turn`; text parts are strings."""
-PART_KEYS = {"text": ("type", "text"), "image": ("type",)}
+PART_KEYS = {"text": ("type", "text"), "image": ("type",), "video": ("type", "num_frames", "fps")}
+
+
+class VideoPlace(NamedTuple):
+    """Stands for a video among the parts of a `Turn`, until `with_frames` replaces it."""
+
+    num_frames: int | None
+    fps: float | None
+
+
+TurnPart = str | None | VideoPlace
 
 
 class Turn(NamedTuple):
-    """One message: its speaker and its parts, each a string or `IMAGE`."""
+    """One message: its speaker and its parts, each a string, `IMAGE` or a `VideoPlace`."""
 
     role: str
-    parts: tuple[str | None, ...]
+    parts: tuple[TurnPart, ...]
 
     def text(self) -> str:
         """Join the text parts."""
-        return "".join(part for part in self.parts if part is not IMAGE)
+        return "".join(part for part in self.parts if isinstance(part, str))
 
     def as_message(self) -> Message:
         """Return the message as a chat template takes it."""
         content: list[Part] = [
-            {"type": "image"} if part is IMAGE else {"type": "text", "text": part}
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
             for part in self.parts
         ]
         return {"role": self.role, "content": content}  # type: ignore[typeddict-item]
@@ -64,8 +77,9 @@ class ParsedRow:
 
     name: str
     conversations: list[Conversation]
-    images: Sequence[RowImage]
+    images: Sequence[RowImage | Frame]
     question_types: list[str]
+    videos: Sequence[RowVideo] = ()
 
 
 def parse_row(row: AnyRow, position: int) -> ParsedRow:
@@ -80,19 +94,21 @@ def parse_row(row: AnyRow, position: int) -> ParsedRow:
     name = row_name(row, position)
     row = _conversational(row, name)
     conversations = _parse_messages(row, name)
-    images = row.get("images")
+    images, videos = row.get("images"), row.get("videos")
     images = [] if images is None else images
-    if not is_list(images):
-        raise ValueError(f"{name}: `images` must be a list, got {type(images).__name__}.")
-    for conversation in conversations:
-        named = count_images(conversation)
-        if named != len(images):
-            raise ValueError(
-                f"{name}: a conversation has {named} image parts, but the row has {len(images)} "
-                'images; give one {"type": "image"} part per image, in order.'
-            )
+    videos = () if videos is None else videos
+    for kind, given, count in (("image", images, count_images), ("video", videos, count_videos)):
+        if not is_list(given):
+            raise ValueError(f"{name}: `{kind}s` must be a list, got {type(given).__name__}.")
+        for named in map(count, conversations):
+            if named != len(given):
+                raise ValueError(
+                    f"{name}: a conversation has {named} {kind} parts, but the row has "
+                    f'{len(given)} {kind}s; give one {{"type": "{kind}"}} part per {kind}, in '
+                    "order."
+                )
     types = _question_types(row.get("question_type"), len(conversations), name)
-    return ParsedRow(name, conversations, images, types)
+    return ParsedRow(name, conversations, images, types, videos)
 
 
 def parse_messages(row: AnyRow, name: str) -> list[Conversation]:
@@ -135,6 +151,11 @@ def split_conversations(messages: Sequence[Any]) -> Sequence[Any]:
 def count_images(conversation: Conversation) -> int:
     """Count the image parts of a conversation."""
     return sum(turn.parts.count(IMAGE) for turn in conversation)
+
+
+def count_videos(conversation: Conversation) -> int:
+    """Count the video parts of a conversation."""
+    return sum(isinstance(part, VideoPlace) for turn in conversation for part in turn.parts)
 
 
 def split_reference(conversation: Conversation, name: str) -> tuple[Conversation, str]:
@@ -188,26 +209,34 @@ def _parse_turn(message: object, name: str) -> Turn:
             f"{content!r:.80}."
         )
     parts = tuple([_parse_part(part, name) for part in content])
-    if role == "assistant" and IMAGE in parts:
-        raise ValueError(f"{name}: an assistant turn holds an image; only text can be learned.")
+    if role == "assistant" and not all(isinstance(part, str) for part in parts):
+        kind = "an image" if IMAGE in parts else "a video"
+        raise ValueError(f"{name}: an assistant turn holds {kind}; only text can be learned.")
     return Turn(role, parts)
 
 
-def _parse_part(part: object, name: str) -> str | None:
-    """Return a text part's string, or `IMAGE`."""
+def _parse_part(part: object, name: str) -> TurnPart:
+    """Return a text part's string, `IMAGE` or a `VideoPlace`."""
     given = part if isinstance(part, dict) else {}
     kind, text = str(given.get("type")), given.get("text")
     known = PART_KEYS.get(kind, ())
-    if known and len(given) > len(known):
+    if kind == "video" and any(given.get(key) is not None for key in VIDEO_KEYS):
+        raise ValueError(
+            f"{name}: a video part of a row marks its place alone, got {part!r:.80}; put the video "
+            "in the row's `videos`."
+        )
+    if known and (kind == "video" or len(given) > len(known)):
         require_known_keys(given, known, f"{name}: a part of type {kind!r}")
     if kind == "text" and isinstance(text, str):
         require_characters(text, name)
         return text
     if kind == "image":
         return IMAGE
+    if kind == "video":
+        return VideoPlace(given.get("num_frames"), given.get("fps"))
     raise ValueError(
         f"{name}: unknown content part {part!r:.80}; allowed are "
-        '{"type": "image"} and {"type": "text", "text": "..."}.'
+        '{"type": "image"}, {"type": "video"} and {"type": "text", "text": "..."}.'
     )
 
 

@@ -14,7 +14,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..processing.control_text import chat_markers, guarded_tokenizer
 from ..processing.image_checks import decode
 from ..processing.image_sources import encoded_image
 from ..processing.processing_vlmoe import VLMoEProcessor
+from ..processing.video_frames import Frame
 from .conversations import Conversation, count_images
 from .images import open_image
 from .row_fields import RowImage
@@ -139,7 +140,7 @@ class ConversationEncoder:
         encoded = self._cache.get(key)
         if encoded is None:
             encoded = self._encode(conversation, name, generation_prompt)
-            characters = sum(len(part or "") for turn in conversation for part in turn.parts)
+            characters = sum(len(turn.text()) for turn in conversation)
             tokens = sum(len(segment) for segment in encoded.segments)
             self._cache.put(key, encoded, ENTRY_BYTES + characters + 9 * tokens)
         return encoded
@@ -204,8 +205,9 @@ class ImageEncoder:
         self.allow_urls = allow_urls
         self._cache: ByteBoundedCache[bytes, EncodedImage] = ByteBoundedCache(cache_bytes)
 
-    def __call__(self, value: RowImage, name: str) -> EncodedImage:
-        """Encode an image; errors call it `name`."""
+    def __call__(self, given: RowImage | Frame, name: str) -> EncodedImage:
+        """Encode an image, or a frame, which is one tile; errors call it `name`."""
+        value = given.image if isinstance(given, Frame) else given
         limits, allow_urls = self.processor.image_limits, self.allow_urls
         content = encoded_image(value, name, limits=limits, allow_urls=allow_urls)
         if content is None:
@@ -215,20 +217,23 @@ class ImageEncoder:
             key = digest.digest()
         else:
             key = hashlib.blake2b(content.content, digest_size=16, person=b"encoded").digest()
+        if value is not given:
+            key += b"frame"
         encoded = self._cache.get(key)
         if encoded is None:
             if content is not None:
                 image = decode(content, name, limits)
-            encoded = self._encode(key, image, name)
+            encoded = self._encode(key, image if value is given else Frame(image), name)
             pixel_bytes = encoded.tiles.nbytes + encoded.tile_mask.nbytes
             self._cache.put(key, encoded, ENTRY_BYTES + pixel_bytes + encoded.token_ids.nbytes)
         return encoded
 
-    def _encode(self, key: bytes, image: Image.Image, name: str) -> EncodedImage:
+    def _encode(self, key: bytes, image: Image.Image | Frame, name: str) -> EncodedImage:
         """Run the processor on the image and a lone placeholder."""
+        images: Any = [[image]]  # the processor's types know no frames
         try:
             output = self.processor(
-                images=[[image]],
+                images=images,
                 text=[self.processor.image_token],
                 add_special_tokens=False,
                 return_tensors="pt",

@@ -30,6 +30,7 @@ from ..processing.image_sources import (
     open_encoded,
     require_web_url,
 )
+from ..processing.video_frames import Frame
 from .row_fields import IMAGE_COLUMNS, RowImage, StoredImage
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ def limit_images(processor: Processor, max_pixels: int | None, max_side: int | N
 
 
 def open_image(
-    value: RowImage, name: str, *, limits: ImageLimits = DEFAULT_LIMITS, allow_urls: bool = False
+    value: RowImage | Frame,
+    name: str,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    allow_urls: bool = False,
 ) -> Image.Image:
     """Open an image as RGB; raise `ValueError` that starts with `name` if it cannot be used."""
+    value = value.image if isinstance(value, Frame) else value
     return cast(Image.Image, load_rgb_image(value, name, limits=limits, allow_urls=allow_urls))
 
 

@@ -10,6 +10,7 @@ The result is a `datasets.Dataset` with the columns
   is several times faster, since the collator remembers processed images by their bytes, and lets a
   broken one be reported by name. `vlmoe.data.open_image(row["images"][0], row["id"])` returns a
   PIL image;
+- `videos`, if the source has videos: `List(datasets.Video(decode=False))`, or lists of frames;
 - `question_type`, if the source has it: a string or one per conversation, for tables by type.
 """
 
@@ -69,7 +70,7 @@ def load_rows(
         altered_copies: append this many copies of every row with shifted images. Every other copy,
             the first included, is also mirrored. All epochs and resumed runs see the same copies.
             The texts must not speak of left and right, nor the images show text.
-        with_images: False removes images and image parts, for a question-only baseline.
+        with_images: False removes images, videos and their parts, for a question-only baseline.
         config_name: the configuration of a Hub dataset that has several.
         allow_outside_images: open image files outside the dataset's folder (of a file: its folder;
             of a Hub dataset: its downloads). An error by default: a dataset may come from anyone.
@@ -101,6 +102,8 @@ def load_rows(
         ).select_columns(rows.column_names)
     if not altered_copies:
         return rows
+    if "videos" in rows.column_names:
+        raise ValueError(f"{source} has videos, of which altered copies are not made.")
     return with_altered_copies(
         rows, altered_copies, limits=image_limits, allow_urls=allow_image_urls
     )
@@ -197,4 +200,5 @@ def _hub_image_sources(source: str, rules: ImageRules) -> ImageSources:
 def _text_of_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the changed columns of a batch of rows without images."""
     messages = [without_image_parts(messages) for messages in batch["messages"]]
-    return {"messages": messages, "images": [[] for _ in messages]}
+    media = [name for name in ("images", "videos") if name in batch]
+    return {"messages": messages, **{name: [[] for _ in messages] for name in media}}

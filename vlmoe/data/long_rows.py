@@ -9,15 +9,16 @@ if the processor cuts images into tiles.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..processing.image_layout import tiles_on
+from ..processing.video_frames import Frame
 from .collator import VLMoECollator
-from .conversations import Conversation, Turn, count_images, parse_messages, parse_row, row_name
+from .conversations import Conversation, Turn, count_images, parse_messages, row_name
 from .images import image_size
 from .row_fields import AnyRow, RowImage, Rows
 
@@ -167,21 +168,29 @@ class RowMeasure:
         self.tiles = tiles_on(self.processor.image_processor, {})
         self.template_length = collator.text_length(SHORTEST)
         (self.image_length,) = self.image_lengths([(64, 64)])
+        (self.frame_length,) = self.image_lengths([(64, 64)], do_image_splitting=False)
 
     def light(self, rows: Rows) -> Rows:
         """Drop the rows' images if all images have the same number of tokens."""
         columns = getattr(rows, "column_names", ())
         return rows if self.tiles or "images" not in columns else rows.remove_columns("images")  # type: ignore[attr-defined]
 
-    def image_lengths(self, sizes: list[tuple[int, int]]) -> list[int]:
+    def image_lengths(self, sizes: list[tuple[int, int]], **options: bool) -> list[int]:
         """Return the number of tokens of images of the sizes (height, width)."""
-        return self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
+        return self.processor._get_num_multimodal_tokens(sizes, **options)["num_image_tokens"]
+
+    def lengths_of(
+        self, images: Sequence[RowImage | Frame], sizes: list[tuple[int, int]]
+    ) -> list[int]:
+        """Return the number of tokens of a row's images and frames."""
+        lengths = zip(images, self.image_lengths(sizes), strict=True)
+        return [self.frame_length if isinstance(image, Frame) else each for image, each in lengths]
 
     def __call__(self, row: AnyRow, position: int, shorten: bool) -> str | None:
         """Return the error of a row that is too long, or None; raise others as `usable_rows`."""
         name = row_name(row, position)
-        if self.tiles:
-            parsed = parse_row(row, position)
+        if self.tiles or row.get("videos"):
+            parsed = self.collator.parsed(row, position)
             whole = sum(self._image_length(image, name) for image in parsed.images)
             pairs = [(each, whole) for each in parsed.conversations]
         else:
@@ -194,7 +203,7 @@ class RowMeasure:
         self, conversation: Conversation, images: int, name: str, shorten: bool
     ) -> str | None:
         """Return the error of a conversation that is too long, or None."""
-        texts = [part for turn in conversation for part in turn.parts if part]
+        texts = [turn.text() for turn in conversation]
         bound = images + sum(len(text.encode(errors="replace")) for text in texts)
         bound += self.template_length * len(conversation)
         answers = [turn for turn in conversation if turn.role == "assistant"]
@@ -224,8 +233,10 @@ class RowMeasure:
                 )
         return f"{name}: a conversation has {length} tokens, more than max_length={self.limit}."
 
-    def _image_length(self, image: RowImage, name: str) -> int:
+    def _image_length(self, image: RowImage | Frame, name: str) -> int:
         """Count an image's tokens; it is decoded only if its header cannot be read."""
+        if isinstance(image, Frame):
+            return self.frame_length
         encoder = self.collator.encode_image
         limits, allow_urls = encoder.processor.image_limits, encoder.allow_urls
         size = image_size(image, limits=limits, allow_urls=allow_urls)

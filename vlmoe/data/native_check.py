@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .check import EXAMPLES, LEARNED, SplitReport, checked_images
-from .conversations import ParsedRow, parse_row
+from .conversations import ParsedRow
 from .native_chat import Chat
 from .native_collator import NativeCollator
 from .row_datasets import is_faulty
@@ -44,7 +44,7 @@ def check_native_rows(
         if is_faulty(row):
             continue
         try:
-            parsed = parse_row(row, position)
+            parsed = collator.parsed(row, position)
             report.question_types.update(kind for kind in parsed.question_types if kind)
             _check_row(parsed, collator, limit, report)
         except ValueError as error:

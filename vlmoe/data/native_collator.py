@@ -18,6 +18,7 @@ from .conversations import ParsedRow, parse_row, split_reference
 from .images import open_image
 from .native_chat import Chat, NativeChatEncoder
 from .row_fields import AnyRow
+from .videos import require_whole_frames, video_reader, with_frames
 
 
 class NativeRowCollator:
@@ -46,6 +47,15 @@ class NativeRowCollator:
         self.processor, self.max_length = processor, max_length
         self.limits, self.allow_image_urls = limits, allow_image_urls
         self.encode = NativeChatEncoder(processor)
+
+    def parsed(self, row: AnyRow, position: int) -> ParsedRow:
+        """Take a row apart, with frames in the place of its videos."""
+        parsed = parse_row(row, position)
+        if not parsed.videos:
+            return parsed
+        require_whole_frames(self.processor, parsed.name)
+        reader = video_reader(self.processor, self.limits, self.allow_image_urls)
+        return with_frames(parsed, reader)
 
     def _chats(self, parsed: ParsedRow) -> Iterator[Chat]:
         """Open the images of a row, and yield its conversations."""
@@ -94,7 +104,7 @@ class NativeCollator(NativeRowCollator):
         return self._encoded(rows)[1]["attention_mask"].sum(-1).tolist()
 
     def _encoded(self, rows: Sequence[AnyRow]) -> tuple[list[Chat], BatchFeature, torch.Tensor]:
-        parsed = [parse_row(row, position) for position, row in enumerate(rows)]
+        parsed = [self.parsed(row, position) for position, row in enumerate(rows)]
         chats = [chat for each in parsed for chat in self._chats(each)]
         return chats, *self.encode(chats, side="right")
 
@@ -138,7 +148,7 @@ class NativePromptCollator(NativeRowCollator):
         references: list[str] = []
         types: list[str] = []
         for position, row in enumerate(rows):
-            parsed = parse_row(row, position)
+            parsed = self.parsed(row, position)
             types += parsed.question_types
             for chat in self._chats(parsed):
                 prompt, reference = split_reference(chat.conversation, chat.name)

@@ -23,6 +23,7 @@ from .row_formats import (
     has_image_parts,
     two_places,
 )
+from .videos import with_video_column
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,6 +62,7 @@ def as_conversations(
     """
     rows = with_features(rows, _undecoded_features(rows, json=False))
     form = _format_of(rows, source, reader)
+    rows = with_video_column(rows, sources, source)
     if form is None:
         return with_image_column(rows, sources, source)
     if form.measures:
@@ -114,9 +116,11 @@ def standard_dataset(
 
     A dataset that has them already, or that has a format or transform, comes back as it is.
     """
-    from datasets import Image, List, Value
+    from datasets import Image, List, Value, Video
 
     standard = {"id": Value("string"), "images": List(Image(decode=False))}
+    if "videos" in rows.column_names:
+        standard["videos"] = List(Video(decode=False))
     others = {each for each in rows.column_names if each not in standard}
     is_standard = "messages" in others and others <= set(COLUMNS)
     is_standard = is_standard and all(
@@ -160,7 +164,7 @@ def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
     ids = [f"{split}[{i}]" if value is None else str(value) for i, value in enumerate(given)]
     rows = rows.remove_columns("id") if "id" in rows.column_names else rows
     rows = rows.add_column("id", ids, feature=Value("string"))
-    optional = ["question_type"] if "question_type" in rows.column_names else []
+    optional = [name for name in ("videos", "question_type") if name in rows.column_names]
     return rows.select_columns(["id", "messages", "images", *optional])
 
 

@@ -6,10 +6,14 @@ import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, TypeGuard
 
-from ..processing.image_sources import ImageSource
+import numpy as np
+import torch
 
-COLUMNS = ("messages", "images", "question_type")
+from ..processing.image_sources import EncodedImage, ImageSource
+
+COLUMNS = ("messages", "images", "videos", "question_type")
 IMAGE_COLUMNS = ("images", "image", "file_name")
+VIDEO_COLUMNS = ("videos", "video")
 CAPTION_COLUMNS = ("text", "caption")
 OTHER_COLUMNS = ("conversations", "prompt", "completion", "question", "answer")
 MESSAGE_KEYS = ("role", "content")
@@ -46,11 +50,17 @@ RowImage = ImageSource
 """An image as a row holds it; a string is a path, base64, a `data:` URL, or, if allowed, a URL."""
 
 
-class Part(TypedDict):
-    """A piece of a message: a text, or the place of the row's next image."""
+RowVideo = EncodedImage | Sequence[RowImage] | np.ndarray | torch.Tensor
+"""A video as a row holds it: a file in the forms of an image's, or its frames."""
 
-    type: Literal["text", "image"]
+
+class Part(TypedDict):
+    """A piece of a message: a text, or the place of the row's next image or video."""
+
+    type: Literal["text", "image", "video"]
     text: NotRequired[str | None]
+    num_frames: NotRequired[int | None]
+    fps: NotRequired[float | None]
 
 
 class Message(TypedDict):
@@ -65,6 +75,7 @@ class Row(TypedDict):
 
     messages: Sequence[Message] | Sequence[Sequence[Message]]
     images: NotRequired[Sequence[RowImage]]
+    videos: NotRequired[Sequence[RowVideo]]
     id: NotRequired[str]
     question_type: NotRequired[str | Sequence[str]]
 
@@ -139,3 +150,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Return whether a value is a list in the sense of a row."""
     return isinstance(value, (list, tuple))
+
+
+def videos_of(row: AnyRow) -> list[Any]:
+    """Return the videos in the columns of a row: `videos`, a list, or `video`, one."""
+    column = next((name for name in VIDEO_COLUMNS if row.get(name) is not None), None)
+    if column is None:
+        return []
+    value = row[column]
+    return list(value) if column == "videos" and is_list(value) else [value]

@@ -12,7 +12,7 @@ turn of user or system becomes an image part; the line break beside it is remove
 above |
 | prompt and completion (TRL) | `prompt`, `completion`: texts, or lists of messages | one \
 conversation |
-| questions | `question`, `answer` | the images, the question, the answer |
+| questions | `question`, `answer` | the images or the video, the question, the answer |
 | captions | `text` or `caption` beside an image | the images, the caption |
 
 If no text names an image, the images go before the first user text. A converter is a function of
@@ -32,12 +32,15 @@ from .row_fields import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MESSAGE_KEYS,
+    VIDEO_COLUMNS,
     AnyRow,
     Messages,
     is_list,
     require_known_keys,
+    videos_of,
 )
 
+MEDIA = ("image", "video")
 PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
@@ -77,7 +80,9 @@ def format_of(columns: Collection[str], source: str = "") -> RowFormat | None:
     if "prompt" in columns and "completion" in columns:
         return RowFormat("prompt and completion", ("prompt", "completion"), _completion)
     if "question" in columns and "answer" in columns:
-        return RowFormat("question and answer", ("question", "answer"), _question)
+        has_video = any(name in columns for name in VIDEO_COLUMNS)
+        convert = _video_question if has_video else _question
+        return RowFormat("question and answer", ("question", "answer"), convert)
     caption = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if caption and any(name in columns for name in IMAGE_COLUMNS):
         return RowFormat("captions", (caption,), _caption)
@@ -87,14 +92,17 @@ def format_of(columns: Collection[str], source: str = "") -> RowFormat | None:
 def conversational(row: AnyRow, name: str, reader: RowReader = format_of) -> AnyRow:
     """Convert a row of any form that `reader` knows to one with `messages` and `images`.
 
-    Conversations, and rows of no known form, are returned unchanged.
+    Conversations, and rows of no known form, are returned unchanged. Videos go to `videos`.
 
     Raises:
         ValueError: a message has an unknown key, or there are pictures both inside the content and
             in a column; the message starts with `name`.
     """
-    column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
     form = reader(row.keys(), name)
+    if any(each in row for each in VIDEO_COLUMNS):
+        others = {each: row[each] for each in row if each not in VIDEO_COLUMNS}
+        row = {**others, "videos": videos_of(row)}
+    column = next((each for each in IMAGE_COLUMNS if row.get(each) is not None), None)
     if form is None and has_pictures(row.get("messages")):
         form = INSIDE
     if form is None and column and are_plain(row.get("messages")):
@@ -120,21 +128,21 @@ def has_image_parts(messages: object) -> bool:
     if is_list(messages):
         return any(map(has_image_parts, messages))
     content = messages.get("content") if isinstance(messages, Mapping) else None
-    return is_list(content) and any(map(_is_image_part, content))
+    return is_list(content) and any(_is_part(part, MEDIA[:1]) for part in content)
 
 
 def without_image_parts(messages: Any) -> Any:
-    """Remove every image part of a `messages` entry; its nesting and its faults stay."""
+    """Remove the image and video parts of a `messages` entry; its nesting and its faults stay."""
     if is_list(messages):
         return [without_image_parts(item) for item in messages]
     content = messages.get("content") if isinstance(messages, Mapping) else None
     if not is_list(content):
         return messages
-    return {**messages, "content": [part for part in content if not _is_image_part(part)]}
+    return {**messages, "content": [part for part in content if not _is_part(part, MEDIA)]}
 
 
-def _is_image_part(part: object) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
+def _is_part(part: object, kinds: Collection[str]) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in kinds
 
 
 def has_pictures(messages: object) -> bool:
@@ -218,6 +226,13 @@ def _completion(row: AnyRow, count: int, name: str) -> Converted:
 def _question(row: AnyRow, count: int, name: str) -> Converted:
     """Convert a question about the row's images and its answer."""
     return [dialogue(text_parts(row["question"]), text_parts(row["answer"]), count)], []
+
+
+def _video_question(row: AnyRow, count: int, name: str) -> Converted:
+    """Convert a question about the row's video and its answer."""
+    (messages,), pictures = _question(row, count, name)
+    messages[0]["content"] = [{"type": "video", "text": None}, *(messages[0]["content"] or [])]
+    return [messages], pictures
 
 
 def _caption(row: AnyRow, count: int, name: str) -> Converted:

@@ -19,6 +19,7 @@ from .images import ImageSources
 from .row_datasets import standard_dataset
 from .row_fields import COLUMNS, AnyRow, Rows, require_messages
 from .row_formats import RowReader, conversational, format_of
+from .videos import stored_video
 
 if TYPE_CHECKING:
     import datasets
@@ -88,6 +89,9 @@ def _converted(
             else image
             for i, image in enumerate(images)
         ]
+    if given.get("videos"):
+        videos = enumerate(given["videos"])
+        given["videos"] = [stored_video(each, sources, f"{where}, video {i}") for i, each in videos]
     return given
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 
-from .conversations import IMAGE, Conversation
+from .conversations import Conversation
 
 
 def shortened(
@@ -33,7 +33,7 @@ def shortened(
         for turn, each in enumerate(conversation)
         if each.role == role
         for part, text in enumerate(each.parts)
-        if text is not IMAGE
+        if isinstance(text, str)
     ]
     if longest:
         places = [place for place in places if conversation[place[0]].role == "user"]
@@ -56,7 +56,7 @@ def shortened(
 
 
 def _text(conversation: Conversation, place: tuple[int, int]) -> str:
-    return conversation[place[0]].parts[place[1]] or ""
+    return str(conversation[place[0]].parts[place[1]])
 
 
 def _cut(text: str, characters: int, at_end: bool) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
-from ..data.row_fields import CAPTION_COLUMNS, IMAGE_COLUMNS, did_you_mean
+from ..data.row_fields import CAPTION_COLUMNS, IMAGE_COLUMNS, VIDEO_COLUMNS, did_you_mean
 from ..data.row_formats import RowFormat, RowReader, format_of
 from . import rows
 from .class_metrics import accuracy_and_f1
 from .detection import BOX_METRIC
 from .object_rows import OBJECTS, objects
-from .task import VIDEO_COLUMNS, Task
+from .task import Task
 from .text_metrics import bleu, chrf, cider, rouge_l
 
 CAPTIONS = (*CAPTION_COLUMNS, "captions")

@@ -11,10 +11,9 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.row_fields import IMAGE_COLUMNS, AnyRow
+from ..data.row_fields import IMAGE_COLUMNS, VIDEO_COLUMNS, AnyRow
 from ..data.row_formats import Converted, RowFormat, text_parts
 
-VIDEO_COLUMNS = ("videos", "video")
 MEDIA_COLUMNS = (*IMAGE_COLUMNS, *VIDEO_COLUMNS)
 """Columns that hold pictures and videos; a converter sees their number, not their content."""
 

@@ -52,7 +52,7 @@ def require_images_for_fsdp(model: nn.Module, rows: Rows, arguments: TrainingArg
         return
     for position in range(len(rows)):
         row = parse_row(rows[position], position)
-        if not row.images:
+        if not row.images and not row.videos:
             raise ValueError(
                 f"{row.name} has no image, and FSDP needs one in each batch of each rank: the "
                 f"vision tower of {type(model).__name__} would run on some ranks alone. Leave such "

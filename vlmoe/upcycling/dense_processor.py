@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.models.smolvlm.processing_smolvlm import FRAME_TIMESTAMP_MESSAGE
 
 from ..configuration.configuration_vlmoe import VLMoEConfig
 from ..configuration.tower_facts import tower_image_size
+from ..data.videos import FRAME_TEXTS
 from ..processing.image_layout import encode_images, tiling_option
 from ..processing.processing_vlmoe import VLMoEProcessor
 
@@ -182,12 +182,12 @@ def layout_of(dense: DenseProcessor) -> dict[str, str]:
             "image_start_token": start,
             "image_end_token": end,
             "tile_layout": "internvl",
-            "frame_text": "Frame{number}: ",
+            "frame_text": FRAME_TEXTS[dense.name],
         }
     fake, token, whole = "<fake_token_around_image>", "<image>", "<global-img>"
     of_video = {}
     if dense.name == "SmolVLMProcessor":
-        of_video = {"frame_text": FRAME_TIMESTAMP_MESSAGE.format(timestamp="{clock}")}
+        of_video = {"frame_text": FRAME_TEXTS[dense.name]}
         fake = getattr(tokenizer, "fake_image_token", fake)
         token = getattr(tokenizer, "image_token", token)
         whole = getattr(tokenizer, "global_image_token", whole)

@@ -189,7 +189,7 @@ def _from_rows(
     collator = prompt_collator(processor, limit, limits=limits, allow_image_urls=allow_urls)
     prompts = []
     for row in _chosen_questions(rows):
-        parsed, batch = parse_row(row, 0), collator([row])
+        parsed, batch = collator.parsed(row, 0), collator([row])
         asked = [turn.text() for turn in parsed.conversations[0] if turn.role == "user"][-1]
         images = [
             open_image(image, parsed.name, limits=limits, allow_urls=allow_urls)
