@@ -38,6 +38,7 @@ BELOW = {
 }
 TRAVELS_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
 HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa", "emoji")
+HEAVY += ("sentence_transformers",)
 IMPORTED_PACKAGES = """
 import sys
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin

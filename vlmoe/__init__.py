@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     from .tasks.table import TASKS as TASKS
     from .tasks.table import get_task as get_task
     from .tasks.task import Task as Task
+    from .training.embedding import (
+        VLMoESentenceTransformerTrainer as VLMoESentenceTransformerTrainer,
+    )
+    from .training.embedding import embedding_model as embedding_model
+    from .training.embedding import evaluate_retrieval as evaluate_retrieval
     from .training.evaluation import evaluate as evaluate
     from .training.group_lasso import GroupLasso as GroupLasso
     from .training.label_scores import score_labels as score_labels
@@ -81,13 +86,16 @@ _MODULES = {
     "VLMoEPreferenceCollator": "data.collator",
     "VLMoEPromptCollator": "data.collator",
     "VLMoESFTTrainer": "training.trl_trainers",
+    "VLMoESentenceTransformerTrainer": "training.embedding",
     "VLMoETrainer": "training.trainer",
     "add_expert_lora": "lora.add",
     "answer": "data.answers",
     "compress": "compression.compress_experts",
     "disable_routed_lora": "lora.wrappers",
     "enable_routed_lora": "lora.wrappers",
+    "embedding_model": "training.embedding",
     "evaluate": "training.evaluation",
+    "evaluate_retrieval": "training.embedding",
     "expert_int8_config": "lora.int8",
     "expert_lora_config": "lora.config",
     "export": "hub.export",
@@ -104,17 +112,18 @@ _MODULES = {
 }
 # What a module needs beyond the package's own dependencies, as it is imported.
 _NEEDS = {
-    "lora.add": "peft",
-    "lora.config": "peft",
-    "lora.merge": "peft",
-    "lora.wrappers": "peft",
-    "training.trainer": "accelerate",
-    "training.trl_trainers": "trl",
+    "lora.add": ("peft",),
+    "lora.config": ("peft",),
+    "lora.merge": ("peft",),
+    "lora.wrappers": ("peft",),
+    "training.embedding": ("sentence_transformers", "accelerate", "datasets"),
+    "training.trainer": ("accelerate",),
+    "training.trl_trainers": ("trl",),
 }
 
 
 # A star import asks for every name here, so those of a missing extra are left out.
-_missing = {module for module, package in _NEEDS.items() if find_spec(package) is None}
+_missing = {module for module, needs in _NEEDS.items() if not all(map(find_spec, needs))}
 __all__ = [
     "VLMoEConfig",
     "VLMoEForConditionalGeneration",

@@ -7,7 +7,8 @@
 - callbacks.py, telemetry.py: what guards a run and shows the routing;
 - run.py, data.py, recipes.py: a whole run in a folder of its own; checkpoints.py: how it resumes;
 - evaluation.py, metrics.py: questions asked and answers compared;
-- riding_losses.py: router losses under a foreign loss; trl_trainers.py: under those of TRL.
+- riding_losses.py: router losses under a foreign loss; trl_trainers.py: under those of TRL,
+  embedding.py: under those of sentence-transformers.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from .callbacks import StopOnBadLoss as StopOnBadLoss
     from .checkpoints import last_complete_checkpoint as last_complete_checkpoint
     from .data import TrainingData as TrainingData
+    from .embedding import RetrievalEvaluator as RetrievalEvaluator
+    from .embedding import VLMoESentenceTransformerTrainer as VLMoESentenceTransformerTrainer
+    from .embedding import embedding_model as embedding_model
+    from .embedding import evaluate_retrieval as evaluate_retrieval
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
     from .group_lasso import GroupLasso as GroupLasso
@@ -37,6 +42,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "Evaluation": "evaluation",
         "GroupLasso": "group_lasso",
+        "RetrievalEvaluator": "embedding",
         "RouterLossRide": "riding_losses",
         "RouterTelemetry": "telemetry",
         "SparseLoss": "sparse_loss",
@@ -46,8 +52,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "TrainingData": "data",
         "VLMoEDPOTrainer": "trl_trainers",
         "VLMoESFTTrainer": "trl_trainers",
+        "VLMoESentenceTransformerTrainer": "embedding",
         "VLMoETrainer": "trainer",
+        "embedding_model": "embedding",
         "evaluate": "evaluation",
+        "evaluate_retrieval": "embedding",
         "exact_match": "metrics",
         "last_complete_checkpoint": "checkpoints",
         "train": "run",
