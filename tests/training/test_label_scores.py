@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from builders import assistant, picture, row, user
@@ -95,6 +96,22 @@ def test_likelihoods_are_those_of_full_forwards_and_a_picture_is_encoded_once(
     assert torch.allclose(scores.per_token.double(), sums / counts, atol=1e-4)
     assert scores.best() == [LABELS[i] for i in (sums / counts).argmax(1)]
     assert scores.best(per_token=False) == [LABELS[i] for i in sums.argmax(1)]
+
+
+def test_pictures_without_a_label_are_scored(model: Any, fitting: Any) -> None:
+    prompt = "what color?"
+    asked = [row(user(prompt, 1), images=[picture(0)])]
+    expected = score_labels(model, fitting, asked, LABELS).log_probabilities
+    options: dict[str, Any] = {"task": "image-classification", "prompt": prompt}
+    for rows in (
+        [{"image": picture(0)}],
+        [{"image": picture(0), "label": "red"}],
+        datasets.Dataset.from_list([{"image": picture(0)}]),
+    ):
+        scores = score_labels(model, fitting, rows, LABELS, **options)
+        assert torch.allclose(scores.log_probabilities, expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"rows\[0\].* no images or image"):
+        score_labels(model, fitting, [{"picture": picture(0)}], LABELS, **options)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "llava_qwen3_moe"])

@@ -81,6 +81,11 @@ def test_an_answer_among_no_labels_is_refused_by_row(model: Any, fitting: Any) -
     rows = [row(user("what?", 1), assistant("reed"), images=[picture(0)], id="r7")]
     with pytest.raises(ValueError, match=r"row 'r7'.*'reed' is none .*\(did you mean 'red'\?\)"):
         evaluate(model, fitting, rows, labels=["red", "blue"])
+    both = [[user("what?", 1), assistant(answer)] for answer in ("red", "blue")]
+    several = [{"messages": both, "images": [picture(0)], "id": "r8"}]
+    with pytest.raises(ValueError, match=r"row 'r8'.*one answer; its row has 'red', 'blue'"):
+        task = "visual-question-answering"
+        evaluate(model, fitting, several, task=task, labels=["red", "blue"])
     rows[0]["messages"][1] = assistant("Blue ")
     result = evaluate(model, fitting, rows, labels=["red", "blue"], max_new_tokens=2)
     assert result.metrics.keys() == {

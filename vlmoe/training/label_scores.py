@@ -5,9 +5,9 @@ A label is scored as the whole answer: its tokens and the end of the turn. The l
 texts, also such that the model was never trained on (zero-shot).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -24,7 +24,7 @@ from ..hub.finite_outputs import require_finite_logits
 from ..hub.saved_model import Processor, is_own_processor
 from ..modeling_vlmoe.model_outputs import VLMoEImageFeatures
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
-from ..tasks.table import task_reader
+from ..tasks.table import get_task, task_reader
 from ..tasks.task import Task
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def score_labels(
     Args:
         model: a generating model, on any device; it keeps its mode.
         processor: the model's; of a language model its tokenizer.
-        rows: as for `evaluate`. The last turn, if it is the assistant's, does not matter.
+        rows: as for `evaluate`. The last turn, if it is the assistant's, does not matter, and rows
+            of a task need no answer: `{"image": ...}` will do for a classification.
         labels: the answers to compare.
         task: whose columns the rows have; see `load_rows`.
         prompt: the task's instruction, by default its own.
@@ -101,6 +102,8 @@ def score_labels(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     labels = require_labels(labels)
+    if task is not None:
+        rows = _with_answers(rows, get_task(task), labels[0])
     questions = ConversationRows(rows, reader=task_reader(task, prompt))
     if len(questions) == 0:
         raise ValueError("empty dataset: there are no rows to score.")
@@ -125,6 +128,26 @@ def score_labels(
             bar.update(stop - start)
     shape = (len(questions), len(labels))
     return LabelScores(labels, torch.cat(scores).view(shape), torch.cat(tokens).view(shape))
+
+
+def _with_answers(
+    rows: "Rows | datasets.Dataset", task: Task, label: str
+) -> "Rows | datasets.Dataset":
+    """Give rows of a task without the column of their answer one, which is then replaced."""
+    names = {"messages", *task.columns[-1]}
+    columns = getattr(rows, "column_names", None)
+    if columns:
+        given = cast("datasets.Dataset", rows)
+        missing = names.isdisjoint(columns)
+        return given.add_column(task.columns[-1][0], [label] * len(given)) if missing else given
+    if not isinstance(rows, list | tuple):
+        return rows
+    return [
+        {**row, task.columns[-1][0]: label}
+        if isinstance(row, Mapping) and names.isdisjoint(row)
+        else row
+        for row in rows
+    ]
 
 
 def require_labels(labels: Sequence[str]) -> list[str]:

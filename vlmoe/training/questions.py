@@ -67,13 +67,18 @@ class Questions(Dataset):
                 bar.update(stop - start)
 
     def require_among(self, labels: Sequence[str]) -> None:
-        """Refuse a reference that is none of the labels.
+        """Refuse a reference that is none of the labels, and several references.
 
         Raises:
             ValueError: naming the row, its reference and the nearest label.
         """
         known = {normalize_answer(label) for label in labels}
         for name, references in zip(self.names, self.references, strict=True):
+            if len(references) > 1:
+                raise ValueError(
+                    f"{name}: with labels a question has one answer; its row has "
+                    f"{', '.join(map(repr, references))!s:.200}."
+                )
             for reference in references:
                 if normalize_answer(reference) not in known:
                     raise ValueError(
