@@ -25,6 +25,7 @@ MODULES = {
     "card": "card",
     "upcycle": "upcycle",
     "compress": "compress",
+    "prune": "prune",
     "export": "export",
     "merge": "merge",
     "export-lora": "export_lora",

@@ -34,7 +34,7 @@ BELOW = {
     "upcycling": {*MODEL, "hub", "figures", "data"},
     "tasks": {*MODEL, "hub", "figures", "data"},
     "training": {*MODEL, "hub", "figures", "data", "routing", "lora", "upcycling", "tasks"},
-    "compression": {*MODEL, "hub", "figures", "data", "routing", "training"},
+    "compression": {*MODEL, "hub", "figures", "data", "routing", "upcycling", "training"},
 }
 TRAVELS_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "safetensors"}
 HEAVY = ("peft", "datasets", "trl", "accelerate", "evaluate", "matplotlib", "easy_vqa", "emoji")

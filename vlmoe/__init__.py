@@ -28,6 +28,7 @@ from .processing.processing_vlmoe import VLMoEProcessor
 
 if TYPE_CHECKING:
     from .compression.compress_experts import compress as compress
+    from .compression.prune_neurons import prune as prune
     from .data.answers import answer as answer
     from .data.collator import VLMoECollator as VLMoECollator
     from .data.collator import VLMoEPreferenceCollator as VLMoEPreferenceCollator
@@ -104,6 +105,7 @@ _MODULES = {
     "inspect_routing": "routing.inspection.inspect",
     "load_rows": "tasks.loading",
     "merge_expert_lora": "lora.merge",
+    "prune": "compression.prune_neurons",
     "push": "hub.push_to_hub",
     "record_routing": "routing.trace",
     "upcycle": "upcycling.dense_to_sparse",

@@ -7,6 +7,11 @@
 - banks.py, sizes.py: banks and configuration get smaller;
 - healing.py: distillation from the model as it was;
 - report.py, finished_layers.py: what is written.
+
+Units, or neurons, that are zero need no choice:
+
+- prune_neurons.py: `prune` cuts them off the experts of a saved model, exactly; narrower.py: how;
+- pruning_report.py: what is written.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +21,8 @@ from ..hub.lazy_names import lazy_names
 if TYPE_CHECKING:
     from .compress_experts import CompressionResult as CompressionResult
     from .compress_experts import compress as compress
+    from .prune_neurons import prune as prune
+    from .pruning_report import PruningReport as PruningReport
     from .report import CompressionReport as CompressionReport
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -23,6 +30,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "CompressionReport": "report",
         "CompressionResult": "compress_experts",
+        "PruningReport": "pruning_report",
         "compress": "compress_experts",
+        "prune": "prune_neurons",
     },
 )

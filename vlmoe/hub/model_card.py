@@ -3,6 +3,7 @@
 
 - config.json: sizes and sparse layers, and with `auto_map` that the code comes with the model;
   processor_config.json, or preprocessor_config.json: whether large images are tiled
+- upcycling_report.json, pruning_report.json: what was converted or cut, and how exactly
 - training_stages.json, train_results.json: data, recipe, hardware, license, base model
 - evaluate_results.json (`vlmoe evaluate`), metrics.json (`vlmoe demo`): results, expert load
 - expert_load.png: the figure of the routing
@@ -39,6 +40,7 @@ from .model_classes import model_class, saved_config
 from .provenance import (
     COMPRESSION_REPORT,
     LICENSE_FIELDS,
+    PRUNING_REPORT,
     REPORT_NAME,
     RESULTS_FILE,
     STAGES_FILE,
@@ -64,6 +66,7 @@ CARD_SOURCES = (
     EXAMPLE_FILE,
     REPORT_NAME,
     COMPRESSION_REPORT,
+    PRUNING_REPORT,
 )
 """The files that a card is rendered from; each may be missing."""
 
@@ -164,6 +167,7 @@ def _rendered(
     stages = read_stages(folder)
     evaluations, upcycled = read_results(folder), saved_json(folder / REPORT_NAME)
     compressed = saved_json(folder / COMPRESSION_REPORT)
+    pruned = saved_json(folder / PRUNING_REPORT)
     example = (saved_json(folder / METRICS_FILE) or {}).get("example")
     name = (repo_id or "").split("/")[-1] or _model_name(folder, stages)
     facts = model_facts(config, folder)
@@ -181,10 +185,13 @@ def _rendered(
         data_licenses=DATA_LICENSES,
         sparse_layers=facts.sparse_layers,
         has_template=has_template,
-        parameters=parameters_of(config) if compressed or not stages else stages[-1]["parameters"],
+        parameters=stages[-1]["parameters"]
+        if stages and not (compressed or pruned)
+        else parameters_of(config),
         stages=stages,
         upcycled=upcycled,
         compressed=compressed,
+        pruned=pruned,
         evaluations=evaluations,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
         example=example if example and (folder / EXAMPLE_FILE).is_file() else None,

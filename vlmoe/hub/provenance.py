@@ -27,6 +27,7 @@ STAGES_FILE = "training_stages.json"
 RESULTS_FILE = "train_results.json"
 REPORT_NAME = "upcycling_report.json"  # of a conversion
 COMPRESSION_REPORT = "compression_report.json"
+PRUNING_REPORT = "pruning_report.json"
 PRESET_LICENSE = "apache-2.0"
 """The license of weights that were trained from a preset: the package's own."""
 

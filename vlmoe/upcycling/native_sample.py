@@ -156,7 +156,7 @@ def drawn_inputs(
     sample = _merged(pixels, images, config.model_type)
     video, of_frames = _video(model, generator, frames)
     spans[-1] += of_frames
-    return _rows(config, spans, length, generator) | sample | video
+    return drawn_rows(config, spans, length, generator) | sample | video
 
 
 def _video(
@@ -172,10 +172,14 @@ def _video(
     return {names[name]: tensor for name, tensor in pixels.items()}, [span] * frames
 
 
-def _rows(
-    config: PreTrainedConfig, spans: Sequence[Sequence[list[int]]], length: int, g: torch.Generator
+def drawn_rows(
+    config: PreTrainedConfig,
+    spans: Sequence[Sequence[list[int]]],
+    length: int = 24,
+    generator: torch.Generator | None = None,
 ) -> Pixels:
-    """Put each row's spans of image tokens among random words."""
+    """Put each row's spans of image tokens among random words; rows are padded on the left."""
+    g = generator or torch.Generator().manual_seed(0)
     special = _special(config)
     words = [i for i in range(config.get_text_config().vocab_size) if i not in special]
     texts = []
