@@ -149,6 +149,33 @@ def test_a_row_that_cannot_be_used_is_named(
         NativeCollator(tiny_processor("llava"), **options)([{**given, "id": "r7"}])
 
 
+@pytest.mark.parametrize("family", ["llava_qwen3_moe", "qwen3_vl_moe"])
+def test_long_texts_are_shortened_and_nothing_else(family: str) -> None:
+    processor, text = tiny_processor(family), "what color is it? " * 9
+    each = row(user("be short: ", 1), assistant("a cat"), images=[picture(0)], id="r3")
+    each["messages"][0]["content"].append({"type": "text", "text": text})
+    given = [row(user("hi"), assistant("yo")), each]
+    whole = NativeCollator(processor)(given)
+    tokens = int(whole["attention_mask"][1].sum())
+    limit = tokens - 20
+    with pytest.raises(ValueError, match=f"'r3'.* has {tokens} tokens, more than"):
+        NativeCollator(processor, limit)(given)
+    for choice in (True, "longest"):
+        batch = NativeCollator(processor, limit, shorten_prompts=choice)(given)
+        assert limit - 2 <= batch["attention_mask"].sum(-1).max() <= limit
+        assert learned(processor, batch) == learned(processor, whole)
+        assert torch.equal(batch["pixel_values"], whole["pixel_values"])
+        shown = processor.tokenizer.decode(batch["input_ids"][1])
+        assert ("be short: " in shown) == (choice == "longest")
+        kept = shown.partition("be short: ")[2].partition("<|im_end|>")[0]
+        assert choice is True or (text.startswith(kept) and len(kept) > len(text) / 2)
+        prompt = NativePromptCollator(processor, limit - 9, shorten_prompts=choice)(given)
+        assert prompt.inputs["attention_mask"].sum(-1).max() <= limit - 9
+        assert prompt.references == ["yo", "a cat"]
+    with pytest.raises(ValueError, match=r"'r3'.* more than max_length=12"):
+        NativeCollator(processor, 12, shorten_prompts="longest")(given[1:])
+
+
 def test_a_template_that_rewrites_earlier_turns_needs_markers() -> None:
     processor = tiny_processor("llava")
     template = TEMPLATE.replace("{{ m['content'] }}", "").replace("START", "").replace("END", "")

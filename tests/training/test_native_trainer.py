@@ -122,8 +122,9 @@ def test_long_rows_are_left_out_or_refused(tmp_path: Path) -> None:
     assert len(train(on_long_rows="drop").train_dataset) == 3
     with pytest.raises(ValueError, match=r"has .* tokens, more than max_length=80"):
         train().train()
-    with pytest.raises(ValueError, match=r"shorten-prompt.* allowed .*: error, drop"):
-        train(on_long_rows="shorten-prompt")
+    with pytest.raises(ValueError, match=r"'cut'; allowed: error, drop, shorten-prompt"):
+        train(on_long_rows="cut")
+    assert train(on_long_rows="shorten-prompt").train().global_step == SHORT["max_steps"]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -5,7 +5,9 @@ Rows and labels are those of `collator.py`: the loss is on the assistant's turns
 grids, token types and tiles are the processor's. Images are processed anew in every batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,11 +16,14 @@ from transformers import BatchFeature
 from ..hub.saved_model import Processor, is_own_processor
 from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from .collator import IGNORE_INDEX, PromptBatch, VLMoEPromptCollator
-from .conversations import ParsedRow, parse_row, split_reference
+from .conversations import Conversation, ParsedRow, parse_row, split_reference
 from .images import open_image
 from .native_chat import Chat, NativeChatEncoder
 from .row_fields import AnyRow
+from .shortening import shortened
 from .videos import require_whole_frames, video_reader, with_frames
+
+Encode = Callable[[Sequence[Chat]], tuple[BatchFeature, torch.Tensor]]
 
 
 class NativeRowCollator:
@@ -27,6 +32,8 @@ class NativeRowCollator:
     Args:
         processor: of the model; a tokenizer for a text-only model.
         max_length: the longest row in tokens, None for any; a longer one is an error.
+        shorten_prompts: cut text from the oldest questions of a conversation that is too long, or
+            with "longest" the end of its longest one, see `shortening.py`.
         limits: on the size of images.
         allow_image_urls: download images that rows name by http(s) URL.
 
@@ -39,12 +46,14 @@ class NativeRowCollator:
         processor: Processor,
         max_length: int | None = None,
         *,
+        shorten_prompts: bool | Literal["longest"] = False,
         limits: ImageLimits = DEFAULT_LIMITS,
         allow_image_urls: bool = False,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1 or None, got {max_length}.")
         self.processor, self.max_length = processor, max_length
+        self.shorten_prompts = shorten_prompts
         self.limits, self.allow_image_urls = limits, allow_image_urls
         self.encode = NativeChatEncoder(processor)
 
@@ -72,15 +81,46 @@ class NativeRowCollator:
         ]
         yield from (Chat(each, images, parsed.name) for each in parsed.conversations)
 
-    def _require_fit(self, chats: Sequence[Chat], attention_mask: torch.Tensor) -> None:
-        """Raise `ValueError` naming the first row that is too long."""
-        for chat, length in zip(chats, attention_mask.sum(-1).tolist(), strict=True):
-            if self.max_length is not None and length > self.max_length:
+    def _fitting(
+        self, chats: list[Chat], *, side: str, generation_prompt: bool = False
+    ) -> tuple[BatchFeature, torch.Tensor]:
+        """Encode chats; where that is asked for, shorten those that are too long.
+
+        Raises:
+            ValueError: naming the first row that stays too long.
+        """
+        encode = partial(self.encode, side=side, generation_prompt=generation_prompt)
+        encoded = encode(chats)
+        limit, lengths = self.max_length, _lengths(encoded[0])
+        if limit is None or max(lengths) <= limit:
+            return encoded
+        if self.shorten_prompts:
+            chats = [
+                chat if length <= limit else self._shortened(chat, limit, encode)
+                for chat, length in zip(chats, lengths, strict=True)
+            ]
+            encoded = encode(chats)
+        for chat, length in zip(chats, _lengths(encoded[0]), strict=True):
+            if length > limit:
                 raise ValueError(
-                    f"{chat.name} has {length} tokens, more than max_length={self.max_length}. "
-                    "Raise max_length (up to the model's positions), shorten the row or leave it "
-                    "out."
+                    f"{chat.name} has {length} tokens, more than max_length={limit}. Raise "
+                    "max_length (up to the model's positions), shorten the row or leave it out."
                 )
+        return encoded
+
+    def _shortened(self, chat: Chat, limit: int, encode: Encode) -> Chat:
+        """Cut text of a chat, until its images and all have `limit` tokens, or no text is left."""
+
+        def length(conversation: Conversation) -> int:
+            return _lengths(encode([replace(chat, conversation=conversation)])[0])[0]
+
+        longest = self.shorten_prompts == "longest"
+        return replace(chat, conversation=shortened(chat.conversation, limit, length, longest))
+
+
+def _lengths(inputs: BatchFeature) -> list[int]:
+    """Count the tokens of each row of a batch, those of its images included."""
+    return inputs["attention_mask"].sum(-1).tolist()
 
 
 class NativeCollator(NativeRowCollator):
@@ -91,8 +131,8 @@ class NativeCollator(NativeRowCollator):
 
     def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
-        chats, inputs, is_learned = self._encoded(rows)
-        self._require_fit(chats, inputs["attention_mask"])
+        chats = self._all_chats(rows)
+        inputs, is_learned = self._fitting(chats, side="right")
         for chat, learns in zip(chats, is_learned.any(-1).tolist(), strict=True):
             if not learns:
                 raise ValueError(f"{chat.name}: no token to learn; it needs an assistant turn.")
@@ -101,12 +141,11 @@ class NativeCollator(NativeRowCollator):
 
     def lengths(self, rows: Sequence[AnyRow]) -> list[int]:
         """Count the tokens of each conversation, those of its images included."""
-        return self._encoded(rows)[1]["attention_mask"].sum(-1).tolist()
+        return _lengths(self.encode(self._all_chats(rows), side="right")[0])
 
-    def _encoded(self, rows: Sequence[AnyRow]) -> tuple[list[Chat], BatchFeature, torch.Tensor]:
+    def _all_chats(self, rows: Sequence[AnyRow]) -> list[Chat]:
         parsed = [self.parsed(row, position) for position, row in enumerate(rows)]
-        chats = [chat for each in parsed for chat in self._chats(each)]
-        return chats, *self.encode(chats, side="right")
+        return [chat for each in parsed for chat in self._chats(each)]
 
 
 def prompt_collator(
@@ -117,11 +156,7 @@ def prompt_collator(
     allow_image_urls: bool = False,
     shorten_prompts: bool | Literal["longest"] = False,
 ) -> "VLMoEPromptCollator | NativePromptCollator":
-    """Return the collator of prompts for a processor; a `VLMoEProcessor` has limits of its own.
-
-    Raises:
-        ValueError: `shorten_prompts` is set for a processor of transformers.
-    """
+    """Return the collator of prompts for a processor; a `VLMoEProcessor` has limits of its own."""
     if is_own_processor(processor):
         return VLMoEPromptCollator(
             processor,
@@ -129,10 +164,12 @@ def prompt_collator(
             shorten_prompts=shorten_prompts,
             allow_image_urls=allow_image_urls,
         )
-    if shorten_prompts:
-        raise ValueError(f"{type(processor).__name__} of transformers cannot shorten prompts.")
     return NativePromptCollator(
-        processor, max_length, limits=limits, allow_image_urls=allow_image_urls
+        processor,
+        max_length,
+        shorten_prompts=shorten_prompts,
+        limits=limits,
+        allow_image_urls=allow_image_urls,
     )
 
 
@@ -154,6 +191,5 @@ class NativePromptCollator(NativeRowCollator):
                 prompt, reference = split_reference(chat.conversation, chat.name)
                 chats.append(Chat(prompt, chat.images, chat.name))
                 references.append(reference)
-        inputs, _ = self.encode(chats, side="left", generation_prompt=True)
-        self._require_fit(chats, inputs["attention_mask"])
+        inputs, _ = self._fitting(chats, side="left", generation_prompt=True)
         return PromptBatch(dict(inputs), references, types, [chat.name for chat in chats])

@@ -9,11 +9,9 @@ refused when they are collated.
 from transformers.utils import logging as transformers_logging
 
 from .conversations import parse_messages, row_name
-from .long_rows import UsableRows, selected
+from .long_rows import ON_LONG_ROWS, UsableRows, selected
 from .native_collator import NativeCollator
 from .row_fields import Rows
-
-ON_LONG_ROWS = ("error", "drop")
 
 
 def usable_native_rows(
@@ -24,8 +22,8 @@ def usable_native_rows(
     Args:
         rows: as `load_rows` gives them.
         collator: will collate them.
-        on_long_rows: "error" leaves longer rows to the collator, which refuses them; "drop" leaves
-            them out, with all their conversations.
+        on_long_rows: "error" and "shorten-prompt" leave longer rows to the collator, which refuses
+            or shortens them; "drop" leaves them out, with all their conversations.
         progress: show a progress bar where every row is processed.
 
     Raises:
@@ -33,10 +31,7 @@ def usable_native_rows(
             names it); no row is left.
     """
     if on_long_rows not in ON_LONG_ROWS:
-        raise ValueError(
-            f"on_long_rows is {on_long_rows!r}, which cuts texts for VLMoE's own processor alone; "
-            f"allowed for a model of transformers: {', '.join(ON_LONG_ROWS)}."
-        )
+        raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: {', '.join(ON_LONG_ROWS)}.")
     for position, row in enumerate(rows):
         name = row_name(row, position)
         for conversation in parse_messages(row, name):

@@ -3,15 +3,13 @@
 
 from typing import Literal
 
-from ..hub.saved_model import Processor, is_own_processor
 from .table import get_task
 from .task import Task
 
 
-def default_on_long_rows(task: str | Task | None, processor: Processor) -> str:
-    """Return what happens to long rows of a task; processors of transformers shorten none."""
-    chosen = "error" if task is None else get_task(task).on_long_rows
-    return chosen if is_own_processor(processor) else "error"
+def default_on_long_rows(task: str | Task | None) -> str:
+    """Return what happens to long rows of a task, "error" without one."""
+    return "error" if task is None else get_task(task).on_long_rows
 
 
 def shortening(on_long_rows: str, task: str | Task | None) -> bool | Literal["longest"]:

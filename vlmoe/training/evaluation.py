@@ -153,8 +153,8 @@ def evaluate(
         max_new_tokens: the longest answer, in tokens; by default the task's (for boxes twice the
             longest reference), without one 32.
         max_length: the longest prompt, in tokens. By default the model's positions less the answer.
-        on_long_rows: a longer prompt is an "error", or for VLMoE's own processor shortened
-            ("shorten-prompt"). By default the task's choice, without one "error".
+        on_long_rows: a longer prompt is an "error" or is shortened ("shorten-prompt"). By default
+            the task's choice, without one "error".
         image_limits: on the size of images, for a processor of transformers; a `VLMoEProcessor`
             has limits of its own.
         allow_image_urls: download images that rows name by http(s) URL.
@@ -176,7 +176,7 @@ def evaluate(
     if labels is not None:
         questions.require_among(require_labels(labels))
     new_tokens = max_new_tokens or longest_answer(asked, questions.references, model, processor)
-    on_long_rows = on_long_rows or default_on_long_rows(asked, processor)
+    on_long_rows = on_long_rows or default_on_long_rows(asked)
     if on_long_rows not in ("error", "shorten-prompt"):
         raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: error, shorten-prompt.")
     collator = prompt_collator(

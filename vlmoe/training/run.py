@@ -141,7 +141,7 @@ def train(
                 require_same_model(built.model.config, checkpoint)
         limits = limit_images(built.processor, data.max_image_pixels, data.max_image_side)
         urls = data.allow_image_urls
-        on_long_rows = on_long_rows or default_on_long_rows(data.task, built.processor)
+        on_long_rows = on_long_rows or default_on_long_rows(data.task)
         collator = row_collator(
             *built, max_length, on_long_rows, data.task, limits=limits, allow_image_urls=urls
         )

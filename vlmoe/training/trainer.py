@@ -85,8 +85,8 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         task: whose columns the rows have, see `TASKS`; by default any common form is read.
         prompt: the task's instruction, by default its own.
         max_length: the longest row in tokens; by default as many as the model has positions.
-        on_long_rows: "error", "drop", or, for VLMoE's own processor, "shorten-prompt"; see
-            `usable_rows`. By default the task's, without one "error".
+        on_long_rows: "error", "drop" or "shorten-prompt"; see `usable_rows`. By default the task's
+            choice, without one "error".
         origin: facts for the model card that the rows do not tell.
         **trainer_kwargs: further arguments of `Trainer`.
 
@@ -133,7 +133,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             model, processing_class = build_model(str(model), texts, processing_class, **options)
         else:
             processing_class = _processor_of(model, processing_class, options)
-        on_long_rows = on_long_rows or default_on_long_rows(task, processing_class)
+        on_long_rows = on_long_rows or default_on_long_rows(task)
         if data_collator is None:
             data_collator = row_collator(model, processing_class, max_length, on_long_rows, task)
         if isinstance(data_collator, RowCollator):
@@ -247,7 +247,13 @@ def row_collator(
     """
     limit = length_limit(model.config, max_length)
     if not is_own_processor(processor):
-        return NativeCollator(processor, limit, limits=limits, allow_image_urls=allow_image_urls)
+        return NativeCollator(
+            processor,
+            limit,
+            shorten_prompts=shortening(on_long_rows, task),
+            limits=limits,
+            allow_image_urls=allow_image_urls,
+        )
     return VLMoECollator(
         processor,
         limit,
