@@ -91,6 +91,16 @@ def test_training_that_was_not_seen_is_an_error(
     assert biases(model).any()
 
 
+def test_a_model_without_experts_has_nothing_to_see(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_vlmoe, "__name__", "transformers_modules.modeling_vlmoe")
+    model = tiny_model(text={"mlp_only_layers": [0, 1, 2]}).train()
+    model(**batch(text_rows()))
+    for _ in range(2):
+        check_routing(model)
+
+
 def test_a_model_that_is_compiled_first_is_watched_first(tiny_model: Model) -> None:
     torch._dynamo.reset()
     text = TEXT | {"router_aux_loss_coef": 0.0}

@@ -191,11 +191,8 @@ def record_expert_load(model: nn.Module, training_only: bool = False) -> Iterato
     """
     layers = routed_layers(model)
     reader = LoadReader(find_backbone(model), layers, training_only)
-    listener = Listener(model, [reader], layers)
-    try:
+    with Listener(model, [reader], layers):
         yield reader.load
-    finally:
-        listener.remove()
 
 
 class _Place:

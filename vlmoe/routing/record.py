@@ -77,7 +77,7 @@ class AskingReader(Reader, Protocol):
 
 
 class Listener:
-    """Hooks on a model that hand each forward pass to readers, until `remove`.
+    """Hooks on a model that hand each forward pass to readers, until `remove` or a block's end.
 
     Args:
         model: any model with sparse layers of transformers, or a wrapper around it.
@@ -116,6 +116,14 @@ class Listener:
         """Stop listening."""
         for handle in self._handles:
             handle.remove()
+
+    def __enter__(self) -> Self:
+        """Listen until the end of the block."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop listening."""
+        self.remove()
 
     def begin(
         self, args: tuple[object, ...], kwargs: dict[str, object]

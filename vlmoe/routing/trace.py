@@ -173,12 +173,8 @@ def record_routing(model: nn.Module, choices: bool = True) -> Iterator[RoutingTr
             f"The decoder of {type(model).__name__} has no experts: record with choices=False."
         )
     trace = RoutingTrace(decoder, tracer.num_experts, load.load, tracer.forwards)
-    with _alone(backbone):
-        listener = Listener(model, [load, tracer] if choices else [load], layers)
-        try:
-            yield trace
-        finally:
-            listener.remove()
+    with _alone(backbone), Listener(model, [load, tracer] if choices else [load], layers):
+        yield trace
 
 
 class TraceReader:
