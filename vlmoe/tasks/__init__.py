@@ -6,7 +6,9 @@ Read in this order:
 - task.py: `Task`, the one concept;
 - rows.py: the converters of rows, from a task's columns to conversations;
 - table.py: `TASKS`, a task by its name (`get_task`), and the reader of its rows;
-- loading.py: `load_rows` with a task.
+- loading.py: `load_rows` with a task; long_texts.py: what happens to rows that are too long;
+- text_metrics.py with cider.py, class_metrics.py, retrieval.py: metrics;
+- boxes.py, object_rows.py, detection.py: boxes as text, and their metrics.
 """
 
 from typing import TYPE_CHECKING
