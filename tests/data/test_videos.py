@@ -106,12 +106,23 @@ def test_load_rows_reads_files_and_frames(
     assert_same(collator([rows[0]]), collator([wanted]))
 
 
-def test_undecoded_video_columns_are_read(collator: VLMoECollator) -> None:
-    given = {"messages": [messages(num_frames=1)], "video": [{"bytes": CONTENT, "path": None}]}
+def test_undecoded_video_columns_are_read(collator: VLMoECollator, folder: Path) -> None:
+    wanted = collator([by_hand([LEVELS[0]], ["0.0 s: "])])
+    stored = {"bytes": CONTENT, "path": None}
+    file = {"bytes": None, "path": str(folder / "clip.mp4")}
     for decode in (True, False):  # what is decoded would need torchcodec
-        made = datasets.Dataset.from_dict(given).cast_column("video", datasets.Video(decode=decode))
-        (row,) = as_rows(made)
-        assert_same(collator([row]), collator([by_hand([LEVELS[0]], ["0.0 s: "])]))
+        video = datasets.Video(decode=decode)
+        for entry in (stored, file):
+            for column, given, feature in (
+                ("video", entry, video),
+                ("videos", [entry], datasets.List(video)),
+            ):
+                made = datasets.Dataset.from_dict(
+                    {"messages": [messages(num_frames=1)] * 2, column: [given] * 2}
+                )
+                rows = as_rows(made.cast_column(column, feature))
+                assert rows.features["videos"] == datasets.List(datasets.Video(decode=False))
+                assert_same(collator([rows[1]]), wanted)
 
 
 def test_the_video_task_reads_its_column(collator: VLMoECollator, folder: Path) -> None:

@@ -36,6 +36,7 @@ from .row_fields import IMAGE_COLUMNS, RowImage, StoredImage
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, Features
+    from datasets.features.features import FeatureType
 
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
@@ -183,7 +184,7 @@ def with_image_column(rows: "Dataset", sources: ImageSources, name: str) -> "Dat
         features = {**rows.features, column: List(undecoded) if is_list else undecoded}
         rows = with_features(rows, Features(features))
         if next(image_files(rows, column), None) is None:
-            return _listed(rows, column)
+            return listed(rows, column, "images", undecoded)
     values = [sources.entries(value, f"{name}, row {i}") for i, value in enumerate(rows[column])]
     return rows.remove_columns(column).add_column(
         "images", values, feature=List(Image(decode=False))
@@ -206,16 +207,16 @@ def image_files(rows: "Dataset", column: str = "images") -> Iterator[str]:
         yield from without_bytes.field("path").drop_null().to_pylist()
 
 
-def _listed(rows: "Dataset", column: str) -> "Dataset":
-    """Turn a column of images or of lists of them into the column `images` of lists.
+def listed(rows: "Dataset", column: str, name: str, undecoded: "FeatureType") -> "Dataset":
+    """Turn a column of images or videos, or of lists of them, into the column `name` of lists.
 
-    The images' bytes are not copied.
+    Their bytes are not copied.
     """
     import pyarrow as pa
-    from datasets import Features, Image, List
+    from datasets import Features, List
 
     if isinstance(rows.features[column], List):
-        return rows if column == "images" else rows.rename_column(column, "images")
+        return rows if column == name else rows.rename_column(column, name)
     lists = []
     for images in rows.data.column(column).chunks:  # one list for each image, none for no image
         counts = images.is_valid().to_numpy(zero_copy_only=False)
@@ -223,9 +224,9 @@ def _listed(rows: "Dataset", column: str) -> "Dataset":
         present = images.drop_null() if images.null_count else images
         lists.append(pa.ListArray.from_arrays(offsets, present))
     position = rows.data.column_names.index(column)
-    table = rows.data.table.set_column(position, "images", pa.chunked_array(lists))
-    features = {name: kind for name, kind in rows.features.items() if name != column}
-    return _rebuilt(rows, table, Features({**features, "images": List(Image(decode=False))}))
+    table = rows.data.table.set_column(position, name, pa.chunked_array(lists))
+    features = {each: kind for each, kind in rows.features.items() if each != column}
+    return _rebuilt(rows, table, Features({**features, name: List(undecoded)}))
 
 
 def _rebuilt(rows: "Dataset", table: "pyarrow.Table", features: "Features") -> "Dataset":

@@ -14,7 +14,7 @@ from ..processing.image_layout import tiles_on
 from ..processing.image_sources import ImageLimits
 from ..processing.video_frames import VideoReader
 from .conversations import IMAGE, Conversation, ParsedRow, Turn, TurnPart, VideoPlace
-from .images import ImageSources
+from .images import ImageSources, image_files, listed
 from .row_fields import VIDEO_COLUMNS, StoredImage, is_list, videos_of
 
 if TYPE_CHECKING:
@@ -123,6 +123,9 @@ def with_video_column(rows: "Dataset", sources: ImageSources, name: str) -> "Dat
     column = next((each for each in VIDEO_COLUMNS if each in rows.column_names), None)
     if column is None:
         return rows
+    kind, undecoded = rows.features[column], Video(decode=False)
+    if undecoded in (kind, getattr(kind, "feature", None)) and not any(image_files(rows, column)):
+        return listed(rows, column, "videos", undecoded)
     values = [
         [
             stored_video(video, sources, f"{name}, row {i}, video {j}")
@@ -136,5 +139,5 @@ def with_video_column(rows: "Dataset", sources: ImageSources, name: str) -> "Dat
             f"{name}: the column {column!r} holds files in some rows and lists of frames in "
             "others; make data sets of their own of them."
         )
-    feature = List(Image(decode=False)) if kinds == {True} else Video(decode=False)
+    feature = List(Image(decode=False)) if kinds == {True} else undecoded
     return rows.remove_columns(column).add_column("videos", values, feature=List(feature))
