@@ -74,8 +74,7 @@ def tower_facts(vision_config: PreTrainedConfig) -> TowerFacts:
 def tower_image_size(vision_config: PreTrainedConfig) -> tuple[int, int]:
     """Return height and width of the images that a tower takes.
 
-    Raises:
-        ValueError: the tower takes any size, so its configuration names none.
+    Raise `ValueError` if the tower takes any size, so that its configuration names none.
     """
     size = getattr(vision_config, "image_size", None)
     if size is None:

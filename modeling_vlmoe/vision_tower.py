@@ -102,10 +102,8 @@ def unused_vision_parameters(config: VLMoEConfig) -> list[str]:
 
     Left trainable, such parameters never get a gradient, and DistributedDataParallel fails at the
     second step. They are found in the graph of a forward pass on the meta device, which computes
-    nothing and works for every tower; once for each configuration.
-
-    Raises:
-        ValueError: the tower cannot be run on pixel values alone.
+    nothing and works for every tower; once for each configuration. Raise `ValueError` for a tower
+    that cannot be run on pixel values alone.
     """
     fields = {name: value for name, value in vars(config).items() if name.startswith("vision_")}
     key = repr(fields | {"vision_config": config.vision_config.to_dict()})

@@ -167,8 +167,7 @@ class GuardedTokenizer:
     def __call__(self, text: str | Iterable[str], **kwargs: object) -> BatchEncoding:
         """Tokenize a text or texts rendered from marked values.
 
-        Raises:
-            ValueError: the control tokens would not be those that the template wrote.
+        Raise `ValueError` if the control tokens would not be those that the template wrote.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if kwargs.get("split_special_tokens", self._tokenizer.split_special_tokens):
