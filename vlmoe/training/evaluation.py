@@ -26,7 +26,7 @@ from ..tasks.class_metrics import accuracy_and_f1
 from ..tasks.long_texts import default_on_long_rows, shortening
 from ..tasks.table import get_task, task_reader
 from ..tasks.task import CertainMetric, Metric, Task
-from .label_scores import require_labels, score_labels
+from .label_scores import ImageOptions, require_labels, score_labels
 from .metrics import ExactMatch, exact_match
 from .questions import Questions
 
@@ -168,17 +168,13 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     asked = None if task is None else get_task(task)
-    metrics = required_metrics(asked, labels)
-    rows = ConversationRows(rows, reader=task_reader(asked, prompt))
-    if len(rows) == 0:
-        raise ValueError("empty dataset: there are no rows to evaluate.")
-    questions = Questions(rows, joined=asked is not None)
-    if labels is not None:
-        questions.require_among(require_labels(labels))
-    new_tokens = max_new_tokens or longest_answer(asked, questions.references, model, processor)
     on_long_rows = on_long_rows or default_on_long_rows(asked)
     if on_long_rows not in ("error", "shorten-prompt"):
         raise ValueError(f"on_long_rows is {on_long_rows!r}; allowed: error, shorten-prompt.")
+    metrics = required_metrics(asked, labels)
+    questions = _questions(rows, asked, prompt, labels)
+    new_tokens = max_new_tokens or longest_answer(asked, questions.references, model, processor)
+    images: ImageOptions = {"image_limits": image_limits, "allow_image_urls": allow_image_urls}
     collator = prompt_collator(
         processor,
         prompt_limit(model, new_tokens, max_length),
@@ -200,17 +196,10 @@ def evaluate(
         of_answers = [each["scores"] for each in predictions]
         figures |= certain.measure(answers, questions.references, of_answers)
     if labels is not None:
-        scores_of_labels = score_labels(
-            model,
-            processor,
-            questions,
-            labels,
-            batch_size=batch_size,
-            image_limits=image_limits,
-            allow_image_urls=allow_image_urls,
-            progress=progress,
-        )
-        figures |= _by_likelihood(predictions, scores_of_labels.best())
+        likely = score_labels(
+            model, processor, questions, labels, batch_size=batch_size, progress=progress, **images
+        ).best()
+        figures |= _by_likelihood(predictions, likely)
     return Evaluation(
         scores.exact_match,
         scores.exact_match_by_type,
@@ -223,6 +212,22 @@ def evaluate(
         task=None if asked is None else asked.name,
         metrics=figures,
     )
+
+
+def _questions(
+    rows: "Rows | datasets.Dataset",
+    task: Task | None,
+    prompt: str | None,
+    labels: Sequence[str] | None,
+) -> Questions:
+    """Read the questions of the rows; raise as `evaluate` does."""
+    conversations = ConversationRows(rows, reader=task_reader(task, prompt))
+    if len(conversations) == 0:
+        raise ValueError("empty dataset: there are no rows to evaluate.")
+    questions = Questions(conversations, joined=task is not None)
+    if labels is not None:
+        questions.require_among(require_labels(labels))
+    return questions
 
 
 def longest_answer(

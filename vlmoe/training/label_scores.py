@@ -7,7 +7,7 @@ texts, also such that the model was never trained on (zero-shot).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_index")
+
+
+class ImageOptions(TypedDict):
+    """The options of `score_labels` and `evaluate` for the images of rows; see there."""
+
+    image_limits: ImageLimits
+    allow_image_urls: bool
 
 
 @dataclass(frozen=True)
