@@ -42,7 +42,7 @@ class Retrieval:
 
     def as_dict(self) -> dict[str, float]:
         """Return `image_to_text_recall@1` and the like, shares between 0 and 1, and ranks."""
-        figures = {}
+        figures: dict[str, float] = {}
         for way, ranking in vars(self).items():
             figures |= {f"{way}_recall@{k}": share for k, share in ranking.recall.items()}
             figures[f"{way}_median_rank"] = ranking.median_rank
