@@ -157,8 +157,8 @@ def _emoji(rng: np.random.Generator, side: int) -> Drawn:
     name = EMOJI[rng.integers(len(EMOJI))]
     whole = _pictures()[name]
     scale = side / max(whole.size)
-    size = tuple(max(round(each * scale), 1) for each in whole.size)
-    return name, _cut(recolored(whole.resize(size, Image.Resampling.BOX), rng))
+    width, height = (max(round(each * scale), 1) for each in whole.size)
+    return name, _cut(recolored(whole.resize((width, height), Image.Resampling.BOX), rng))
 
 
 @cache

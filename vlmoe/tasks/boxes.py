@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 RELATIVE = 1000
 """The coordinate of the right and lower edge of a picture."""
@@ -184,7 +185,7 @@ def _tagged(match: re.Match[str]) -> Iterator[LabeledBox]:
             yield LabeledBox(label, _in_range(numbers), match.span())
 
 
-def _are_numbers(value: object) -> bool:
+def _are_numbers(value: object) -> TypeGuard[Sequence[float]]:
     """Return whether it is a list of four numbers, none of them NaN."""
     return (
         isinstance(value, list | tuple)
