@@ -119,6 +119,16 @@ class VLMoERouter(nn.Module):
             has_modality_bias=config.router_modality_bias,
         )
 
+    @property
+    def top_k(self) -> int:
+        """Experts that each token is sent to."""
+        return self.routing.num_experts_per_tok
+
+    @property
+    def scoring_func(self) -> str:
+        """`"softmax"` or `"sigmoid"`."""
+        return self.routing.scoring_func
+
     def modality_mask(self) -> torch.Tensor:
         """(modalities, experts): True where tokens of the modality may use the expert."""
         mask = torch.zeros(len(Modality), self.weight.shape[0], dtype=torch.bool)

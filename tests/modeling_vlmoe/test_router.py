@@ -134,7 +134,7 @@ def test_routing_in_a_bf16_model_is_that_of_float64_on_its_rounded_weights(
     for router, hidden_states, weights, index in records:
         rounded = router.weight.detach().double()
         scores = (hidden_states.detach().double() @ rounded.T).softmax(-1)
-        expected_weights, expected_index = scores.topk(router.routing.num_experts_per_tok)
+        expected_weights, expected_index = scores.topk(router.top_k)
         expected_weights /= expected_weights.sum(-1, keepdim=True)
         assert torch.equal(index, expected_index)
         torch.testing.assert_close(weights.double(), expected_weights, rtol=0, atol=1e-6)

@@ -69,7 +69,7 @@ def in_float64(block: Any, tokens: torch.Tensor, activation: Any) -> torch.Tenso
     experts, outputs = block.experts, []
     for token in tokens:
         scores = (block.router.weight @ token).softmax(-1)
-        best = scores.argsort(descending=True)[: block.router.routing.num_experts_per_tok].tolist()
+        best = scores.argsort(descending=True)[: block.router.top_k].tolist()
         weights = scores[best] / scores[best].sum()
         output = torch.zeros(experts.down_proj.shape[1], dtype=torch.float64)
         for weight, e in zip(weights, best, strict=True):
