@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from router_bias_runs import LENGTHS, batch, biases, loads, text_rows
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlmoe import VLMoEForConditionalGeneration
 from vlmoe.modeling_vlmoe import modeling_vlmoe
-from vlmoe.routing.balancing import update_router_bias
+from vlmoe.routing.balancing import RouterBiasCallback, update_router_bias
 from vlmoe.routing.finite_checks import StopOnNonFiniteRouting, check_routing
 from vlmoe.routing.watch import unwatch_routing, watch_routing
 
@@ -118,20 +118,19 @@ def test_a_model_that_is_compiled_first_is_watched_first(tiny_model: Model) -> N
         update_router_bias(unseen)
 
 
-def train(model: VLMoEForConditionalGeneration, folder: Path) -> None:
-    """Two steps that check the routing, without updates of the bias."""
+def train(model: VLMoEForConditionalGeneration, folder: Path, callback: TrainerCallback) -> None:
+    """Two steps; without a `RouterBiasCallback` nobody updates the bias."""
     arguments = TrainingArguments(
         str(folder), max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True
     )
-    callbacks = [StopOnNonFiniteRouting()]
-    Trainer(model, arguments, batch, text_rows(), callbacks=callbacks).train()
+    Trainer(model, arguments, batch, text_rows(), callbacks=[callback]).train()
 
 
 def test_training_that_callbacks_saw_is_seen_also_after_they_stop_listening(
     tiny_model: Model, tmp_path: Path
 ) -> None:
     model = tiny_model(text=TEXT)
-    train(model, tmp_path)
+    train(model, tmp_path, StopOnNonFiniteRouting())
     for _ in range(2):  # the first listens from now on
         check_routing(model)
     model(**batch(text_rows()))
@@ -147,8 +146,18 @@ def test_training_that_was_not_seen_after_a_seen_one_is_an_error(
     torch._dynamo.reset()
     model = tiny_model(text=TEXT | {"router_aux_loss_coef": 0.0})
     model.set_experts_implementation("grouped_mm")
-    train(model, tmp_path)
+    train(model, tmp_path, StopOnNonFiniteRouting())
     torch.compile(model.train(), fullgraph=True, backend="eager")(**batch(text_rows()))
     for read in (check_routing, update_router_bias):
         with pytest.raises(ValueError, match="was not seen"):
             read(model)
+
+
+def test_callbacks_begin_anew_after_training_that_was_not_seen(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_vlmoe, "__name__", "transformers_modules.modeling_vlmoe")
+    model = tiny_model(text=TEXT).train()
+    model(**batch(text_rows()))
+    train(model, tmp_path, RouterBiasCallback())
+    assert biases(model).any()
