@@ -9,6 +9,8 @@
 4. Answer all 9,673 test questions with both; draw figures; write metrics.json.
 5. Load the saved model in a new process and ask it through `pipeline("image-text-to-text")`.
 6. Complete its model card with the results.
+7. Teach facts to a dense model and to one with 16 experts, of equal active size
+   (demo_capacity.py). A demo of fewer rows leaves this out.
 
 The stages' options are in the recipes (configuration/recipes/*.yaml); `vlmoe train --config` takes
 them too.
@@ -76,7 +78,8 @@ def main(
     """Train, evaluate and ask the tiny model on real data, start to end.
 
     The data are easy-VQA. The stages' options are in the recipes (configuration/recipes/*.yaml),
-    which `vlmoe train --config` takes too.
+    which `vlmoe train --config` takes too. A last stage, left out where only the first N images are
+    used, teaches drawn facts to a dense model and to one with 16 experts of equal active size.
 
     examples:
       vlmoe demo --output_dir outputs/demo
@@ -110,14 +113,14 @@ def _run(options: Demo, output_dir: Path) -> "JsonObject":
 
     start = time.perf_counter()
     tokenizer = save_tokenizer(output_dir / "tokenizer")
-    _say("1/5 captions")
+    _say("1/6 captions")
     captions = train_stage(options, CAPTIONS, "tiny", tokenizer)
-    _say("2/5 questions")
+    _say("2/6 questions")
     trained = train_stage(options, QUESTIONS, str(captions.output_dir))
-    _say("3/5 the same model, never shown an image")
+    _say("3/6 the same model, never shown an image")
     blind = train_stage(options, QUESTION_ONLY, "tiny", tokenizer)
 
-    _say("4/5 test questions")
+    _say("4/6 test questions")
     test_rows = load_rows("easy_vqa", "test", limit=options.max_test_rows)
     test_texts = load_rows("easy_vqa", "test", limit=options.max_test_rows, with_images=False)
     ask = partial(evaluate, batch_size=EVALUATION_BATCH, progress=True)
@@ -132,15 +135,20 @@ def _run(options: Demo, output_dir: Path) -> "JsonObject":
     metrics["example"] = save_example(output_dir, test_rows, answers.predictions)
     draw_figures(output_dir, trained, test_rows, answers.predictions, metrics)
 
-    _say("5/5 a new process loads the model and answers through pipeline()")
+    _say("5/6 a new process loads the model and answers through pipeline()")
     ask_in_new_process(trained.output_dir)
     metrics["seconds"] = time.perf_counter() - start
     write_json(output_dir / METRICS_FILE, metrics)
     complete_card(trained.output_dir, output_dir)
-    print(f"\n{answers.table()}\n\n{comparison_table(metrics)}\n")
-    print(
-        f"{metrics['seconds']:.0f} s in all. Look at {output_dir}/*.png; metrics.json has it all."
-    )
+    tables = [answers.table(), comparison_table(metrics)]
+    if options.max_train_rows is None and options.max_test_rows is None:
+        from .demo_capacity import capacity_table, run_capacity
+
+        _say("6/6 what experts are for: facts that only parameters can hold")
+        tables.append(capacity_table(run_capacity(output_dir, options.seed)))
+    print("", *tables, sep="\n\n")
+    seconds = time.perf_counter() - start
+    print(f"\n{seconds:.0f} s in all. Look at {output_dir}/*.png and *.json.")
     return metrics
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from vlmoe.figures.plots import (
     AnsweredQuestion,
     _series,
+    plot_accuracies,
     plot_answers,
     plot_expert_load,
     plot_training,
@@ -58,6 +59,14 @@ def test_curves_are_drawn_with_and_without_accuracy(tmp_path: Path) -> None:
     assert {blue, orange} <= colours(both)
     with Image.open(alone) as narrow, Image.open(both) as wide:
         assert wide.size[0] == 2 * narrow.size[0]
+
+
+def test_a_bar_is_as_long_as_the_share_of_right_answers(tmp_path: Path) -> None:
+    path = plot_accuracies({"dense": 0.25, "16 experts": 0.75}, tmp_path / "capacity.png")
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    gray, blue = ((pixels == color).all(-1).sum() for color in ((0x6B,) * 3, (0x2A, 0x78, 0xD6)))
+    assert blue / gray == pytest.approx(3, rel=0.05)
 
 
 def test_a_loss_that_reaches_zero_can_be_drawn(tmp_path: Path) -> None:

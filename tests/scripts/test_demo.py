@@ -36,6 +36,7 @@ def test_the_demo_leaves_a_model_its_figures_and_its_numbers(
         assert (tmp_path / "model" / "example.png").is_file()
     for figure in ("answers.png", "training.png", "expert_load.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "capacity.json").exists()  # of whole runs alone
     card = (tmp_path / "model" / "README.md").read_text()
     assert "# vlmoe-tiny-easy-vqa\n" in card and "](expert_load.png)" in card
     assert f"({metrics['questions']:,}) | {metrics['accuracy']:.2%} |" in card

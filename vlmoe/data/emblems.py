@@ -104,7 +104,7 @@ class Emblems:
         self.phrasings = rng.permuted(every, axis=-1)
         names = rng.choice(len(VALUES) ** 2, size=entities, replace=False)
         self.names = np.stack(np.unravel_index(names, [len(VALUES)] * 2), axis=1)
-        self._banks = {split: _bank(seed, number) for number, split in enumerate(SPLITS, start=1)}
+        self._banks = {split: symbol_bank(seed, split) for split in SPLITS}
 
     def training_rows(self, epochs: int, shown: str = "image") -> Iterator[AnyRow]:
         """Yield every entity once an epoch, in random order, as a conversation of all its facts.
@@ -174,22 +174,24 @@ class Emblems:
         drawing = self.drawing(entity, bank, rng)  # also where it is not shown: the same draws
         named = " ".join(VALUES[word] for word in self.names[entity]) if shown == "name" else None
         images = [drawing] if shown == "image" else []
-        return {"id": name, "messages": _conversation(turns, named, bool(images)), "images": images}
+        messages = _conversation(turns, named, bool(images))
+        symbols = self.symbols[entity]
+        return {"id": name, "messages": messages, "images": images, "symbols": symbols}
 
 
 def perception_rows(rows: int, seed: int = 0) -> Iterator[AnyRow]:
     """Yield random emblems, without facts, each asked what its four cells show in random order."""
     rng = np.random.default_rng([seed, 7])
-    bank = _bank(seed, SPLITS.index("train") + 1)
+    bank = symbol_bank(seed, "train")
     for number in range(rows):
         symbols = rng.integers(len(SYMBOLS), size=len(CELLS))
         turns = [
             (f"{SEE} {CELLS[cell]}", " ".join(SYMBOLS[symbols[cell]]))
             for cell in rng.permutation(len(CELLS))
         ]
-        images = [_drawing(bank, symbols, rng)]
-        messages = _conversation(turns, None, True)
-        yield {"id": f"perception/{number}", "messages": messages, "images": images}
+        images, messages = [_drawing(bank, symbols, rng)], _conversation(turns, None, True)
+        name = f"perception/{number}"
+        yield {"id": name, "messages": messages, "images": images, "symbols": symbols}
 
 
 def emblem_tokenizer() -> PreTrainedTokenizerFast:
@@ -264,12 +266,12 @@ def _conversation(
     return messages
 
 
-def _bank(seed: int, number: int) -> np.ndarray:
+def symbol_bank(seed: int, split: str) -> np.ndarray:
     """Draw each symbol `BANK` times: (symbols, drawings, cell, cell, 3), channels in -1..1.
 
     Size (half of it 4 to 5.4 pixels), place, color and background vary.
     """
-    rng = np.random.default_rng([seed, number])
+    rng = np.random.default_rng([seed, SPLITS.index(split) + 1])
     places = np.arange(CELL) - (CELL - 1) / 2
     bank = np.empty((len(SYMBOLS), BANK, CELL, CELL, 3))
     for index in np.ndindex(bank.shape[:2]):
@@ -296,11 +298,25 @@ def _mask(shape: str, half: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return inside
 
 
+def draw_emblems(bank: np.ndarray, symbols: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Put a drawing of each symbol into its cell, and add noise.
+
+    Args:
+        bank: as `symbol_bank` returns it.
+        symbols: (n, 4), the symbol in each cell.
+        rng: of the choice of drawings and of the noise.
+
+    Returns:
+        (n, 2 * cell, 2 * cell, 3), bytes.
+    """
+    count, width = len(symbols), 2 * CELL
+    cells = bank[symbols, rng.integers(BANK, size=symbols.shape)]  # (n, 4, cell, cell, 3)
+    pictures = cells.reshape(count, 2, 2, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    pictures = pictures.reshape(count, width, width, 3)
+    gain = 1 + GAIN_NOISE * rng.standard_normal((count, 1, 1, 1))
+    pictures = gain * pictures + PIXEL_NOISE * rng.standard_normal(pictures.shape)
+    return ((pictures.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
 def _drawing(bank: np.ndarray, symbols: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Put a drawing of each symbol into its cell, and add noise."""
-    cells = bank[symbols, rng.integers(BANK, size=len(CELLS))]  # (4, cell, cell, 3)
-    picture = cells.reshape(2, 2, CELL, CELL, 3).transpose(0, 2, 1, 3, 4)
-    picture = picture.reshape(2 * CELL, 2 * CELL, 3)
-    gain = 1 + GAIN_NOISE * rng.standard_normal()
-    picture = gain * picture + PIXEL_NOISE * rng.standard_normal(picture.shape)
-    return Image.fromarray(((picture.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
+    return Image.fromarray(draw_emblems(bank, symbols[None], rng)[0])

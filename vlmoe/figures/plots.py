@@ -221,6 +221,28 @@ def plot_shares(
     return save_figure(figure, path)
 
 
+def plot_accuracies(accuracies: Mapping[str, float], path: str | Path, title: str = "") -> Path:
+    """Draw a bar for each model: its share of right answers.
+
+    Args:
+        accuracies: by model, in 0..1.
+        path: the PNG file to write.
+        title: of the figure.
+    """
+    figure = new_figure(6.2, 0.5 * len(accuracies) + 1.2)
+    axis = figure.subplots()
+    percent = [100 * share for share in accuracies.values()]
+    colors = [GRAY, *[BLUE] * (len(percent) - 1)]
+    bars = axis.barh(range(len(percent)), percent, color=colors, height=0.6)
+    axis.bar_label(bars, fmt="%.1f%%", padding=3)
+    axis.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel="right answers, %", title=title)
+    axis.set_yticks(range(len(percent)))
+    as_it_is(axis.set_yticklabels(drawable(list(accuracies))))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
 def _wrapped(text: str, width: int) -> str:
     """Wrap a text, keeping its own line breaks."""
     return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.splitlines())
