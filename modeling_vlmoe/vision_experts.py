@@ -16,7 +16,6 @@ recomputation does not repeat a recording outside of the layer.
 Shapes: tiles, patches (of one tile), channels (of the tower), tokens = tiles * patches.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,10 +77,17 @@ class VLMoEBiasedExperts(nn.Module):
         return output
 
 
-BANK_FIELDS = (  # those that implementations read
-    "config num_experts act_fn _is_expert_parallel has_gate has_bias has_post_expert_norm "
-    "is_transposed is_concatenated up_proj up_proj_bias down_proj down_proj_bias"
-).split()
+class _Bank:  # not a SimpleNamespace, which torch.compile cannot trace
+    """A bank's attributes that implementations read, to be changed while the bank stays."""
+
+    NAMES = (
+        "config num_experts act_fn _is_expert_parallel has_gate has_bias has_post_expert_norm "
+        "is_transposed is_concatenated up_proj up_proj_bias down_proj down_proj_bias"
+    ).split()
+
+    def __init__(self, experts: VLMoEBiasedExperts):
+        for name in self.NAMES:
+            setattr(self, name, getattr(experts, name))
 
 
 class VLMoEConnectorExperts(VLMoEBiasedExperts):
@@ -100,7 +106,7 @@ class VLMoEConnectorExperts(VLMoEBiasedExperts):
         one_by_one = self.config._experts_implementation == "eager" or is_torchao(self.up_proj)
         if size_in == size_out or one_by_one:
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        bank: Any = SimpleNamespace(**{name: getattr(self, name) for name in BANK_FIELDS})
+        bank: Any = _Bank(self)
         missing = abs(size_in - size_out)
         if size_in < size_out:
             hidden_states = F.pad(hidden_states, (0, missing))
