@@ -161,3 +161,16 @@ def test_callbacks_begin_anew_after_training_that_was_not_seen(
     model(**batch(text_rows()))
     train(model, tmp_path, RouterBiasCallback())
     assert biases(model).any()
+
+
+def test_a_check_is_no_update_of_the_bias(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    logger = "vlmoe.modeling_vlmoe.modeling_vlmoe_text.logger.warning_once"
+    monkeypatch.setattr(logger, warnings.append)
+    model = tiny_model(text=TEXT).train()
+    model(**batch(text_rows()))
+    check_routing(model)
+    model.save_pretrained(tmp_path)
+    assert len(warnings) == 1 and "RouterBiasCallback" in warnings[0]
