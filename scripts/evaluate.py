@@ -105,10 +105,14 @@ def main(
     and the metrics of the task, and writes them, with the load of the experts, to a JSON file. In a
     local model folder the model card is updated too.
 
+    With --task image-text-retrieval nothing is asked: images and captions are embedded, and the
+    command measures how well each finds the other.
+
     examples:
       vlmoe evaluate --model outputs/tiny --dataset easy_vqa --split test --batch_size 256
       vlmoe evaluate --model outputs/tiny --dataset pets --task image-classification \\
         --labels cat,dog
+      vlmoe evaluate --model outputs/tiny --dataset pairs.parquet --task image-text-retrieval
       vlmoe evaluate --model outputs/tiny --dataset my_data.parquet --split train \\
         --output results.json --save_predictions predictions.json
     """
@@ -123,6 +127,12 @@ def main(
         from vlmoe.hub.atomic_files import write_json
         from vlmoe.hub.provenance import dataset_name
         from vlmoe.training.build import Runtime, model_for_answers
+        from vlmoe.training.evaluation import Evaluation
+        from vlmoe.training.retrieval import (
+            RETRIEVAL_TASK,
+            RetrievalEvaluation,
+            evaluate_retrieval_rows,
+        )
 
         rows = load_rows(
             dataset,
@@ -135,8 +145,6 @@ def main(
             allow_image_urls=allow_image_urls,
         )
         runtime = Runtime(device, dtype, attn_implementation, experts_implementation)
-        network, processor = model_for_answers(model, runtime)
-        limits = limit_images(processor, max_image_pixels, max_image_side)
         asking: AskingOptions = {
             "task": task,
             "labels": [name for names in labels for name in names] if labels else None,
@@ -145,24 +153,42 @@ def main(
             "max_length": max_length,
             "on_long_rows": on_long_rows,
         }
-        evaluation = evaluate(
-            network,
-            processor,
-            rows,
-            **asking,
-            image_limits=limits,
-            allow_image_urls=allow_image_urls,
-            progress=True,
-        )
+        evaluation: Evaluation | RetrievalEvaluation
+        if task == RETRIEVAL_TASK:
+            of_answers = {"save_predictions": save_predictions, "prompt": prompt, **asking}
+            refuse_options_of_answers(of_answers | asdict(runtime), without_images)
+            from vlmoe import embedding_model  # needs the extra
+
+            embedder = embedding_model(model, device=device)
+            limits = limit_images(embedder[0].processor, max_image_pixels, max_image_side)
+            evaluation = evaluate_retrieval_rows(
+                embedder,
+                rows,
+                batch_size=batch_size,
+                image_limits=limits,
+                allow_image_urls=allow_image_urls,
+            )
+        else:
+            network, processor = model_for_answers(model, runtime)
+            limits = limit_images(processor, max_image_pixels, max_image_side)
+            evaluation = evaluate(
+                network,
+                processor,
+                rows,
+                **asking,
+                image_limits=limits,
+                allow_image_urls=allow_image_urls,
+                progress=True,
+            )
         settings = asking | {"split": split, "max_rows": max_rows, "without_images": without_images}
         settings |= {"prompt": prompt}
         settings |= asdict(runtime)  # no paths: the file may be published
         about = {"dataset": dataset_name(dataset)[0], "options": settings}
         write_json(results, evaluation.as_dict() | about)
-        if save_predictions:
+        if save_predictions and isinstance(evaluation, Evaluation):
             write_json(Path(save_predictions), evaluation.predictions)
         if is_own:
-            complete_card(own, evaluation.expert_load)
+            complete_card(own, evaluation.as_dict()["expert_load"])
     print(f"\n{evaluation.table()}\n\nWritten to {results}.")
 
 
@@ -179,6 +205,22 @@ def _place_for_results(paths: list[Path | str | None], folder: Path | None) -> I
             require_writable(path)
     with folder_lock(folder) if folder else nullcontext():
         yield
+
+
+def refuse_options_of_answers(given: "JsonObject", without_images: bool) -> None:
+    """Refuse options that retrieval, which asks nothing, would ignore.
+
+    Raises:
+        ValueError: there are some; the message names them.
+    """
+    kept = ("task", "batch_size", "device")
+    wrong = [name for name, value in given.items() if value is not None and name not in kept]
+    wrong += ["without_images"] if without_images else []
+    if wrong:
+        raise ValueError(
+            f"--task image-text-retrieval embeds and does not answer: leave out "
+            f"{', '.join(f'--{name}' for name in wrong)}."
+        )
 
 
 def complete_card(folder: Path, expert_load: "JsonObject | None") -> None:

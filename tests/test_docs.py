@@ -86,6 +86,11 @@ def world(
     dense_model(vision_config("qwen3_vl")).save_pretrained(folder / "outputs/dense")
     tiny_processor("qwen3_vl", marked=True).save_pretrained(folder / "outputs/dense")
     shutil.copytree(data_folder, folder / "my_data")
+    (folder / "my_pairs").mkdir()
+    for number, caption in enumerate(("a red circle", "a blue square")):
+        picture(number).save(folder / "my_pairs" / f"{number}.png")
+        with (folder / "my_pairs" / "test.jsonl").open("a") as rows:
+            rows.write(json.dumps({"image": f"{number}.png", "text": caption}) + "\n")
     picture(3, (32, 32)).save(folder / "picture.png")
     picture(3, (32, 32)).save(folder / "my_data" / "picture.png")
     for number, place in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):

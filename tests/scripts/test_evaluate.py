@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from builders import picture
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from vlmoe import embedding_model, evaluate_retrieval
 from vlmoe_cli import main
 
 
@@ -109,3 +111,47 @@ def test_a_task_is_measured_by_its_metrics_and_its_labels(
     assert "row 'test/red/0.png'" in error and "'red' is none of the labels blue, rot" in error
     assert main.main([*where[:-1], "what?", "--labels", "blue,"]) == 2
     assert "the text is empty" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pairs_folder(tmp_path: Path) -> Path:
+    """Four images; the second has two captions."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    captions = [["a red circle"], ["blue", "a square"], ["yes"], ["no"]]
+    rows = []
+    for number, several in enumerate(captions):
+        picture(number).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "captions": several})
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def test_retrieval_is_measured_and_told_in_the_card(
+    tmp_path: Path, saved_model: Path, pairs_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(saved_model, model)
+    where = ["--model", str(model), "--dataset", str(pairs_folder)]
+    task = ["--task", "image-text-retrieval", "--batch_size", "2"]
+    assert main.main(["evaluate", *where, *task]) == 0
+    printed = capsys.readouterr().out
+    assert "text to image        5" in printed and "image to text        4" in printed
+    results = json.loads((model / "evaluate_results.json").read_text())
+    images = [picture(number) for number in range(4)]
+    captions = ["a red circle", ["blue", "a square"], "yes", "no"]
+    found = evaluate_retrieval(embedding_model(model), images, captions)
+    assert results["metrics"] == pytest.approx(found.as_dict())
+    assert results["exact_match"] is None and results["questions"] == 4
+    card = (model / "README.md").read_text()
+    assert "task image-text-retrieval on 4 images of" in card and "text_to_image_recall@1" in card
+    assert "Exact match (ignoring" not in card
+    found_metrics = {each.metric_name for each in ModelCard(card).data.eval_results}
+    assert found_metrics == set(found.as_dict())
+    for wrong, named in (
+        (["--max_new_tokens", "3"], "leave out --max_new_tokens"),
+        (["--without_images"], "leave out --without_images"),
+        (["--dtype", "bfloat16", "--labels", "a,b"], "leave out --labels, --dtype"),
+    ):
+        assert main.main(["evaluate", *where, *task, *wrong]) != 0
+        assert named in capsys.readouterr().err

@@ -26,7 +26,7 @@ class CardResult:
         split: its split.
         remark: a restriction of the evaluation, such as "without images", or "".
         questions: how many.
-        exact_match: share of right answers, 0..1.
+        exact_match: share of right answers, 0..1; None for a task without answers.
         by_type: the share of each question type.
         counts: the questions of each type.
         baselines: name, share, and share by type, of each.
@@ -39,7 +39,7 @@ class CardResult:
     split: str
     remark: str
     questions: int
-    exact_match: float
+    exact_match: float | None
     by_type: dict[str, float]
     counts: dict[str, int]
     baselines: list[tuple[str, float, dict[str, float]]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class CardResult:
 
     def results(self) -> list[EvalResult]:
         """Return the entries of the card's model-index."""
-        shares = {"exact match": self.exact_match}
+        shares = {} if self.exact_match is None else {"exact match": self.exact_match}
         shares |= {f"exact match ({kind})": share for kind, share in self.by_type.items()}
         figures = [("exact_match", name, share) for name, share in shares.items()]
         figures += [(name, name, value) for name, value in self.metrics.items()]

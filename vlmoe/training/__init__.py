@@ -8,7 +8,7 @@
 - run.py, data.py, recipes.py: a whole run in a folder of its own; checkpoints.py: how it resumes;
 - evaluation.py, metrics.py: questions asked and answers compared;
 - riding_losses.py: router losses under a foreign loss; trl_trainers.py: under those of TRL,
-  embedding.py: under those of sentence-transformers.
+  embedding.py and retrieval.py: under those of sentence-transformers.
 """
 
 from typing import TYPE_CHECKING
