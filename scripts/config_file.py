@@ -10,6 +10,8 @@ import typer
 
 MORE_OPTIONS = "more options of the config file"
 PATH = "path of the config file"
+SOURCES = "DATA"
+"""The metavar of options that also take a list of mappings."""
 Values = dict[str, Any]
 
 
@@ -46,6 +48,8 @@ def _text(value: Any, param: Any, path: str) -> Any:
     """Return a value of the file as it would be on the command line."""
     if param.metavar == "JSON":
         allowed: tuple[type, ...] = (dict, str)
+    elif param.metavar == SOURCES:
+        allowed = (list, str)
     elif param.multiple:
         allowed = (list,)
     else:

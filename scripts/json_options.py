@@ -10,6 +10,8 @@ A single field's value is read as JSON, and as text where it is none.
 import json
 from typing import Any, NoReturn
 
+from .shared_options import place
+
 Fields = dict[str, Any]
 
 
@@ -26,6 +28,21 @@ def json_object(text: str | Fields) -> Fields:
     if not isinstance(given, dict):
         raise ValueError("a JSON object of fields is needed")
     return given
+
+
+def sources(given: str | list[Fields]) -> str | list[Fields]:
+    """Return the name of a dataset, or the list of sources in a text or from a config file.
+
+    Raises:
+        ValueError: the text is empty, or begins as a list and is no JSON.
+    """
+    if not isinstance(given, str) or not given.lstrip().startswith("["):
+        return place(given) if isinstance(given, str) else given
+    try:
+        found: list[Fields] = _parsed(given)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    return found
 
 
 def split_dotted(

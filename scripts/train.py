@@ -13,8 +13,8 @@ import typer
 
 from .command_line import EXIT_ERROR
 from .commands import as_options, run
-from .config_file import ConfigFile
-from .json_options import Fields, json_object
+from .config_file import SOURCES, ConfigFile
+from .json_options import Fields, json_object, sources
 from .shared_options import (
     Attention,
     ExpertKernels,
@@ -42,9 +42,10 @@ def main(
     dataset: Annotated[
         str | None,
         typer.Option(
-            parser=place,
-            help="Training data: a Hub id, a file (parquet, JSON, CSV), a folder, or easy_vqa.  "
-            "[required]",
+            parser=sources,
+            metavar=SOURCES,
+            help="Training data: a Hub id, a file (parquet, JSON, CSV), a folder, or easy_vqa; or "
+            "a list of {source, split, task, prompt, weight}, in JSON or in --config.  [required]",
             rich_help_panel=DATA,
         ),
     ] = None,

@@ -33,6 +33,7 @@ from ..processing.video_frames import Frame
 from .conversations import Conversation, ParsedRow, parse_row, split_reference
 from .encoding import ConversationEncoder, EncodedConversation, EncodedImage, ImageEncoder
 from .row_fields import REMOVED, AnyRow, RowImage
+from .row_weights import RowWeights
 from .shortening import shortened
 from .videos import video_reader, with_frames
 
@@ -212,20 +213,31 @@ class RowCollator:
 class VLMoECollator(RowCollator):
     """Rows -> training batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, images.
 
-    Arguments as in `RowCollator`.
+    Of rows with weights also `loss_weights` and `task_ids`, see `row_weights.py`. Arguments as in
+    `RowCollator`.
     """
+
+    row_weights = RowWeights()
 
     def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
-        token_rows = []
+        token_rows, sources = [], []
         for position, row in enumerate(rows):
             parsed = self.parsed(row, position)
             images = self._images(parsed.images, parsed.name)
             for conversation in parsed.conversations:
                 token_rows.append(self._fitting_row(conversation, images, parsed.name))
+                sources.append((row, parsed.name))
         batch, mask = self._pad(token_rows, side="right")
         labels = batch["input_ids"].masked_fill(~mask, IGNORE_INDEX)
-        return {**batch, "labels": labels, **self._pixels(token_rows)}
+        weights = self.row_weights.of_batch(sources)
+        return {**batch, "labels": labels, **weights, **self._pixels(token_rows)}
+
+    def answer_lengths(self, row: AnyRow, position: int) -> list[int]:
+        """Count the label tokens of each conversation of a row."""
+        parsed = self.parsed(row, position)
+        encoded = [self.encode_conversation(each, parsed.name) for each in parsed.conversations]
+        return [sum(int(mask.sum()) for mask in each.masks) for each in encoded]
 
 
 class VLMoEPromptCollator(RowCollator):

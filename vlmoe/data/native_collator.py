@@ -20,6 +20,7 @@ from .conversations import Conversation, ParsedRow, parse_row, split_reference
 from .images import open_image
 from .native_chat import Chat, NativeChatEncoder
 from .row_fields import AnyRow
+from .row_weights import RowWeights
 from .shortening import shortened
 from .videos import require_whole_frames, video_reader, with_frames
 
@@ -126,26 +127,39 @@ def _lengths(inputs: BatchFeature) -> list[int]:
 class NativeCollator(NativeRowCollator):
     """Rows -> training batch: the processor's inputs, padded on the right, and `labels`.
 
-    Arguments as in `NativeRowCollator`.
+    Of rows with weights also `loss_weights` and `task_ids`, see `row_weights.py`. Arguments as in
+    `NativeRowCollator`.
     """
+
+    row_weights = RowWeights()
 
     def __call__(self, rows: Sequence[AnyRow]) -> dict[str, torch.Tensor]:
         """Collate rows; raises `ValueError` naming the row that is malformed or too long."""
-        chats = self._all_chats(rows)
+        pairs = self._with_rows(rows)
+        chats = [chat for _, chat in pairs]
         inputs, is_learned = self._fitting(chats, side="right")
         for chat, learns in zip(chats, is_learned.any(-1).tolist(), strict=True):
             if not learns:
                 raise ValueError(f"{chat.name}: no token to learn; it needs an assistant turn.")
         labels = inputs["input_ids"].masked_fill(~is_learned, IGNORE_INDEX)
-        return {**inputs, "labels": labels}
+        sources = [(row, chat.name) for row, chat in pairs]
+        return {**inputs, "labels": labels, **self.row_weights.of_batch(sources)}
+
+    def answer_lengths(self, row: AnyRow, position: int) -> list[int]:
+        """Count the label tokens of each conversation of a row."""
+        chats = [chat for _, chat in self._with_rows([row])]
+        return self.encode(chats, side="right")[1].sum(-1).tolist()
 
     def lengths(self, rows: Sequence[AnyRow]) -> list[int]:
         """Count the tokens of each conversation, those of its images included."""
-        return _lengths(self.encode(self._all_chats(rows), side="right")[0])
+        chats = [chat for _, chat in self._with_rows(rows)]
+        return _lengths(self.encode(chats, side="right")[0])
 
-    def _all_chats(self, rows: Sequence[AnyRow]) -> list[Chat]:
+    def _with_rows(self, rows: Sequence[AnyRow]) -> list[tuple[AnyRow, Chat]]:
+        """Return the conversations of rows, each with its row."""
         parsed = [self.parsed(row, position) for position, row in enumerate(rows)]
-        return [chat for each in parsed for chat in self._chats(each)]
+        its = zip(rows, map(self._chats, parsed), strict=True)
+        return [(row, chat) for row, chats in its for chat in chats]
 
 
 def prompt_collator(

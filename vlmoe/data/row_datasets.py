@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .images import ImageSources, image_size, with_features, with_image_column
-from .row_fields import COLUMNS, IMAGE_COLUMNS, NEEDED, AnyRow, StoredImage, require_known_columns
+from .row_fields import (
+    COLUMNS,
+    IMAGE_COLUMNS,
+    NEEDED,
+    WEIGHT_COLUMNS,
+    AnyRow,
+    StoredImage,
+    require_known_columns,
+)
 from .row_formats import (
     INSIDE,
     MARKED,
@@ -122,7 +130,7 @@ def standard_dataset(
     if "videos" in rows.column_names:
         standard["videos"] = List(Video(decode=False))
     others = {each for each in rows.column_names if each not in standard}
-    is_standard = "messages" in others and others <= set(COLUMNS)
+    is_standard = "messages" in others and others <= {*COLUMNS, *WEIGHT_COLUMNS}
     is_standard = is_standard and all(
         rows.features.get(each) == standard[each] for each in standard
     )
@@ -148,7 +156,7 @@ def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
         raise ValueError(
             f"{source} lacks the column `messages`; it has: {', '.join(columns)}. {NEEDED}"
         )
-    unread = [name for name in columns if name not in ("id", *COLUMNS)]
+    unread = [name for name in columns if name not in ("id", *COLUMNS, *WEIGHT_COLUMNS)]
     if unread:
         logger.warning("%s: these columns are not read: %s.", source, ", ".join(unread))
     if "images" not in rows.column_names:
@@ -164,7 +172,8 @@ def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
     ids = [f"{split}[{i}]" if value is None else str(value) for i, value in enumerate(given)]
     rows = rows.remove_columns("id") if "id" in rows.column_names else rows
     rows = rows.add_column("id", ids, feature=Value("string"))
-    optional = [name for name in ("videos", "question_type") if name in rows.column_names]
+    optional = ("videos", "question_type", *WEIGHT_COLUMNS)
+    optional = [name for name in optional if name in rows.column_names]
     return rows.select_columns(["id", "messages", "images", *optional])
 
 

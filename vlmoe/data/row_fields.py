@@ -12,6 +12,8 @@ import torch
 from ..processing.image_sources import EncodedImage, ImageSource
 
 COLUMNS = ("messages", "images", "videos", "question_type")
+WEIGHT_COLUMNS = ("task", "loss_weight")
+"""What `row_weights.py` reads."""
 IMAGE_COLUMNS = ("images", "image", "file_name")
 VIDEO_COLUMNS = ("videos", "video")
 CAPTION_COLUMNS = ("text", "caption")

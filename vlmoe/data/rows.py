@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .conversations import row_name, split_conversations
 from .images import ImageSources
 from .row_datasets import standard_dataset
-from .row_fields import COLUMNS, AnyRow, Rows, require_messages
+from .row_fields import COLUMNS, WEIGHT_COLUMNS, AnyRow, Rows, require_messages
 from .row_formats import RowReader, conversational, format_of
 from .videos import stored_video
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+
+_READ = ("id", *COLUMNS, *WEIGHT_COLUMNS)
 
 
 def as_rows(
@@ -65,7 +67,7 @@ def as_rows(
     if not isinstance(rows, list | tuple):
         return rows
     converted = [_converted(row, i, sources, name, reader) for i, row in enumerate(rows)]
-    unread = {str(key): None for row in converted for key in row if key not in ("id", *COLUMNS)}
+    unread = {str(key): None for row in converted for key in row if key not in _READ}
     if unread:
         logger.warning("%s: these columns are not read: %s.", name, ", ".join(unread))
     return converted

@@ -191,10 +191,14 @@ def versions() -> dict[str, str]:
 
 
 def dataset_name(source: str | None) -> tuple[str | None, bool]:
-    """Return the name of a dataset without its path, and whether it is a local file or folder."""
+    """Return the name of a dataset without its path, and whether it is none on the Hub.
+
+    That is a local file or folder, or the names of several sources.
+    """
     path = Path(source or "").expanduser()
     is_local = bool(source) and path.exists()
-    return (path.resolve().name if is_local else source), is_local
+    is_several = " + " in (source or "")
+    return (path.resolve().name if is_local else source), is_local or is_several
 
 
 def hub_models(names: Any) -> Any:

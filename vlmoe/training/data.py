@@ -1,6 +1,7 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
 """The data of a training run by name: which rows are read, and what the model card says of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from ..data.rows import Rows
 from ..hub.provenance import RunOrigin, dataset_name
 from ..processing.image_sources import ImageLimits
 from ..tasks.loading import load_rows
+from ..tasks.mixture import DataSource
 
 
 class TrainingRows(NamedTuple):
@@ -22,7 +24,7 @@ class TrainingData:
     """What to train on, and what to evaluate on during training.
 
     Attributes:
-        dataset: training data, as for `load_rows`.
+        dataset: training data, as for `load_rows`: a name, or a list of sources.
         train_split: its split.
         eval_dataset: data to evaluate on; by default `dataset`.
         eval_split: its split. With neither `eval_split` nor `eval_dataset` there is no evaluation;
@@ -39,7 +41,7 @@ class TrainingData:
         max_image_side: refuse images with a longer side; by default the processor's limit.
     """
 
-    dataset: str
+    dataset: str | Sequence[DataSource]
     train_split: str = "train"
     eval_dataset: str | None = None
     eval_split: str | None = None
@@ -64,18 +66,21 @@ class TrainingData:
         train = self._load(self.dataset, self.train_split, self.max_train_rows, self.altered_copies)
         if not self.has_evaluation:
             return TrainingRows(train, None)
-        source, split = self.eval_dataset or self.dataset, self.eval_split or "test"
+        split = self.eval_split or "test"
+        source: str | Sequence[DataSource] = self.eval_dataset or self.dataset
+        if not isinstance(source, str):
+            source = [{**each, "split": split} for each in source]
         return TrainingRows(train, self._load(source, split, self.max_eval_rows))
 
     def origin(self, rows: TrainingRows, preset: str | None) -> RunOrigin:
         """Return what the model card says of the rows, and of the preset that is trained."""
         evaluation = None
         if rows.evaluation is not None:
-            name, _ = dataset_name(self.eval_dataset or self.dataset)
+            name, _ = dataset_name(self.eval_dataset or self._name)
             evaluation = f"{name}, {self.eval_split or 'test'}, {len(rows.evaluation):,} rows"
         return RunOrigin(
             preset=preset,
-            dataset=self.dataset,
+            dataset=self._name,
             split=self.train_split,
             rows=len(rows.train),
             altered_copies=self.altered_copies,
@@ -83,7 +88,20 @@ class TrainingData:
             evaluation=evaluation,
         )
 
-    def _load(self, source: str, split: str, limit: int | None, altered_copies: int = 0) -> Rows:
+    @property
+    def _name(self) -> str:
+        """The dataset, or the names of the sources."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        return " + ".join(str(dataset_name(each["source"])[0]) for each in self.dataset)
+
+    def _load(
+        self,
+        source: str | Sequence[DataSource],
+        split: str,
+        limit: int | None,
+        altered_copies: int = 0,
+    ) -> Rows:
         asked = {"max_pixels": self.max_image_pixels, "max_side": self.max_image_side}
         given = {name: value for name, value in asked.items() if value is not None}
         return load_rows(

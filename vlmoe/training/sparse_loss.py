@@ -60,6 +60,8 @@ class SparseLoss:
 
     Attributes:
         last: the router losses of the last call, before coefficients, for logging.
+        loss_weights: (batch,), those of the rows of the next call, for a caller such as `Trainer`
+            that hands over labels alone.
         row_losses: (batch,), the cross-entropy of each row of the last call, summed, without
             gradient; None where that had no `loss_weights`.
 
@@ -85,6 +87,7 @@ class SparseLoss:
             else _OfNative(self._head, routed_layers(model), balance, z)
         )
         self.last = RouterLosses()
+        self.loss_weights: torch.Tensor | None = None
         self.row_losses: torch.Tensor | None = None
 
     def __call__(
@@ -111,7 +114,8 @@ class SparseLoss:
         if labels is None:
             raise ValueError("The batch has no `labels`: SparseLoss needs them.")
         logits = outputs["logits"]
-        items = num_items_in_batch, loss_weights
+        items = num_items_in_batch, self.loss_weights if loss_weights is None else loss_weights
+        self.loss_weights = None
         of_labels = label_loss(self._head.loss_function, logits, labels, *items)
         self.row_losses = of_labels.row_losses
         losses = self._router_losses(labels, of_labels.row_shares)

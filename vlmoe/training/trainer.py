@@ -27,6 +27,7 @@ from ..data.long_rows import length_limit, usable_rows
 from ..data.native_collator import NativeCollator
 from ..data.native_rows import usable_native_rows
 from ..data.row_formats import RowReader
+from ..data.row_weights import RowWeights
 from ..data.rows import ConversationRows, Rows, as_rows
 from ..hub.experts_implementation import keep_suited
 from ..hub.export import publish_layout
@@ -36,7 +37,9 @@ from ..processing.image_sources import DEFAULT_LIMITS, ImageLimits
 from ..routing.balancing import RouterBiasCallback
 from ..routing.finite_checks import StopOnNonFiniteRouting
 from ..routing.record import has_experts
+from ..tasks.loading import load_rows
 from ..tasks.long_texts import default_on_long_rows, shortening
+from ..tasks.mixture import DataSource, is_mixture
 from ..tasks.table import task_reader
 from ..tasks.task import Task
 from .answer_accuracy import answer_accuracy, most_likely_tokens
@@ -46,13 +49,14 @@ from .callbacks import StopOnBadLoss, TrainingPrinter, TrainingProgress
 from .card import ModelCardMixin
 from .native import has_moving_bias, native_arguments, require_images_for_fsdp
 from .overrides import Fields
+from .row_weighting import RowWeightsMixin, count_row_weights, require_weighable
 from .strict_resume import StrictResumeMixin
 from .telemetry import RouterTelemetry
 
 StateDict = dict[str, Tensor]
 
 
-class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
+class VLMoETrainer(RowWeightsMixin, StrictResumeMixin, ModelCardMixin, Trainer):
     """`transformers.Trainer` for conversations about images and sparse models.
 
     Beyond `Trainer` it collates rows, checks their lengths before the first step, updates router
@@ -70,7 +74,9 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         args: `TrainingArguments`, or values over our defaults (`arguments.TRAINING_DEFAULTS`), such
             as `{"max_steps": 100}`. Where those give no length and rate, a preset takes
             `arguments.FROM_SCRATCH_LENGTH` and `FROM_SCRATCH_RATE`.
-        train_dataset: rows as `load_rows` returns them, or a list of rows.
+        train_dataset: rows as `load_rows` returns them, or a list of rows, or of sources as it
+            takes them: `[{"source": "a.json", "task": "image-captioning", "weight": 1}, ...]`.
+            Rows with a `loss_weight` are weighted, see `vlmoe.data.row_weights`.
         eval_dataset: rows to evaluate on, or several sets of them by name; each conversation counts
             as one sample.
         processing_class: the processor; by default that of the saved model, or for a preset a new
@@ -123,7 +129,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         name = str(model) if isinstance(model, str | PathLike) else None
         preset = name if name is not None and is_preset(name) else None
         reader = task_reader(task, prompt)
-        train_dataset = as_rows(train_dataset, "train_dataset", reader)
+        train_dataset = _rows(train_dataset, "train_dataset", reader)
         evaluated = _evaluated_rows(eval_dataset, reader)
         arguments = prepared_arguments(args, preset, bool(evaluated))
         options = ModelOptions(tokenizer=tokenizer, tiling=tiling, model_overrides=model_overrides)
@@ -137,6 +143,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         if data_collator is None:
             data_collator = row_collator(model, processing_class, max_length, on_long_rows, task)
         if isinstance(data_collator, RowCollator):
+            data_collator.row_weights = count_row_weights(train_dataset, data_collator)
             check = (data_collator, on_long_rows, arguments.process_index == 0)
             train_dataset = checked_rows(train_dataset, "training", *check)
             evaluated = {
@@ -147,7 +154,10 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
         if compute_metrics is answer_accuracy:
             trainer_kwargs.setdefault("preprocess_logits_for_metrics", most_likely_tokens)
         callbacks = callbacks or []
-        native = native_arguments(model, arguments, trainer_kwargs)
+        trainer_kwargs = native_arguments(model, arguments, trainer_kwargs) | trainer_kwargs
+        self.row_weights = getattr(data_collator, "row_weights", RowWeights())
+        if self.row_weights.tasks:
+            require_weighable(model, trainer_kwargs.get("compute_loss_func"))
         super().__init__(
             model,
             arguments,
@@ -158,7 +168,7 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             compute_metrics=compute_metrics,
             callbacks=[*own_callbacks(model, callbacks), *callbacks],
             origin=origin or RunOrigin(preset=preset, rows=len(train_dataset)),
-            **native | trainer_kwargs,
+            **trainer_kwargs,
         )
         self._show_progress(callbacks)
         if has_experts(model) and not _has_kind(callbacks, RouterTelemetry):
@@ -184,15 +194,20 @@ class VLMoETrainer(StrictResumeMixin, ModelCardMixin, Trainer):
             self.add_callback(own)
 
 
+def _rows(given: Rows | Sequence[DataSource], name: str, reader: RowReader) -> Rows:
+    """Return rows, or those of the sources that were given."""
+    return load_rows(given) if is_mixture(given) else as_rows(given, name, reader)
+
+
 def _evaluated_rows(given: Rows | Mapping[str, Rows] | None, reader: RowReader) -> dict[str, Rows]:
     """Return the sets of rows to evaluate on by name; a single one is called ""."""
     if given is None:
         return {}
     if isinstance(given, Mapping):
         return {
-            name: as_rows(rows, f"eval_dataset[{name!r}]", reader) for name, rows in given.items()
+            name: _rows(rows, f"eval_dataset[{name!r}]", reader) for name, rows in given.items()
         }
-    return {"": as_rows(given, "eval_dataset", reader)}
+    return {"": _rows(given, "eval_dataset", reader)}
 
 
 def _processor_of(
