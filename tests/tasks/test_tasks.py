@@ -16,6 +16,7 @@ from vlmoe.data.rows import as_rows
 from vlmoe.tasks import task_reader
 
 CLASS = "What is in the image? Answer with the name of the class."
+BOXES = "Find all objects. Answer with their boxes and labels in JSON."
 GERMAN = "Translate from English to German:\n"
 # task: a row, and the conversations that it means: (parts of the user's turn, answer) of each
 ROWS: dict[str, tuple[dict[str, Any], list[tuple[tuple[str | None, ...], str]]]] = {
@@ -24,6 +25,13 @@ ROWS: dict[str, tuple[dict[str, Any], list[tuple[tuple[str | None, ...], str]]]]
         [((IMAGE, "Describe the image."), "a cat"), ((IMAGE, "Describe the image."), "a tom")],
     ),
     "image-classification": ({"image": picture(), "label": "cat"}, [((IMAGE, CLASS), "cat")]),
+    "object-detection": (
+        {
+            "image": picture(size=(100, 50)),
+            "objects": {"bbox": [[10, 5, 20, 10]], "category": ["cat"]},
+        },
+        [((IMAGE, BOXES), '[{"bbox_2d": [100, 100, 300, 300], "label": "cat"}]')],
+    ),
     "visual-question-answering": (
         {"image": picture(), "question": "what?", "answer": "cat"},
         [((IMAGE, "what?"), "cat")],
@@ -57,7 +65,7 @@ def test_a_row_of_the_task_becomes_the_conversations_that_it_means(task: str) ->
 
 
 def test_every_task_is_tested_here() -> None:
-    assert TASKS.keys() - ROWS.keys() <= {"video-text-to-text"}
+    assert TASKS.keys() - ROWS.keys() <= {"video-text-to-text", "text-to-image"}  # in other files
 
 
 @pytest.mark.parametrize("task", TASKS)
