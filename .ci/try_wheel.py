@@ -1,10 +1,11 @@
 # Copyright 2026 The VLMoE authors. Licensed under the Apache License, Version 2.0.
-"""Build the sdist, the wheel from it, and try the wheel out alone in a fresh environment.
+"""Build the sdist, the wheel from it, and try the wheel out alone in fresh environments.
 
     python .ci/try_wheel.py
 
-The environment holds the core dependencies only. A model that this environment saves is loaded and
-asked there, through the package and through a pipeline. Needs the package index.
+The environments hold the core dependencies only, one with the tested transformers, one with the
+oldest that pyproject.toml allows. A model that this environment saves is loaded and asked there,
+through the package and through a pipeline. Needs the package index.
 """
 
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "wheel"
-CONSTRAINTS = str(ROOT / "constraints.txt")
+CONSTRAINTS = ROOT / "constraints.txt"
 NOT_SHIPPED = ("vlmoe/model_cards/README.md", "vlmoe/model_cards/vlmoe-tiny-easy-vqa/")
 SAVE = """
 import sys
@@ -53,7 +54,8 @@ ask = transformers.pipeline("image-text-to-text", model=model, processor=process
 content = [{"type": "image", "image": Image.new("RGB", (64, 64), "red")}]
 content.append({"type": "text", "text": "what color is the shape?"})
 (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=4)
-print("vlmoe", vlmoe.__version__, "answers", repr(answer["generated_text"][-1]["content"]))
+versions = f"vlmoe {vlmoe.__version__} on transformers {transformers.__version__}"
+print(versions, "answers", repr(answer["generated_text"][-1]["content"]))
 """
 
 
@@ -69,13 +71,25 @@ def main() -> None:
         raise SystemExit(f"{wheel.name} lacks {sorted(missing)}; see package-data in pyproject.")
     saved = BUILD / "saved"
     run(sys.executable, "-c", SAVE, str(saved))
-    run(sys.executable, "-m", "venv", str(BUILD / "venv"))
-    python = str(BUILD / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python")
-    # torch alone first: the index of the constraint decides that it is the build for CPUs.
-    run(python, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS, "torch")
-    run(python, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS, str(wheel))
-    run(python, "-c", ASK, str(saved))
-    run(python, "-m", "vlmoe_cli.main", "--help")
+    for name, constraints in (("tested", CONSTRAINTS), ("oldest", oldest_transformers())):
+        run(sys.executable, "-m", "venv", str(BUILD / name))
+        python = str(BUILD / name / ("Scripts" if os.name == "nt" else "bin") / "python")
+        # torch alone first: the index of the constraint decides that it is the build for CPUs.
+        run(python, "-m", "pip", "install", "--quiet", "-c", str(constraints), "torch")
+        run(python, "-m", "pip", "install", "--quiet", "-c", str(constraints), str(wheel))
+        run(python, "-c", ASK, str(saved))
+        run(python, "-m", "vlmoe_cli.main", "--help")
+
+
+def oldest_transformers() -> Path:
+    """Write constraints with the oldest transformers that the package allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (floor,) = (each for each in project["dependencies"] if each.startswith("transformers>="))
+    lines = CONSTRAINTS.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("transformers==", "tokenizers=="))]
+    file = BUILD / "oldest.txt"
+    file.write_text("\n".join([*kept, floor.replace(">=", "==")]) + "\n")
+    return file
 
 
 def run(*command: str) -> None:

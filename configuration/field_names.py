@@ -100,8 +100,8 @@ def refuse_unknown(config_class: type[PreTrainedConfig], names: Iterable[str]) -
 def _fields(config_class: type[PreTrainedConfig]) -> tuple[frozenset[str], frozenset[str]]:
     """Return the fields of a config with their aliases, and those of its text config."""
     fields = {field.name for field in dataclasses.fields(config_class)}
-    text = (config_class.sub_configs_defaults or {}).get("text_config")
-    below = frozenset() if text is None else _fields(text.config_class)[0]
+    text = config_class.sub_configs.get("text_config")
+    below = frozenset() if text is None else _fields(text)[0]
     return frozenset(fields | config_class.attribute_map.keys()), below - fields
 
 

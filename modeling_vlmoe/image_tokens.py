@@ -55,10 +55,22 @@ class ImageTokensMixin:
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         mm_token_type_ids: torch.Tensor | None = None,
+        are_merged: bool = False,
     ) -> torch.Tensor | None:
-        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it."""
-        if not self.config.text_config.needs_token_types:
+        """(batch, length): 1 for image tokens, 0 for text; None if nothing depends on it.
+
+        Raise `ValueError` where routing depends on it and cannot be known: `are_merged` says that
+        the embeddings hold image features already, as vLLM's do.
+        """
+        text = self.config.text_config
+        if not text.needs_token_types:
             return None
+        if are_merged and input_ids is None and mm_token_type_ids is None and text.has_modalities:
+            raise ValueError(
+                "This model routes image tokens in their own way (`modality_experts`, "
+                "`router_modality_bias`), and vLLM does not say which tokens are of images: its "
+                "answers would be wrong. Serve it with transformers."
+            )
         return self.is_image_token(input_ids, inputs_embeds, mm_token_type_ids).long()
 
     def get_placeholder_mask(

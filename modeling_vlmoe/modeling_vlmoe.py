@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -41,6 +40,7 @@ from .model_outputs import (
     VLMoECausalLMOutputWithPast,
     VLMoEImageFeatures,
     VLMoEModelOutputWithPast,
+    slice_logits_to_keep,
 )
 from .modeling_vlmoe_text import VLMoEPreTrainedModel, VLMoETextModel, real_tokens
 from .router_losses import RouterLosses, decoder_router_losses, sum_of_losses
@@ -242,7 +242,8 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
         images, are_real = self.encode_images(*given, kwargs.get("output_router_logits", False))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        token_types = self.token_types(input_ids, inputs_embeds, mm_token_type_ids)
+        is_vllm = "attention_instances" in kwargs  # which merges images and text by itself
+        token_types = self.token_types(input_ids, inputs_embeds, mm_token_type_ids, is_vllm)
         features = is_image = None
         if images is not None and are_real:
             features = images.pooler_output.flatten(0, 1).to(inputs_embeds)
@@ -251,8 +252,7 @@ class VLMoEModel(ImageTokensMixin, VLMoEPreTrainedModel):
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image, features)
         else:
-            # `generate` has checked the prompt; vLLM, whose attention this is, merges by itself.
-            if mm_encoder_outputs is None and "attention_instances" not in kwargs:
+            if mm_encoder_outputs is None and not is_vllm:  # `generate` has checked the prompt
                 self.check_no_image_tokens(input_ids, inputs_embeds)
             inputs_embeds = keep_vision_in_graph(inputs_embeds, images)
         outputs = self.language_model(

@@ -64,6 +64,12 @@ class VLMoEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-
     """Options of a call."""
 
     images_kwargs: VLMoEImagesKwargs
+    # transformers before 5.23 needs the attribute, and reads this option of a processor from it
+    _defaults = (
+        {}
+        if hasattr(ProcessorMixin, "return_mm_token_type_ids")
+        else {"text_kwargs": {"return_mm_token_type_ids": True}}
+    )
 
 
 class HubProcessorMixin(HubCodeMixin, ProcessorMixin):
@@ -247,8 +253,11 @@ class VLMoEProcessor(HubProcessorMixin):
         conversation = self.video_reader.in_chats(conversation, sampling)
         values = {"conversation": conversation, "tools": tools, "documents": documents}
         guard = None
-        if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
-            template = self._resolve_chat_template(chat_template)
+        own = self.chat_template
+        named = own if isinstance(own, dict) else {"default": own}
+        template = named.get(chat_template or "default", chat_template)  # or the text itself
+        is_guarded = kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens")
+        if is_guarded and template is not None:
             # a variable such as `image_token` is meant as a token
             options = {
                 name: value
@@ -388,7 +397,8 @@ class VLMoEProcessor(HubProcessorMixin):
         """Count tokens and tiles of images by (height, width), for servers that plan ahead."""
         if image_sizes is None:
             return MultiModalData()
-        options = self._merge_kwargs(**kwargs)["images_kwargs"]
+        own = VLMoEProcessorKwargs, self.tokenizer.init_kwargs
+        options = self._merge_kwargs(*own, **kwargs)["images_kwargs"]
         grids = [tile_grid(h, w, self.image_processor, options) for h, w in image_sizes]
         lengths = {grid: self._count_tokens(self._image_text(*grid)) for grid in set(grids)}
         return MultiModalData(

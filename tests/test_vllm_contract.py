@@ -18,13 +18,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
+from jinja2 import nodes
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from vlmoe import VLMoEForConditionalGeneration, VLMoEModel
 from vlmoe.modeling_vlmoe.sparse_moe import VLMoESparseMoeBlock
+from vlmoe.processing.chat_template import DEFAULT_CHAT_TEMPLATE
 from vlmoe.processing.processing_vlmoe import VLMoEProcessor
+from vlmoe.upcycling.image_parts import with_image_parts
 
 Model = VLMoEForConditionalGeneration
 
@@ -340,3 +344,35 @@ def test_the_saved_processor_has_an_image_token_and_an_image_processor(folder: P
     assert not hasattr(processor, "video_processor") and not hasattr(processor, "feature_extractor")
     output = processor(text="a", return_mm_token_type_ids=True, return_tensors="pt")
     assert set(output) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+@pytest.mark.parametrize("is_upcycled", [False, True])
+def test_servers_see_that_contents_are_lists_of_parts(is_upcycled: bool) -> None:
+    """vLLM decides by the template's syntax tree: a loop over `content`, or a macro's parameter."""
+    template = DEFAULT_CHAT_TEMPLATE
+    if is_upcycled:
+        template = with_image_parts("{%- for m in messages -%}{{- m.content -}}{%- endfor -%}")
+    environment = _compile_jinja_template(template).environment
+    loops = [
+        loop
+        for macro in environment.parse(template).find_all(nodes.Macro)
+        for loop in macro.find_all(nodes.For)
+        if isinstance(loop.iter, nodes.Name) and loop.iter.name in {a.name for a in macro.args}
+    ]
+    assert loops
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"router_modality_bias": True}, {"modality_experts": {"text": [0, 1], "image": [2, 3]}}],
+)
+def test_routing_by_modality_is_refused_where_types_are_unknown(
+    fields: dict[str, Any], tiny_model: Callable[..., Model]
+) -> None:
+    """vLLM gives embeddings that hold image features, and no token types: all would be text."""
+    base = tiny_model(text=fields).model
+    embeddings = torch.randn(1, 5, 32)
+    with pytest.raises(ValueError, match=r"modality_experts.*vLLM does not say"):
+        base(inputs_embeds=embeddings, attention_instances={}, use_cache=False)
+    types = torch.tensor([[0, 1, 1, 0, 0]])
+    base(inputs_embeds=embeddings, mm_token_type_ids=types, use_cache=False)
