@@ -128,7 +128,9 @@ def standard_dataset(
 
     standard = {"id": Value("string"), "images": List(Image(decode=False))}
     if "videos" in rows.column_names:
-        standard["videos"] = List(Video(decode=False))
+        frames = List(standard["images"])
+        is_frames = rows.features["videos"] == frames
+        standard["videos"] = frames if is_frames else List(Video(decode=False))
     others = {each for each in rows.column_names if each not in standard}
     is_standard = "messages" in others and others <= {*COLUMNS, *WEIGHT_COLUMNS}
     is_standard = is_standard and all(
