@@ -1,6 +1,7 @@
 """The demo's dense model and its experts: equal active size, new drawings, a figure and numbers."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,10 @@ def colors_of(pixels: torch.Tensor) -> torch.Tensor:
     return torch.cdist(centers.flatten(1, 2), torch.tensor(list(COLORS.values()))).argmin(-1)
 
 
-def test_it_leaves_a_figure_and_its_numbers(tmp_path: Path) -> None:
+def test_it_leaves_a_figure_and_its_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vlmoe"), "propagate", True)
     threads = torch.get_num_threads()
     sizes = Sizes(entities=6, see_batches=1, see_epochs=2, wordings=2, epochs=2)
     found = run_capacity(tmp_path, seed=2, sizes=sizes)
@@ -60,6 +64,7 @@ def test_it_leaves_a_figure_and_its_numbers(tmp_path: Path) -> None:
     assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
     assert {each.name for each in tmp_path.iterdir()} == {"capacity.json", "capacity.png"}
     assert torch.get_num_threads() == threads
+    assert "not read" not in caplog.text
 
 
 def test_both_models_learn_facts(tmp_path: Path) -> None:

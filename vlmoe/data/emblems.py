@@ -110,7 +110,8 @@ class Emblems:
         """Yield every entity once an epoch, in random order, as a conversation of all its facts.
 
         The facts come in random order, each in one of its trained phrasings, and among them one
-        cell. Every picture is a new drawing.
+        cell. Every picture is a new drawing; `symbols` says what is in it, so that others can be
+        drawn in its place.
 
         Args:
             epochs: how often each entity comes.
@@ -125,7 +126,8 @@ class Emblems:
             if shown == "image":
                 cell = self._cell(entity, int(rng.integers(len(CELLS))))
                 turns.insert(rng.integers(len(turns) + 1), cell)
-            yield self._row(f"train/{epoch}/{entity}", entity, turns, "train", shown, rng)
+            row = self._row(f"train/{epoch}/{entity}", entity, turns, "train", shown, rng)
+            yield row | {"symbols": self.symbols[entity]}
 
     def fact_rows(self, split: str, shown: str = "image") -> Iterator[AnyRow]:
         """Yield a row for every fact: its question in a phrasing of the split, on a new drawing.
@@ -170,13 +172,12 @@ class Emblems:
         bank: str,
         shown: str,
         rng: np.random.Generator,
-    ) -> AnyRow:
+    ) -> dict[str, Any]:
         drawing = self.drawing(entity, bank, rng)  # also where it is not shown: the same draws
         named = " ".join(VALUES[word] for word in self.names[entity]) if shown == "name" else None
         images = [drawing] if shown == "image" else []
         messages = _conversation(turns, named, bool(images))
-        symbols = self.symbols[entity]
-        return {"id": name, "messages": messages, "images": images, "symbols": symbols}
+        return {"id": name, "messages": messages, "images": images}
 
 
 def perception_rows(rows: int, seed: int = 0) -> Iterator[AnyRow]:
