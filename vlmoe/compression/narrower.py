@@ -139,7 +139,7 @@ def _width_of(new: PreTrainedConfig, old: PreTrainedConfig, present: int) -> int
     """Return the width in the new configuration, of the field that has changed."""
     texts = new.get_text_config(), old.get_text_config()
     values = [[getattr(text, name, None) for text in texts] for name in WIDTH_FIELDS]
-    return next(now for now, before in values if before == present and now != present)
+    return next(int(now) for now, before in values if now != before == present and now)
 
 
 def _shapes(model: nn.Module) -> Shapes:

@@ -174,8 +174,8 @@ def standard_columns(rows: "Dataset", source: str, split: str) -> "Dataset":
     ids = [f"{split}[{i}]" if value is None else str(value) for i, value in enumerate(given)]
     rows = rows.remove_columns("id") if "id" in rows.column_names else rows
     rows = rows.add_column("id", ids, feature=Value("string"))
-    optional = ("videos", "question_type", *WEIGHT_COLUMNS)
-    optional = [name for name in optional if name in rows.column_names]
+    read = ("videos", "question_type", *WEIGHT_COLUMNS)
+    optional = [name for name in read if name in rows.column_names]
     return rows.select_columns(["id", "messages", "images", *optional])
 
 

@@ -73,15 +73,17 @@ def checked_weight(weight: object, name: str, column: str = WEIGHT) -> float | s
     Raises:
         ValueError: it is negative, not finite, or neither a number nor "balanced".
     """
-    if weight is None or weight == BALANCED:
-        return weight  # type: ignore[return-value]
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight < 0:
+    if weight is None:
+        return None
+    if isinstance(weight, str) and weight == BALANCED:
+        return BALANCED
+    number = weight if isinstance(weight, int | float) and not isinstance(weight, bool) else -1
+    if not math.isfinite(number) or number < 0:
         raise ValueError(
             f"{name}: `{column}` is {weight!r}; allowed: finite numbers of 0 or more, and "
             f"{BALANCED!r}."
         )
-    return float(weight)
+    return float(number)
 
 
 def task_of(row: AnyRow, name: str) -> str:

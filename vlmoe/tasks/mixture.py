@@ -8,8 +8,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, Self, TypedDict, TypeGuard
 
-from torch.utils.data import Dataset
-
 from ..data.row_fields import AnyRow, Rows, did_you_mean
 from ..data.row_weights import TASK, WEIGHT, checked_weight
 from ..hub.provenance import dataset_name
@@ -33,7 +31,7 @@ KEYS = tuple(DataSource.__annotations__)
 _OF_ROWS = {"messages", "conversations", "question", "answer", "completion", "text", "image"}
 
 
-class MixedRows(Dataset):
+class MixedRows(Sequence[AnyRow]):
     """Rows of several datasets, one dataset after the other; nothing is copied.
 
     Args:
@@ -59,8 +57,8 @@ class MixedRows(Dataset):
         """Return the number of rows."""
         return len(self.order)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return a row."""
+    def __getitem__(self, position: int) -> AnyRow:  # type: ignore[override]
+        """Return a row; not a slice."""
         part, number = self.order[position]
         row: AnyRow = self.parts[part][number]
         return {**row, **self.columns[part], "id": f"{self.names[part]}: {row.get('id', number)}"}

@@ -118,8 +118,8 @@ class RowWeightsMixin(Base):
         if isinstance(sparse_loss, SparseLoss):
             sparse_loss.loss_weights = inputs.pop("loss_weights")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if tasks is not None and model.training:
-            found = sparse_loss if isinstance(sparse_loss, SparseLoss) else outputs
+        found = sparse_loss if isinstance(sparse_loss, SparseLoss) else outputs
+        if tasks is not None and model.training and found.row_losses is not None:
             self._add_to_tasks(tasks, found.row_losses, label_counts(labels))
         return (loss, outputs) if return_outputs else loss
 
