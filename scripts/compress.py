@@ -7,7 +7,7 @@ The result is a model of the same class with other numbers in its configuration.
 """
 
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +23,11 @@ from .shared_options import (
     refuse_unread,
     share,
 )
+
+if TYPE_CHECKING:
+    import datasets
+
+    from vlmoe.data.row_fields import Rows
 
 
 def main(
@@ -105,7 +110,7 @@ def main(
         )
     import vlmoe
 
-    def rows(name: str, limit: int | None):
+    def rows(name: str, limit: int | None) -> "Rows | datasets.Dataset":
         return vlmoe.load_rows(
             dataset,
             name,
