@@ -47,6 +47,7 @@ def narrow(
 ) -> None:
     """Keep so many units of each expert, in place, layer after layer."""
     generator = torch.Generator().manual_seed(seed)
+    present = down_of(decoder_banks(model)[0].experts).shape[-1]
     for layer in decoder_banks(model):
         bank, down = layer.experts, down_of(layer.experts).detach()
         if method.startswith("surgeon"):
@@ -60,7 +61,7 @@ def narrow(
             scores = down.norm(dim=1) * gate * up
         kept = scores.topk(units, dim=-1).indices.sort(-1).values
         keep_units(bank, kept, down.gather(2, kept[:, None].expand(-1, down.shape[1], -1)))
-    set_width(model, units)
+    set_width(model, present, units)
 
 
 def drop(

@@ -167,7 +167,17 @@ def test_healing_brings_the_model_nearer_to_what_it_was() -> None:
 def test_a_bank_that_shares_its_width_with_other_parts_is_refused() -> None:
     model = vlmoe_model(num_shared_experts=1)
     with pytest.raises(ValueError, match=r"moe_intermediate_size.*shared experts"):
-        vlmoe.compress(model, rows(), vlmoe_processor(), intermediate_size=8, batch_size=4)
+        vlmoe.compress(model, rows(), vlmoe_processor(), intermediate_size=16, batch_size=4)
+
+
+def test_shared_experts_keep_their_width_where_the_new_one_divides_it() -> None:
+    model = vlmoe_model(num_shared_experts=1)
+    shared = model.model.language_model.layers[0].mlp.shared_experts.gate_proj.weight.clone()
+    vlmoe.compress(model, rows(), vlmoe_processor(), intermediate_size=8, batch_size=4)
+    text = model.config.text_config
+    assert (text.num_shared_experts, text.moe_intermediate_size) == (3, 8)
+    kept = model.model.language_model.layers[0].mlp.shared_experts.gate_proj.weight
+    assert torch.equal(kept, shared)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

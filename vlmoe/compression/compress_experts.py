@@ -21,7 +21,7 @@ from ..hub.saved_model import Processor, Source, load_model, read_processor, req
 from ..routing.kinds import KINDS
 from ..routing.routed_layers import RoutedLayer
 from ..training.evaluation import Evaluation, evaluate
-from .banks import decoder_banks, keep_experts, keep_units
+from .banks import decoder_banks, down_of, keep_experts, keep_units
 from .calibration import BankTokens, Calibration, bank_tokens, calibrate
 from .finished_layers import FinishedLayers, compressed_folder
 from .healing import heal, teacher_logits
@@ -197,6 +197,7 @@ class _Run:
         self.model, self.processor, self.options = model, processor, options
         self.layers = decoder_banks(model)
         self.evaluation_rows = evaluation_rows
+        self.present = down_of(self.layers[0].experts).shape[-1]
         self.width = self._width()
         self.groups, self.counts = self._groups()
         self.calibration = calibrate(
@@ -299,7 +300,7 @@ class _Run:
             if folder:
                 folder.save_layer(number, layer, report)
         if self.width:
-            set_width(self.model, self.width)
+            set_width(self.model, self.present, self.width)
         else:
             set_count(self.model, kept)
         return reports

@@ -8,24 +8,16 @@ precision, which grouped_mm takes in every dtype. Each expert's neurons move to 
 Shapes: E experts, I neurons of an expert, H hidden size.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
-
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..hub.published_layout import ambiguous_banks
 from ..routing.neuron_banks import DOWN, GATE_UP, NeuronBank, neuron_banks
 from .banks import keep_units
+from .sizes import WIDTH_FIELDS, has_shapes, shapes_of, width_fields, with_fields
 
 MULTIPLE = 8
 """Of widths: grouped_mm multiplies rows of whole 16 bytes, 8 numbers in half precision."""
-WIDTH_FIELDS = ("moe_intermediate_size", "intermediate_size")
-SHARED_FIELDS = ("num_shared_experts", "n_shared_experts")
-"""Numbers of shared experts, whose common width is a multiple of that of the routed ones."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def banks_to_cut(model: PreTrainedModel) -> list[NeuronBank]:
@@ -92,7 +84,7 @@ def narrower_config(
     Raises:
         ValueError: other weights follow every field that could hold the width.
     """
-    present, shapes = banks[0].width, _shapes(model)
+    present, shapes = banks[0].width, shapes_of(model)
     refused: set[tuple[str, ...]] = set()
     start = -(-neurons // MULTIPLE) * MULTIPLE
     tried: set[tuple[str, ...]] = set()
@@ -102,16 +94,12 @@ def narrower_config(
             experts, _, hidden = bank.gate_up.shape
             wanted[f"{bank.name}.{GATE_UP}"] = (experts, 2 * width, hidden)
             wanted[f"{bank.name}.{DOWN}"] = (experts, hidden, width)
-        for fields in _fields(model.config.get_text_config(), present, width):
+        for fields in width_fields(model.config.get_text_config(), present, width):
             tried.add(names := tuple(fields))
-            config = copy.deepcopy(model.config)
-            for name, value in fields.items():
-                setattr(config.get_text_config(), name, value)
+            config = with_fields(model.config, fields)
             if names in refused or ambiguous_banks(config):
                 continue
-            with torch.device("meta"):
-                made = type(model)(config)
-            if _shapes(made) == wanted:
+            if has_shapes(type(model), config, wanted):
                 return config
             refused.add(names)
     if tried and tried == refused:
@@ -123,24 +111,8 @@ def narrower_config(
     return None
 
 
-def _fields(text: PreTrainedConfig, present: int, width: int) -> Iterator[Mapping[str, int]]:
-    """Yield the fields that may give the width, with those that keep shared experts as they are."""
-    for name in WIDTH_FIELDS:
-        if getattr(text, name, None) != present:
-            continue
-        yield {name: width}
-        for shared in SHARED_FIELDS:
-            total = (getattr(text, shared, None) or 0) * present
-            if total and total % width == 0:
-                yield {name: width, shared: total // width}
-
-
 def _width_of(new: PreTrainedConfig, old: PreTrainedConfig, present: int) -> int:
     """Return the width in the new configuration, of the field that has changed."""
     texts = new.get_text_config(), old.get_text_config()
     values = [[getattr(text, name, None) for text in texts] for name in WIDTH_FIELDS]
     return next(int(now) for now, before in values if now != before == present and now)
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

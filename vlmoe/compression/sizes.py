@@ -3,7 +3,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,10 +13,14 @@ from .banks import down_of
 from .subsets import renumbered
 
 WIDTH_FIELDS = ("moe_intermediate_size", "intermediate_size")
+SHARED_FIELDS = ("num_shared_experts", "n_shared_experts")
+"""Numbers of shared experts, whose common width is a multiple of that of the routed ones."""
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GROUP_FIELDS = ("n_group", "num_expert_group")
 KERNEL_BYTES = 16
 """grouped_mm, transformers' default, multiplies rows of whole 16 bytes."""
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def allowed_width(
@@ -116,13 +120,18 @@ def _modality_groups(
     return list(members.values()), counts
 
 
-def set_width(model: PreTrainedModel, width: int) -> None:
+def set_width(model: PreTrainedModel, present: int, width: int) -> None:
     """Write the new width into the configuration of a model whose banks have it already.
+
+    Args:
+        model: with banks of the new width.
+        present: the width before.
+        width: the new one.
 
     Raises:
         ValueError: no field of the configuration describes such a model.
     """
-    _set_field(model, WIDTH_FIELDS, width)
+    _set_fields(model, width_fields(model.config.get_text_config(), present, width), width)
 
 
 def set_count(model: PreTrainedModel, kept: Sequence[int]) -> None:
@@ -144,24 +153,56 @@ def set_count(model: PreTrainedModel, kept: Sequence[int]) -> None:
         if spread is not None:
             sizes = {name: len(its) for name, its in text.modality_experts.items()}
             text.router_global_entropy_experts = {n: min(c, sizes[n]) for n, c in spread.items()}
-    _set_field(model, COUNT_FIELDS, len(kept))
+    fields = ({name: len(kept)} for name in COUNT_FIELDS if hasattr(text, name))
+    _set_fields(model, fields, len(kept))
 
 
-def _set_field(model: PreTrainedModel, names: Sequence[str], value: int) -> None:
-    """Set the field that, on a model without memory, gives the shapes that this model has."""
-    config = model.config
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tried = [name for name in names if hasattr(config.get_text_config(), name)]
-    for name in tried:
-        trial = copy.deepcopy(config)
-        setattr(trial.get_text_config(), name, value)
-        with torch.device("meta"):
-            made = type(model)(trial)
-        if {n: t.shape for n, t in made.state_dict().items()} == shapes:
-            setattr(config.get_text_config(), name, value)
+def width_fields(text: PreTrainedConfig, present: int, width: int) -> Iterator[dict[str, int]]:
+    """Yield the fields that may give the width, with those that keep shared experts as they are."""
+    for name in WIDTH_FIELDS:
+        if getattr(text, name, None) != present:
+            continue
+        yield {name: width}
+        for shared in SHARED_FIELDS:
+            total = (getattr(text, shared, None) or 0) * present
+            if total and total % width == 0:
+                yield {name: width, shared: total // width}
+
+
+def with_fields(config: PreTrainedConfig, fields: Mapping[str, int]) -> PreTrainedConfig:
+    """Return a copy of a configuration with other numbers in its text part."""
+    changed = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(changed.get_text_config(), name, value)
+    return changed
+
+
+def shapes_of(model: PreTrainedModel) -> Shapes:
+    """Return the shapes of a model's tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def has_shapes(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, shapes: Shapes
+) -> bool:
+    """Return whether a model of this configuration has these tensors; it is made without memory."""
+    with torch.device("meta"):
+        return shapes_of(model_class(config)) == shapes
+
+
+def _set_fields(
+    model: PreTrainedModel, candidates: Iterable[Mapping[str, int]], value: int
+) -> None:
+    """Set the fields that, on a model without memory, give the shapes that this model has."""
+    config, shapes, tried = model.config, shapes_of(model), []
+    for fields in candidates:
+        tried += list(fields)
+        if has_shapes(type(model), with_fields(config, fields), shapes):
+            for name, number in fields.items():
+                setattr(config.get_text_config(), name, number)
             return
     raise ValueError(
-        f"No field of {type(config).__name__} ({', '.join(tried)}) describes a "
+        f"No field of {type(config).__name__} ({', '.join(dict.fromkeys(tried))}) describes a "
         f"{type(model).__name__} whose experts alone have that size ({value}): other parts, such "
         "as shared experts, follow the same field."
     )
