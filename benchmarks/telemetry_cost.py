@@ -7,22 +7,20 @@ One step is forward, backward and AdamW, as in train_step.py: 16 images with 10 
 in the demo, and, where a fixed cost weighs more, 1 image with 4. The models are the `tiny` preset,
 and a Qwen3-VL-MoE of its sizes, each of whose rows has its own image. Two figures each:
 - paired: process CPU time of single steps with and without, taken in turn, on two equal models
-- profiler: share of a step's time that torch's profiler finds in the hooks; its clock counts the
-  wait for other processes, so that it is for a quiet machine
+- hooks: share of a step's CPU time that passes inside the recorder's hooks, by the thread's clock;
+  torch's profiler has the clock on the wall, which other processes disturb
 Beside them, what reading the counters costs, once per logged loss.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 import train_step
 from measure import alternate, paired_ratio, write_result
-from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
@@ -125,35 +123,29 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-@contextmanager
-def named_hooks() -> Iterator[None]:
-    """Show the recorder's hooks under the name `telemetry` in the profiler."""
+def share_of_hooks(model: torch.nn.Module, step: Callable[[], None], steps: int) -> float:
+    """Share of a step's CPU time that passes inside the hooks, the median over steps."""
+    inside = 0.0
 
-    def named(hook: Callable) -> Callable:
+    def timed(hook: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
-            with record_function("telemetry"):
+            nonlocal inside
+            start = time.thread_time()
+            try:
                 return hook(*args, **kwargs)
+            finally:
+                inside += time.thread_time() - start
 
         return call
 
-    with mock.patch.multiple(Listener, **{name: named(getattr(Listener, name)) for name in HOOKS}):
-        yield
-
-
-def profiled_share(model: torch.nn.Module, step: Callable[[], None], steps: int) -> float:
-    """Share of a step's CPU time that is the hooks' and what they call, the median over steps."""
-    with named_hooks(), record_expert_load(model, training_only=True):
+    shares = []
+    hooks = {name: timed(getattr(Listener, name)) for name in HOOKS}
+    with mock.patch.multiple(Listener, **hooks), record_expert_load(model, training_only=True):
         step()
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(steps):
-                with record_function("step"):
-                    step()
-    hooks, whole = (
-        [event.cpu_time_total for event in profiler.events() if event.name == name]
-        for name in ("telemetry", "step")
-    )
-    per_step = len(hooks) // len(whole)
-    shares = [sum(hooks[i * per_step :][:per_step]) / total for i, total in enumerate(whole)]
+        for _ in range(steps):
+            inside, start = 0.0, time.thread_time()
+            step()
+            shares.append(inside / (time.thread_time() - start))
     return statistics.median(shares)
 
 
@@ -167,17 +159,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict = {"budget": BUDGET, "runs": options.runs, "steps": options.steps, "cases": {}}
-    print(f"{'case':30} {'ms/step':>8} {'with / without [95%]':>26} {'profiler':>9} {'read ms':>8}")
+    print(f"{'case':30} {'ms/step':>8} {'with / without [95%]':>26} {'hooks':>9} {'read ms':>8}")
     for case, size in CASES.items():
         seconds = paired(size, options.runs, options.steps)
         ratio = paired_ratio(seconds["with"], seconds["without"])
-        share = round(profiled_share(*make_step(*size), options.steps), 5)
+        share = round(share_of_hooks(*make_step(*size), max(options.steps, 5)), 5)
         reading = 1000 * statistics.median(seconds["reading"])
         milliseconds = 1000 * sum(seconds["without"]) / options.runs
         result["cases"][case] = {
             "step_cpu_ms": round(milliseconds, 2),
             "ratio_with_without": ratio,
-            "profiled_share": share,
+            "share_of_hooks": share,
             "reading_cpu_ms": round(reading, 3),
         }
         interval = f"{ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
