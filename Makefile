@@ -1,5 +1,5 @@
 # Every target makes the environment it needs: nothing has to be installed by hand but Python 3.11 or later.
-#   make demo         train, evaluate and try out the tiny model on easy-VQA (about ten minutes on two cores)
+#   make demo         train, evaluate and try out the tiny model on easy-VQA (about eleven minutes on two cores)
 #   make test         all tests but the slow ones
 #   make test-all     all tests, conformance included; some with real weights, a package of 93 MB
 #   make conformance  transformers' own common tests on our classes (about three minutes)
