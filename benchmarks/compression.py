@@ -21,7 +21,6 @@ from compression_methods import (
     CRITERIA,
     UNITS,
     WEIGHTS,
-    banks_of,
     drop,
     narrow,
     rewrite,
@@ -113,7 +112,9 @@ def run(folder: Path, job: Job, data: "Data", output_dir: Path) -> None:
         "speed": speed_of(model, data.calibration),
     }
     if job[0] in WEIGHTS:
-        experts = sum(p.nbytes for layer in banks_of(model) for p in layer.experts.parameters())
+        experts = sum(
+            p.nbytes for layer in decoder_banks(model) for p in layer.experts.parameters()
+        )
         result["bytes"] -= round(experts * (1 - stored_share(job[0], job[1])))
     if job[0] != "none" and job[0] not in WEIGHTS:
         start = time.process_time()

@@ -8,7 +8,6 @@ Shapes: E experts, I units, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +24,6 @@ from vlmoe.compression.calibration import BankTokens, Calibration, bank_tokens
 from vlmoe.compression.sizes import expert_groups, set_count, set_width
 from vlmoe.compression.subsets import best_by_score, choose_subset, gather_answers, saliency
 from vlmoe.compression.units import narrow_bank
-from vlmoe.routing.routed_layers import RoutedLayer
 
 Tensor = torch.Tensor
 UNITS = (
@@ -164,8 +162,3 @@ def _of_kind(tokens: BankTokens, method: str) -> BankTokens:
             keep = tokens.kinds == kind
             return BankTokens(*(each[keep] for each in vars(tokens).values()))
     return tokens
-
-
-def banks_of(model: PreTrainedModel) -> list[RoutedLayer]:
-    """Return fresh views of the layers, after their sizes have changed."""
-    return [replace(layer) for layer in decoder_banks(model)]

@@ -338,7 +338,7 @@ class _Run:
         }
 
     def _heal(self, teacher: Sequence[Tensor]) -> dict[str, float]:
-        layers = [replace(layer) for layer in decoder_banks(self.model)]
+        layers = decoder_banks(self.model)
         steps, seed = self.options.heal_steps, self.options.seed
         losses = heal(self.model, layers, self.calibration.batches, teacher, steps, seed=seed)
         return {"steps": steps, "first_loss": losses[0], "last_loss": losses[-1]}

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..hub.atomic_files import atomic_path, open_to_readers, write_json
 from ..hub.experts_implementation import keep_suited
-from ..hub.folder_lock import folder_lock, refuse_dangling
+from ..hub.folder_lock import new_folder
 from ..hub.input_errors import writing
 from ..hub.json_files import read_json
 from ..hub.model_card import write_model_card
@@ -117,12 +117,7 @@ def compressed_folder(
     if output_dir is None:
         yield None
         return
-    target = Path(output_dir).expanduser()
-    refuse_dangling(target)
-    target = target.resolve()
-    with folder_lock(target, beside=True):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
+    with new_folder(output_dir) as target:
         staging = target.with_name(f".{target.name}.compressing")
         request = {"source": source, **asdict(options)}
         asked = staging / "request.json"

@@ -18,7 +18,7 @@ from ..hub.active_parameters import parameter_counts
 from ..hub.atomic_files import open_to_readers
 from ..hub.experts_implementation import keep_suited
 from ..hub.export import publish_layout
-from ..hub.folder_lock import folder_lock, refuse_dangling
+from ..hub.folder_lock import new_folder
 from ..hub.input_errors import writing
 from ..hub.model_card import write_model_card
 from ..hub.model_classes import is_native
@@ -62,12 +62,7 @@ def prune(model: Source, output_dir: Source, *, max_shard_size: str = "5GB") -> 
         OSError: the folder cannot be written.
     """
     require_model_source(model)
-    target = Path(output_dir).expanduser()
-    refuse_dangling(target)
-    target = target.resolve()
-    with folder_lock(target, beside=True):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
+    with new_folder(output_dir) as target:
         staging = target.with_name(f".{target.name}.pruning")
         shutil.rmtree(staging, ignore_errors=True)
         try:

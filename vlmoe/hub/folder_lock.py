@@ -110,6 +110,23 @@ def folder_lock(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield the resolved path of a folder to make, locked from beside.
+
+    Raises:
+        ValueError: it exists and is not empty, or another process makes it.
+        OSError: it is a dangling link, or cannot be made.
+    """
+    target = Path(folder).expanduser()
+    refuse_dangling(target)
+    target = target.resolve()
+    with folder_lock(target, beside=True):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
+        yield target
+
+
+@contextmanager
 def launch_lock(folder: str | Path, takes_it: bool = True) -> Iterator[None]:
     """`folder_lock` for all ranks of a launch: some take it before any of them goes on.
 

@@ -24,7 +24,7 @@ from transformers.utils import cached_file, logging
 
 from ..hub.atomic_files import atomic_path, write_json
 from ..hub.experts_implementation import keep_suited
-from ..hub.folder_lock import folder_lock, refuse_dangling
+from ..hub.folder_lock import new_folder
 from ..hub.model_card import write_model_card
 from ..hub.published_layout import PublishedView, published_views
 from ..hub.tensor_files import StreamedTensor, write_tensors
@@ -86,12 +86,7 @@ def upcycle_folder(
         OSError: a file is missing or damaged, or the disk is full; finished shards are kept.
         UpcyclingError: the logits differ by more than 1e-5 of their largest, in fp32.
     """
-    target = Path(target).expanduser()
-    refuse_dangling(target)
-    target = target.resolve()
-    with folder_lock(target, beside=True):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"{target} is not an empty folder; choose another one or remove it.")
+    with new_folder(target) as target:
         conversion = begin()
         staging = _staging(target, dict(request) | {"max_shard_size": max_shard_size})
         written = _write_weights(conversion, staging, max_shard_size)
