@@ -110,7 +110,7 @@ def folder_lock(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the resolved path of a folder to make, locked from beside.
 
     Raises:
